@@ -1,0 +1,1 @@
+"""Knowledge distillation of timm models at ImageNet scale."""

@@ -1,0 +1,149 @@
+"""The contrast of N regions with N others in one sweep over chunks of rows: value and gradient, never N x N numbers at once."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SMALLEST_NORM = 1e-6
+"""Shorter vectors have no direction: their cosines are next to 0, and a student's gets no gradient (1e6 and more otherwise)."""
+CHUNK_ELEMENTS = {"cpu": 2**22}
+"""Similarities held at once unless the caller says otherwise: 16 MiB in float32, the fastest of 1 to 28 MiB on a CPU."""
+CHUNK_ELEMENTS_ELSEWHERE = 2**23
+"""32 MiB: fewer launches, and still within the L2 of a large GPU. Reckoned, not measured."""
+MILDEST_EXPONENT = 30.0
+"""exp(cosine / temperature) is summed as it is up to this exponent; above, each row is shifted by its largest."""
+
+
+def default_chunk_rows(columns: Tensor) -> int:
+    """Rows of similarities with these columns that are held at once."""
+    return max(1, CHUNK_ELEMENTS.get(columns.device.type, CHUNK_ELEMENTS_ELSEWHERE) // len(columns))
+
+
+def unit_rows(vectors: Tensor) -> Tensor:
+    """The rows divided by their L2 norm, or by 1e-6 where that is larger."""
+    return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
+
+
+def gather_columns(columns: Tensor, categories: Tensor) -> tuple[Tensor, Tensor, int]:
+    """All ranks' columns and categories in rank order, and where this rank's begin.
+
+    Raises ValueError where ranks bring different numbers of columns the first time that this rank brings so many; later
+    steps do not ask again, for the answer makes the host wait.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return columns, categories, 0
+    world, count = dist.get_world_size(), len(columns)
+    _check_equal_counts(count, world, columns.device)
+    everyone = columns.new_empty(world * count, columns.shape[1])
+    everyones = categories.new_empty(world * count)
+    dist.all_gather_into_tensor(everyone, columns.contiguous())
+    dist.all_gather_into_tensor(everyones, categories.contiguous())
+    return everyone, everyones, dist.get_rank() * count
+
+
+@lru_cache(maxsize=64)
+def _check_equal_counts(count: int, world: int, device: torch.device) -> None:
+    everyones = torch.empty(world, dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(everyones, torch.tensor([count], device=device))
+    counts = everyones.tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(f"gathered contrast: ranks bring {counts} rows; give every process the same micro-batch")
+
+
+class Contrast(torch.autograd.Function):
+    """Mean row loss and mean related cosine of raw student rows with unit columns; the gradient is made with the value.
+
+    `column_categories` is None where the columns are the rows' own: a compiler wants no tensor twice.
+
+    Both need the same exponentials, so one sweep makes both: 4 N Nc D operations instead of 6, and O(N D + chunk) numbers
+    kept instead of O(N Nc). Without `want_gradient` (evaluation) the second half is not done. No double backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        columns: Tensor,
+        categories: Tensor,
+        column_categories: Tensor | None,
+        first_own: int,
+        temperature: float,
+        form: str,
+        mask_same_category: bool,
+        chunk_rows: int,
+        want_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        count = len(student)
+        others = categories if column_categories is None else column_categories
+        losses, cosines = student.new_empty(count), student.new_empty(count)
+        gradient = torch.empty_like(student) if want_gradient else None
+        for start in range(0, count, chunk_rows):
+            rows = slice(start, min(start + chunk_rows, count))
+            own = slice(first_own + rows.start, first_own + rows.stop)
+            excluded = _excluded(categories[rows], others, own, mask_same_category)
+            losses[rows], cosines[rows], part = _contrast_rows(
+                student[rows], columns, columns[own], excluded, temperature, form, want_gradient
+            )
+            if gradient is not None and part is not None:
+                torch.div(part, count, out=gradient[rows])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        cosine = cosines.mean()
+        ctx.mark_non_differentiable(cosine)
+        return losses.mean(), cosine
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream, *[None] * 9)
+
+
+def _excluded(categories: Tensor, column_categories: Tensor, own: slice, mask_same_category: bool) -> Tensor:
+    """Columns that are no negatives of each row, bool [rows, columns]: those of its category, or only its own."""
+    if mask_same_category:
+        return categories[:, None] == column_categories[None, :]
+    index = torch.arange(len(column_categories), device=categories.device)
+    return index[own][:, None] == index[None, :]
+
+
+def _contrast_rows(
+    student: Tensor, columns: Tensor, own: Tensor, excluded: Tensor, temperature: float, form: str, want_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss, related cosine and gradient of each row.
+
+    With e_b = exp(s.t_b / T) over the kept columns and e_a that of the row's own: q = e_a / (e_a + sum e_b), the loss is
+    -log q = log1p(sum e_b / e_a) (exactly 0, with gradient 0, where nothing is kept) or, as `eq12`, -q; and
+    d(-log q)/ds = (sum e_b t_b - (sum e_b) t_a) / ((e_a + sum e_b) T), projected on the sphere of s and divided by |s|.
+    """
+    norm = torch.linalg.vector_norm(student, dim=1, keepdim=True)
+    unit = student / norm.clamp_min(SMALLEST_NORM)
+    cosine = (unit * own).sum(1)
+    exponent = torch.mm(unit / temperature, columns.T)
+    own_exponent = cosine / temperature
+    sharp = 1 / temperature > MILDEST_EXPONENT
+    if sharp:
+        exponent.masked_fill_(excluded, -torch.inf)
+        largest = torch.maximum(exponent.amax(1), own_exponent)
+        exponent.sub_(largest[:, None])
+        own_exponent = own_exponent - largest
+    kept = exponent.exp_() if sharp else exponent.exp_().masked_fill_(excluded, 0)
+    others, mine = kept.sum(1), own_exponent.exp()
+    total = others + mine
+    likelihood = mine / total
+    # log1p(sum e_b / e_a) without the quotient, which overflows where the own exponent is far below the largest
+    loss = torch.logaddexp(others.log() - own_exponent, torch.zeros_like(others)) if form == "log" else -likelihood
+    if not want_gradient:
+        return loss, cosine, None
+    gradient = torch.mm(kept, columns).addcmul_(others[:, None], own, value=-1)
+    gradient.div_((total * temperature)[:, None])
+    if form == "eq12":
+        gradient.mul_(likelihood[:, None])
+    gradient.addcmul_((gradient * unit).sum(1, keepdim=True), unit, value=-1)
+    return loss, cosine, gradient.div_(norm).masked_fill_(norm <= SMALLEST_NORM, 0)

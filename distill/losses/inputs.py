@@ -1,0 +1,91 @@
+"""What every loss does to its inputs first: full precision, and one-line errors for shapes and labels that cannot be right.
+
+Shapes and types are checked in every call, for they cost nothing. Values are checked only where that needs no waiting for a
+device: labels on the CPU by the host, labels on a GPU by an assertion on the device. NaN and infinity are never repaired: they
+go through to the loss, where the training loop sees and names them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill.protocols import ModelOutput
+
+
+def full_precision_type(tensor: Tensor) -> torch.dtype:
+    """What a loss of this tensor computes in: float32, or float64 where the tensor is that."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is in float64; the gradient goes back in the tensor's own type."""
+    return tensor.to(full_precision_type(tensor))
+
+
+def no_autocast(tensor: Tensor) -> torch.autocast:
+    """A context in which autocast is off for the tensor's device: float32 stays float32 in products too."""
+    return torch.autocast(device_type=tensor.device.type, enabled=False)
+
+
+def check_pair(student: Tensor, teacher: Tensor, what: str, dimensions: int | None = None) -> None:
+    """Raises ValueError unless both are floating-point tensors of one non-empty shape (with this number of dimensions)."""
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{what}: student {list(student.shape)} and teacher {list(teacher.shape)} differ; both must have one shape"
+        )
+    if dimensions is not None and student.dim() != dimensions:
+        raise ValueError(f"{what}: got {list(student.shape)}, {student.dim()} dimensions; it must have {dimensions}")
+    if student.dim() == 0 or student.numel() == 0:
+        raise ValueError(f"{what}: got shape {list(student.shape)}; it must hold at least one row and one column")
+    for name, tensor in (("student", student), ("teacher", teacher)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{what}: the {name} is {tensor.dtype}; it must be floating point")
+
+
+def soft_labels(labels: Tensor, logits: Tensor) -> bool:
+    """True for soft labels, float [..., K] like the logits; False for class indices, integer [...].
+
+    Raises ValueError for any other shape or type, and for an index outside 0..K-1 (on a GPU a device-side assertion stops
+    the process instead, which needs no synchronisation).
+    """
+    if labels.is_floating_point():
+        if labels.shape != logits.shape:
+            raise ValueError(f"soft labels {list(labels.shape)} must have the shape of the logits {list(logits.shape)}")
+        return True
+    if labels.dtype == torch.bool or labels.is_complex():
+        raise ValueError(f"labels are {labels.dtype}; give integer class indices or floating-point soft labels")
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(f"labels {list(labels.shape)} must be {list(logits.shape[:-1])}, one class index per row of logits")
+    _check_indices(labels, logits.shape[-1])
+    return False
+
+
+def _check_indices(labels: Tensor, classes: int) -> None:
+    if labels.device.type == "cuda":
+        # not every loss reads its labels by a gather, which would assert this by itself
+        torch._assert_async(((labels >= 0) & (labels < classes)).all())
+    elif not torch.compiler.is_compiling():
+        low, high = (int(value) for value in labels.aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(f"labels run from {low} to {high}; class indices must lie in 0..{classes - 1}")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError unless the temperature is a positive, finite number."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature {temperature} must be positive and finite")
+
+
+def check_weights(**weights: float | None) -> None:
+    """Raises ValueError for a weight that is negative or no finite number; None, a default, passes."""
+    for name, weight in weights.items():
+        if weight is not None and not 0 <= weight < float("inf"):
+            raise ValueError(f"{name} {weight} must be finite and not negative")
+
+
+def teacher_of(teacher: ModelOutput | None, loss: str) -> ModelOutput:
+    """The teacher's output; raises ValueError where there is none."""
+    if teacher is None:
+        raise ValueError(f"{loss} compares with a teacher and got none; name a teacher, or leave {loss} out")
+    return teacher

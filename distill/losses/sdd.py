@@ -1,0 +1,176 @@
+"""Scale Decoupled Distillation (Luo, CVPR 2024, arXiv 2403.13512) over KD, DKD or NKD, for any set of regions.
+
+Defaults are those of the released code (shicaiwei123/SDD-CVPR2024 at e412036), which the published numbers were made with,
+but for the pooling (`regions.pooling_matrix`); where the paper says otherwise, its reading is an option.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from inspect import signature
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from distill.losses.inputs import check_pair, check_temperature, check_weights, soft_labels, teacher_of
+from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
+from distill.losses.regions import RULES, complementary, pooling_matrix, scale_slices
+from distill.protocols import ModelOutput, Needs, Regions
+
+log = logging.getLogger(__name__)
+
+BASES: dict[str, Callable[..., Tensor]] = {"kd": kd_loss, "dkd": dkd_loss, "nkd": nkd_loss}
+REDUCTIONS = ("mean", "sum")
+
+
+def sdd_loss(
+    student_regions: Tensor,
+    teacher_regions: Tensor,
+    labels: Tensor,
+    base: str = "kd",
+    complementary_weight: float = 2.0,
+    rule: str = "label",
+    reduction: str = "mean",
+    base_options: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """The base loss of every region, complementary regions weighted, over regions and batch: a scalar.
+
+    student_regions, teacher_regions: logits [B, R, K], the global region first; labels int [B] or soft, float [B, K].
+    `base_options` are keyword arguments of the base loss (`temperature`, ...); what is left out takes its default.
+    `rule` is in `regions.complementary`; soft labels have no right or wrong, so the `class` rule then serves, with a note in
+    the log. `reduction`: `mean` over regions and batch (the released code), or `sum` over regions, mean over the batch
+    (eq. 9-10 of the paper): R times as much. Weights are not normalised: the mean is 1 to `complementary_weight` times the
+    plain mean.
+    Computed in float32 (float64 stays), no gradient to the teacher. Raises ValueError for shapes, labels, names and options
+    that cannot be right.
+    """
+    check_choices(base, rule, reduction, base_options)
+    losses, outside = region_losses(student_regions, teacher_regions, labels, base, rule, base_options)
+    return _weighted(losses, outside, complementary_weight, reduction)
+
+
+def region_losses(
+    student_regions: Tensor,
+    teacher_regions: Tensor,
+    labels: Tensor,
+    base: str,
+    rule: str,
+    base_options: Mapping[str, Any] | None,
+) -> tuple[Tensor, Tensor]:
+    """The base loss of each region [B, R], unweighted, and which regions are complementary, bool [B, R]."""
+    check_pair(student_regions, teacher_regions, "region logits", dimensions=3)
+    soft = soft_labels(labels, student_regions[:, 0])
+    if soft and rule == "label":
+        _note_class_rule()
+        rule = "class"
+    options = dict(base_options or {})
+    if base == "kd":
+        losses = kd_loss(student_regions, teacher_regions, **options)
+    else:
+        shape = student_regions.shape if soft else student_regions.shape[:2]
+        losses = BASES[base](student_regions, teacher_regions, labels.unsqueeze(1).expand(shape), **options)
+    return losses, complementary(teacher_regions, labels, rule)
+
+
+def check_choices(base: str, rule: str, reduction: str, base_options: Mapping[str, Any] | None) -> None:
+    """Raises ValueError for a name that does not exist and for an option that the base does not take."""
+    for name, value, allowed in (("base", base, tuple(BASES)), ("rule", rule, RULES), ("reduction", reduction, REDUCTIONS)):
+        if value not in allowed:
+            raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(allowed)}")
+    taken = [name for name in signature(BASES[base]).parameters if name not in ("student_logits", "teacher_logits", "labels")]
+    for name in base_options or {}:
+        if name not in taken:
+            raise ValueError(f"base {base!r} takes no option {name!r}; it takes {', '.join(taken)}")
+
+
+@torch.compiler.assume_constant_result
+def _note_class_rule() -> bool:
+    """Says so once per process: a rule other than the one asked for is not taken in silence."""
+    return _noted_class_rule()
+
+
+@lru_cache(maxsize=1)
+def _noted_class_rule() -> bool:
+    log.warning("soft labels: SDD's rule 'label' needs one class per image, so complementary regions follow rule 'class'")
+    return True
+
+
+def _weighted(losses: Tensor, outside: Tensor, complementary_weight: float, reduction: str) -> Tensor:
+    weights = torch.ones_like(losses).masked_fill(outside, complementary_weight)
+    return _reduce(losses * weights, reduction)
+
+
+def _reduce(losses: Tensor, reduction: str) -> Tensor:
+    return losses.mean() if reduction == "mean" else losses.sum(1).mean()
+
+
+class SDD(nn.Module):
+    """Scale Decoupled Distillation over KD, DKD or NKD (arXiv 2403.13512).
+
+    Args:
+        base: the loss of each region, kd, dkd or nkd.
+        scales: grids of regions, 1 (the whole image) first; (1, 2) for similar, (1, 2, 4) for different architectures.
+        pooling: area (regions partition the image), adaptive (each scale from the full map) or cascade (the released code).
+        complementary_weight: weight of regions that disagree with the whole image; consistent regions weigh 1.
+        rule: what disagreeing means; label (the released code) or class (the paper's text, and always with soft labels).
+        reduction: mean over regions (the released code) or their sum (the paper).
+        temperature: of the base; None is the base's own default.
+        alpha: of dkd; None is its default.
+        beta: of dkd; None is its default.
+        gamma: of nkd; None is its default.
+        mask_target: of nkd; None is its default, False what the released code computes.
+    """
+
+    def __init__(
+        self,
+        base: Literal["kd", "dkd", "nkd"] = "kd",
+        scales: tuple[int, ...] = (1, 2),
+        pooling: Literal["area", "adaptive", "cascade"] = "area",
+        complementary_weight: float = 2.0,
+        rule: Literal["label", "class"] = "label",
+        reduction: Literal["mean", "sum"] = "mean",
+        temperature: float | None = None,
+        alpha: float | None = None,
+        beta: float | None = None,
+        gamma: float | None = None,
+        mask_target: bool | None = None,
+    ) -> None:
+        super().__init__()
+        given = {"temperature": temperature, "alpha": alpha, "beta": beta, "gamma": gamma, "mask_target": mask_target}
+        self.base_options = {name: value for name, value in given.items() if value is not None}
+        check_choices(base, rule, reduction, self.base_options)
+        if temperature is not None:
+            check_temperature(temperature)
+        check_weights(complementary_weight=complementary_weight, alpha=alpha, beta=beta, gamma=gamma)
+        pooling_matrix(1, 1, scales, pooling)  # raises for scales and a pooling that no map can have
+        if scales[0] != 1:
+            raise ValueError(f"scales {list(scales)} must begin with 1, the whole image that regions are compared with")
+        self.base, self.rule, self.reduction = base, rule, reduction
+        self.scales, self.complementary_weight = tuple(scales), complementary_weight
+        self.regions = Regions(scales=self.scales, mode=pooling)
+        self.student_needs = Needs(region_logits=(self.regions,))
+        self.teacher_needs: Needs | None = Needs(region_logits=(self.regions,))
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss; and the share of complementary regions, both kinds' parts of the loss, and the mean loss per scale.
+
+        loss = consistent_loss + complementary_weight * complementary_loss; the means per scale are unweighted.
+        """
+        teacher = teacher_of(teacher, "sdd")
+        mine, theirs = student.region_logits[self.regions], teacher.region_logits[self.regions]
+        losses, outside = region_losses(mine, theirs, labels, self.base, self.rule, self.base_options)
+        loss = _weighted(losses, outside, self.complementary_weight, self.reduction)
+        return loss, self._statistics(losses.detach(), outside)
+
+    def _statistics(self, losses: Tensor, outside: Tensor) -> dict[str, Tensor]:
+        statistics = {
+            "complementary_share": outside.float().mean(),
+            "consistent_loss": _reduce(losses.masked_fill(outside, 0), self.reduction),
+            "complementary_loss": _reduce(losses.masked_fill(~outside, 0), self.reduction),
+        }
+        for scale, where in scale_slices(self.scales).items():
+            statistics[f"loss_scale_{scale}"] = losses[:, where].mean()
+        return statistics

@@ -1,0 +1,226 @@
+"""Students and teachers by timm name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import get_pretrained_cfg, is_model, list_models, list_pretrained
+from torch import nn
+
+from distill.models.backbone import Backbone
+from distill.models.plan import Pooling
+from distill.models.spec import input_spec_of
+from distill.models.weights import classes_in, load_weights, read_class_map, read_config, read_weights
+from distill.protocols import InputSpec, Needs
+
+REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def create_student(
+    name: str,
+    *,
+    num_classes: int,
+    needs: Needs,
+    pooling: Pooling,
+    image_size: int | None = None,
+    drop_rate: float | None = None,
+    drop_path_rate: float | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    class_tokens: str = "attend",
+) -> Backbone:
+    """A student with fresh weights, in training mode.
+
+    image_size: its input, in pixels, where it is not the architecture's own; models of a fixed input size are made for it.
+    `drop_rate` and `drop_path_rate` are timm's; None leaves the architecture's default. model_kwargs: anything else that
+    `timm.create_model` takes for it. class_tokens: see `Backbone`. ValueError where the name is unknown (with the nearest
+    ones), where an argument is not one of the architecture's, or where it cannot give what `needs` asks for.
+    """
+    kwargs = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate, **(model_kwargs or {})}
+    if image_size is not None and _is_fixed(name):
+        kwargs.setdefault("img_size", image_size)
+    model = create_model(name, num_classes=num_classes, **kwargs)
+    spec = _spec_at(model, image_size or kwargs.get("img_size"))
+    return Backbone(model, needs, pooling=pooling, input_spec=spec, name=name, class_tokens=class_tokens).train()
+
+
+def create_teacher(
+    name: str,
+    *,
+    weights: str,
+    num_classes: int,
+    needs: Needs,
+    pooling: Pooling,
+    model_kwargs: Mapping[str, Any] | None = None,
+    class_tokens: str = "attend",
+    class_map: str | None = None,
+) -> Backbone:
+    """A frozen teacher at its own input size and normalisation, in evaluation mode whatever `train()` says.
+
+    weights: "pretrained" (timm's published ones), a .safetensors or .pth file, a folder in timm's layout, or "random" (for
+    tests and measurements). ValueError as in `create_student`, and where the weights are for another number of classes: timm
+    itself would put a fresh random head there without a word. class_map: a file with one line per class of the data, the number
+    of that class among the weights' own; it lets a teacher of other classes (ImageNet-21k) serve data that are some of them.
+    """
+    kwargs = dict(model_kwargs or {})
+    own_classes = num_classes
+    mapped = None
+    if class_map is not None:
+        own_classes = _classes_of_weights(name, weights)
+        mapped = read_class_map(class_map, num_classes, own_classes)
+    if weights == "random":
+        model = create_model(name, num_classes=own_classes, **kwargs)
+    elif weights == "pretrained":
+        model = _published(name, own_classes, kwargs)
+    elif Path(weights).is_dir():
+        model = _from_folder(name, Path(weights), own_classes, kwargs)
+    else:
+        model = create_model(name, num_classes=own_classes, **kwargs)
+        load_weights(model, weights)
+    return Backbone(
+        model,
+        needs,
+        pooling=pooling,
+        input_spec=_spec_at(model, kwargs.get("img_size")),
+        name=name,
+        frozen=True,
+        class_tokens=class_tokens,
+        class_map=mapped,
+    )
+
+
+def _spec_at(model: nn.Module, size: int | tuple[int, int] | None) -> InputSpec:
+    """The model's own input, at another size where one was asked for: timm's cfg keeps the size of the published weights."""
+    spec = input_spec_of(model)
+    if size is None:
+        return spec
+    height, width = (size, size) if isinstance(size, int) else size
+    return replace(spec, height=height, width=width)
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:
+    """`timm.create_model`, with one clear line (ValueError) for an unknown name or an argument it does not take."""
+    check_name(name)
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    while True:
+        try:
+            return timm.create_model(name, **kwargs)
+        except TypeError as error:
+            refused = next((key for key in kwargs if f"'{key}'" in str(error)), None)
+            if refused is None:
+                raise
+            if kwargs[refused] != 0:
+                raise ValueError(f"{refused} {kwargs[refused]}: {name} does not take it; leave it out") from error
+            del kwargs[refused]  # 0 is what an architecture without such a rate does anyway
+
+
+def import_models(path: str | Path) -> None:
+    """Runs a user's Python file that registers architectures in timm's registry, once. ValueError where there is none."""
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; give a Python file that registers models with timm's register_model")
+    name = f"user_models_{file.stem}"
+    if getattr(sys.modules.get(name), "__file__", None) == str(file):
+        return
+    found = importlib.util.spec_from_file_location(name, file)
+    if found is None or found.loader is None:
+        raise ValueError(f"{file}: not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # timm's register_model looks its module up there
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+def check_name(name: str) -> None:
+    """ValueError with the nearest names where timm knows no such architecture or no such tag of it."""
+    if name.startswith(REMOTE):
+        return
+    architecture, _, tag = name.partition(".")
+    if not is_model(architecture):
+        near = difflib.get_close_matches(architecture, list_models(), n=3, cutoff=0.6)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has them all"
+        raise ValueError(f"{name}: no architecture of timm; {hint}")
+    if tag and name not in _tagged(architecture):
+        tags = ", ".join(_tagged(architecture)) or "none"
+        raise ValueError(f"{name}: {architecture} has no weights tagged {tag!r}; its weights are {tags}")
+
+
+def _tagged(architecture: str) -> list[str]:
+    """All published weights of an architecture, as `architecture.tag`."""
+    return [name for name in list_pretrained(f"{architecture}.*") if name.partition(".")[0] == architecture]
+
+
+def _is_fixed(name: str) -> bool:
+    """Whether timm builds this architecture for one input size, and so takes `img_size`."""
+    if name.startswith("local-dir:"):
+        return bool(read_config(name.removeprefix("local-dir:"))["pretrained_cfg"].get("fixed_input_size"))
+    check_name(name)
+    if name.startswith(REMOTE):
+        return False
+    cfg = get_pretrained_cfg(name)
+    return bool(cfg and cfg.fixed_input_size)
+
+
+def _published(name: str, num_classes: int, kwargs: dict[str, Any]) -> nn.Module:
+    """A model with timm's published weights and the head they come with."""
+    check_name(name)
+    if not name.startswith(REMOTE):
+        cfg = get_pretrained_cfg(name)
+        if cfg is None or not cfg.has_weights:
+            raise ValueError(f"{name}: timm publishes no weights for it; give a path, or train it on these data first")
+        _check_classes(name, cfg.num_classes, num_classes)
+    model = create_model(name, pretrained=True, **kwargs)
+    _check_classes(name, int(model.num_classes), num_classes)  # type: ignore[arg-type]
+    return model
+
+
+def _check_classes(name: str, have: int, want: int) -> None:
+    if have == want:
+        return
+    architecture = name.partition(".")[0]
+    others = [] if name.startswith(REMOTE) else [n for n in _tagged(architecture) if _classes_of(n) == want]
+    remedy = f"take {', '.join(others)}" if others else "take other weights, or train it on these data first"
+    what = f"weights for {have} classes" if have else "weights without a classifier (0 classes)"
+    raise ValueError(f"{name}: {what}, the data have {want}; {remedy}")
+
+
+def _classes_of(name: str) -> int:
+    cfg = get_pretrained_cfg(name)
+    return cfg.num_classes if cfg else 0
+
+
+def _classes_of_weights(name: str, weights: str) -> int:
+    """How many classes the weights of a teacher are for, whatever the data have."""
+    check_name(name)
+    if Path(weights).is_dir():
+        return int(read_config(weights).get("num_classes", 0))
+    if name.startswith(REMOTE):
+        raise ValueError(f"{name}: its classes are known only once it is fetched; give a folder or a file beside class_map")
+    cfg = get_pretrained_cfg(name)
+    if weights in ("pretrained", "random"):
+        return cfg.num_classes if cfg else 0
+    return classes_in(read_weights(weights), cfg.classifier if cfg else None) or 0
+
+
+def _from_folder(name: str, folder: Path, num_classes: int, kwargs: dict[str, Any]) -> nn.Module:
+    """A model from a folder that `export_student` or timm's `save_for_hf` wrote, with the input it was trained for."""
+    check_name(name)
+    config = read_config(folder)
+    architecture = name.partition(".")[0]
+    if not name.startswith(REMOTE) and config["architecture"] != architecture:
+        raise ValueError(
+            f"{folder}: holds a {config['architecture']}, not a {architecture}; name the teacher so, or give its weights"
+        )
+    have = int(config.get("num_classes", 0))
+    if have != num_classes:
+        raise ValueError(f"{folder}: weights for {have} classes, the data have {num_classes}; give a teacher of these data")
+    return create_model(f"local-dir:{folder}", pretrained=True, **kwargs)

@@ -1,0 +1,89 @@
+"""What a model gives and costs, without weights: for people who choose a pair, and for the table of all architectures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill.models.backbone import Backbone
+from distill.models.head import perturbed
+from distill.models.layout import Layout
+from distill.models.plan import Pooling
+from distill.models.spec import input_spec_of
+from distill.protocols import InputSpec, Needs
+
+
+@dataclass(frozen=True)
+class Description:
+    """One model as a teacher or student."""
+
+    name: str
+    kind: str
+    """Its class in timm."""
+    parameters: int
+    flops: int
+    """Of one forward pass of one image, a multiplication and an addition counted as two; 0 where not asked for."""
+    input_spec: InputSpec
+    classes_of_weights: int
+    """Of the default weights of this name; 0 for weights without a classifier."""
+    features: str
+    """Form of what the head reads, with the number of prefix tokens."""
+    grid: tuple[int, int]
+    stage_channels: tuple[int, ...]
+    mechanism: str
+    """How region logits are had; "refused" where they are not."""
+    whole_image_difference: float | None
+    head_batchnorms: int
+    refusal: str
+    """Why there are no region logits; empty where there are."""
+
+
+def describe(model: nn.Module, name: str, needs: Needs, pooling: Pooling, *, count_flops: bool = True) -> Description:
+    """The description of a timm model with any weights; `needs` asks for region logits.
+
+    BatchNorm statistics, LayerScale and zero-initialised layers carry noise meanwhile, so that they hide nothing. ValueError
+    where not even logits are to be had.
+    """
+    spec = input_spec_of(model)
+    refusal = ""
+    with perturbed(list(model.modules()), torch.Generator().manual_seed(0)):
+        try:
+            backbone = Backbone(model, needs, pooling=pooling, input_spec=spec, name=name)
+        except ValueError as error:
+            refusal = str(error)
+            backbone = Backbone(model, replace(needs, region_logits=()), pooling=pooling, input_spec=spec, name=name)
+    return Description(
+        name=name,
+        kind=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        flops=_flops(backbone) if count_flops else 0,
+        input_spec=spec,
+        classes_of_weights=int(model.pretrained_cfg.get("num_classes", 0)),  # type: ignore[operator, union-attr]
+        features=_features(backbone.layout),
+        grid=backbone.grid,
+        stage_channels=backbone.stage_channels,
+        mechanism="refused" if refusal else backbone.mechanism,
+        whole_image_difference=backbone.whole_image_difference,
+        head_batchnorms=len(backbone.head_norms),
+        refusal=refusal,
+    )
+
+
+def _flops(backbone: Backbone) -> int:
+    """Of the plain model on one image of its own size."""
+    spec = backbone.input_spec
+    image = torch.zeros(1, 3, spec.height, spec.width)
+    training = backbone.model.training
+    backbone.model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        backbone.model(image)
+    backbone.model.train(training)
+    return int(counter.get_total_flops())
+
+
+def _features(layout: Layout) -> str:
+    parts = [f"{part.form}+{part.prefix}" if part.prefix else part.form for part in layout.parts]
+    return " ".join(parts)

@@ -1,0 +1,106 @@
+"""Weights from files into models, with the reason where they do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads a .safetensors or .pth file, or a folder with `model.safetensors`, into `model`, strictly.
+
+    Files with pickled objects other than tensors and plain containers are refused. A checkpoint that holds an EMA beside the
+    weights gives the EMA, as in timm. ValueError, in one line, where file and model do not fit.
+    """
+    state = read_weights(path)
+    _check_classes(model, state, path)
+    own = model.state_dict()
+    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    if missing or extra:
+        raise ValueError(
+            f"{path}: not the weights of a {_name(model)}; "
+            f"{len(missing)} tensors missing {missing[:3]}, {len(extra)} unknown {extra[:3]}"
+        )
+    odd = [key for key in own if state[key].shape != own[key].shape]
+    if odd:
+        first = f"{odd[0]} is {tuple(state[odd[0]].shape)}, there {tuple(own[odd[0]].shape)}"
+        raise ValueError(f"{path}: {len(odd)} tensors have other shapes than in the {_name(model)}: {first}")
+    model.load_state_dict(state)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a weights file or folder, by name, on the CPU. ValueError where it cannot be read."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / WEIGHTS
+    if not file.is_file():
+        raise ValueError(f"{file}: no such weights; give a .safetensors or .pth file, or a folder with {WEIGHTS}")
+    try:
+        state = load_state_dict(str(file), weights_only=True)
+    except Exception as error:  # every reader has its own exceptions for a broken file; the cause stays attached
+        raise ValueError(f"{file}: cannot be read as weights ({str(error).splitlines()[0]})") from error
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{file}: holds no plain dictionary of tensors; save model.state_dict()")
+    return state
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """`config.json` of a folder in timm's layout. ValueError where it is absent or not one."""
+    file = Path(folder) / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; a model's folder has {CONFIG} and {WEIGHTS}")
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise ValueError(f"{file}: names no architecture; it is not a timm config")
+    return config
+
+
+def _check_classes(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """The most common misfit has its own words: another number of classes."""
+    cfg: Any = getattr(model, "pretrained_cfg", {})
+    classes = classes_in(state, cfg.get("classifier"))
+    if classes is not None and classes != model.num_classes:
+        raise ValueError(f"{path}: weights for {classes} classes, the data have {model.num_classes}")
+
+
+def classes_in(state: dict[str, Tensor], classifier: str | tuple[str, ...] | None) -> int | None:
+    """Rows of the classifier's weight in a state dict, by the classifier's names in timm's cfg; None where it is not there."""
+    for name in (classifier,) if isinstance(classifier, str) else classifier or ():
+        for suffix in ("", ".l", ".linear"):
+            weight = state.get(f"{name}{suffix}.weight")
+            if weight is not None:
+                return len(weight)
+    return None
+
+
+def read_class_map(path: str | Path, num_classes: int, own_classes: int) -> tuple[int, ...]:
+    """For each class of the data the class of the weights: one number per line, `#` starts a comment.
+
+    ValueError where the lines are not as many as the data's classes, or name a class that the weights have not.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"{file}: no such class map; give a file with one class number of the teacher per line")
+    lines = [text for text in (line.partition("#")[0].strip() for line in file.read_text().splitlines()) if text]
+    wrong = next((text for text in lines if not text.isdecimal() or int(text) >= own_classes), None)
+    if wrong is not None:
+        raise ValueError(f"{file}: {wrong!r} is no class of the teacher; its classes are 0 to {own_classes - 1}")
+    if len(lines) != num_classes:
+        raise ValueError(f"{file}: {len(lines)} lines, the data have {num_classes} classes; give one line per class")
+    return tuple(int(text) for text in lines)
+
+
+def _name(model: nn.Module) -> str:
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    return str(cfg.get("architecture") or type(model).__name__)

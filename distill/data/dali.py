@@ -1,0 +1,316 @@
+"""The two loaders on NVIDIA DALI: one graph for CPU and GPU, training and evaluation. The only file that imports it.
+
+The graph has no random state and no reader: bytes, windows and flips come in from the plan (`plan.py`), so a position of
+the stream can be produced at any time. `pipeline.run()` and DALI's own iterators are not used: the iterators do not
+reschedule after a failed batch, and a thin loop lets a jump keep what is in flight.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from distill.data.dali_ops import add_layer
+from distill.data.faults import Quarantine
+from distill.data.header import image_size
+from distill.data.index import ShardIndex
+from distill.data.loaders import eval_loader, train_loader
+from distill.data.plan import Plan, Work, gather
+from distill.data.policy import affine_matrices
+from distill.data.reader import BadSample, SampleReader
+from distill.data.reference import decode
+from distill.data.stream import Position, PositionStream, next_position
+from distill.protocols import Batch
+
+logger = logging.getLogger("distill.data")
+
+IN_FLIGHT = 2
+"""Batches inside DALI; its `prefetch_queue_depth`."""
+AHEAD = 4
+"""Batches read ahead of DALI."""
+RECOVERIES = 8
+"""Failed runs on one batch before the loader gives up; each finds all culprits that PIL finds."""
+READERS = 4
+"""Threads that read, a batch each: the disk has as many requests at a time. POSIX_FADV_WILLNEED on top gained nothing."""
+
+
+def dali_available() -> bool:
+    """Whether DALI is installed here; nothing else in the project needs it."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # no `nvidia` namespace at all
+        return False
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """A batch as DALI is fed with it: encoded images, what to do with each, labels and samples int64 [B]."""
+
+    encoded: list[NDArray[np.uint8]]
+    work: Work
+    labels: NDArray[np.int64]
+    samples: NDArray[np.int64]
+
+
+def build_pipeline(plan: Plan, device: torch.device, num_threads: int) -> Any:
+    """The DALI pipeline: decode a window, resize, slice (black outside), flip, layers -> uint8 NHWC, labels, samples.
+
+    On a GPU the decoder is `mixed` with the CPU's chroma upsampling, on the CPU all is CPU. EXIF rotation is not applied.
+    """
+    from nvidia.dali import fn, math, pipeline_def, types
+
+    modules = SimpleNamespace(fn=fn, math=math, types=types)
+    decoder = "mixed" if device.type == "cuda" else "cpu"
+
+    def source(name: str, dtype: Any, ndim: int) -> Any:
+        return fn.external_source(name=name, dtype=dtype, ndim=ndim)
+
+    @pipeline_def(enable_conditionals=plan.num_layers > 0)
+    def graph() -> Any:
+        images = fn.decoders.image_slice(
+            source("encoded", types.UINT8, 1),
+            start=source("window_start", types.INT32, 1),
+            shape=source("window_shape", types.INT32, 1),
+            axes=(0, 1),
+            device=decoder,
+            output_type=types.RGB,
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+        )
+        if plan.resizes:
+            filters = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+            size = source("resized", types.FLOAT, 1) if plan.slices else plan.size
+            images = fn.resize(images, size=size, interp_type=filters[plan.interpolation], antialias=True)
+        if plan.slices:
+            anchor = source("anchor", types.INT32, 1)
+            images = fn.slice(images, start=anchor, shape=plan.size, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
+        images = fn.flip(images, horizontal=source("flip", types.INT32, 0))
+        for layer in range(plan.num_layers):
+            operation = source(f"operation{layer}", types.INT32, 0)
+            argument = source(f"argument{layer}", types.FLOAT, 0)
+            images = add_layer(modules, images, operation, argument, source(f"matrix{layer}", types.FLOAT, 2), plan.fill)
+        return images, source("labels", types.INT64, 0), source("samples", types.INT64, 0)
+
+    pipeline = graph(
+        batch_size=plan.batch_size, num_threads=num_threads, device_id=gpu_number(device), prefetch_queue_depth=IN_FLIGHT
+    )
+    pipeline.build()
+    return pipeline
+
+
+def feed(pipeline: Any, plan: Plan, batch: HostBatch) -> None:
+    """Hands one batch to every input that the graph of `plan` has."""
+    work = batch.work
+    pipeline.feed_input("encoded", batch.encoded)
+    pipeline.feed_input("window_start", work.windows[:, :2].astype(np.int32))
+    pipeline.feed_input("window_shape", work.windows[:, 2:].astype(np.int32))
+    if plan.resizes and plan.slices:
+        pipeline.feed_input("resized", work.resized.astype(np.float32))
+    if plan.slices:
+        pipeline.feed_input("anchor", work.anchors.astype(np.int32))
+    pipeline.feed_input("flip", work.flips)
+    for layer in range(plan.num_layers):
+        operations, arguments = work.operations[:, layer], work.arguments[:, layer]
+        pipeline.feed_input(f"operation{layer}", np.ascontiguousarray(operations))
+        pipeline.feed_input(f"argument{layer}", np.ascontiguousarray(arguments))
+        matrices = affine_matrices(operations, arguments, plan.size)
+        pipeline.feed_input(f"matrix{layer}", matrices.astype(np.float32))
+    pipeline.feed_input("labels", batch.labels)
+    pipeline.feed_input("samples", batch.samples)
+
+
+class DaliStream:
+    """Batches of a plan through one pipeline: `take(position)` keeps what is in flight where the position is the next one."""
+
+    def __init__(self, index: ShardIndex, plan: Plan, quarantine: Quarantine, device: torch.device, num_threads: int) -> None:
+        self._index = index
+        self._plan = plan
+        self._quarantine = quarantine
+        self._device = device
+        self._num_threads = num_threads
+        self._reader = SampleReader(index)
+        self._host = PositionStream(self._read, plan.batches_per_epoch, depth=AHEAD, workers=READERS)
+        self._in_flight: deque[tuple[Position, HostBatch]] = deque()
+        self._pipeline: Any = None
+        self._started = False
+        self._build()
+
+    def take(self, position: Position) -> Batch:
+        """The batch at this position. Raises TooManyFaults, ShardLost, and RuntimeError where DALI fails without a culprit."""
+        if self._in_flight and self._in_flight[0][0] != position:
+            self._drain()
+        self._fill(position)
+        for _ in range(RECOVERIES):
+            try:
+                outputs = self._pipeline.share_outputs()
+            except RuntimeError as error:
+                self._recover(str(error))
+                continue
+            self._in_flight.popleft()
+            return self._copied(outputs)
+        raise RuntimeError(f"DALI failed {RECOVERIES} times on epoch {position.epoch}, micro-batch {position.micro}")
+
+    def close(self) -> None:
+        """Stops the threads and gives the pipeline's memory back; calling it twice is harmless."""
+        self._host.close()
+        self._reader.close()
+        self._in_flight.clear()
+        self._pipeline = None
+
+    def _build(self) -> None:
+        self._pipeline = build_pipeline(self._plan, self._device, self._num_threads)
+        self._started = False
+
+    def _fill(self, position: Position) -> None:
+        while len(self._in_flight) < IN_FLIGHT:
+            if self._in_flight:
+                position = next_position(self._in_flight[-1][0], self._plan.batches_per_epoch)
+            batch = self._host.take(position)
+            self._in_flight.append((position, batch))
+            feed(self._pipeline, self._plan, batch)
+            if self._started:
+                self._pipeline.schedule_run()
+        self._start()
+
+    def _start(self) -> None:
+        """DALI's first schedule_run starts as many runs as its queue is deep, so all of them must have been fed before."""
+        if not self._started:
+            self._pipeline.schedule_run()
+            self._started = True
+
+    def _drain(self) -> None:
+        while self._in_flight:
+            self._in_flight.popleft()
+            try:
+                self._pipeline.share_outputs()
+            except RuntimeError:  # a bad image in a batch that nobody asked for: it is found when somebody does
+                self._in_flight.clear()
+                self._build()
+            else:
+                self._pipeline.release_outputs()
+
+    def _recover(self, error: str) -> None:
+        """After a failed run: the batch at the front without what made it fail, in a new pipeline, with all in flight again.
+
+        A new pipeline, because what DALI promises of one that failed is only that it is invalid.
+        """
+        position, batch = self._in_flight.popleft()
+        repaired = self._repaired(position, batch, error)
+        self._in_flight.appendleft((position, repaired))
+        self._build()
+        for _, each in self._in_flight:
+            feed(self._pipeline, self._plan, each)
+        self._start()
+
+    def _repaired(self, position: Position, batch: HostBatch, error: str) -> HostBatch:
+        bad = False
+        for data, sample in zip(batch.encoded, batch.samples.tolist(), strict=True):
+            try:
+                decode(data.tobytes())
+            except BadSample as reason:
+                self._quarantine.add(sample, str(reason), position)
+                bad = True
+        if bad:
+            return self._read(position)
+        converted = [self._dali_decodes(data) for data in batch.encoded]
+        if all(converted):
+            raise RuntimeError(f"DALI failed on a batch of which it decodes every image: {error}")
+        for sample, fine in zip(batch.samples.tolist(), converted, strict=True):
+            if not fine:
+                logger.warning("sample %d (%s): DALI cannot decode it, PIL can; used PIL", sample, self._index.key(sample))
+        encoded = [data if fine else as_png(data) for data, fine in zip(batch.encoded, converted, strict=True)]
+        return replace(batch, encoded=encoded)
+
+    def _dali_decodes(self, data: NDArray[np.uint8]) -> bool:
+        from nvidia.dali import Pipeline, fn, types
+
+        on_gpu = self._device.type == "cuda"
+        pipeline = Pipeline(batch_size=1, num_threads=1, device_id=gpu_number(self._device), prefetch_queue_depth=1)
+        with pipeline:
+            source = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            pipeline.set_outputs(fn.decoders.image(source, device="mixed" if on_gpu else "cpu", adjust_orientation=False))
+        pipeline.build()
+        pipeline.feed_input("encoded", [data])
+        try:
+            pipeline.run()
+        except RuntimeError:
+            return False
+        return True
+
+    def _copied(self, outputs: Any) -> Batch:
+        images, labels, samples = outputs
+        # clone: DALI writes its next batch into the same buffers once they are released
+        pixels = torch.from_dlpack(images.as_tensor()).clone()
+        ids = torch.from_numpy(np.array(samples.as_tensor()))
+        target = torch.from_numpy(np.array(labels.as_tensor()))
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # the clone must be done before the release
+        self._pipeline.release_outputs()
+        return Batch(pixels, target.to(self._device), ids)
+
+    def _read(self, position: Position) -> HostBatch:
+        def read(sample: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+            data = self._reader.read(sample)
+            try:
+                return data, image_size(data.data)
+            except ValueError as error:
+                raise BadSample(str(error)) from error
+
+        loaded, samples = gather(self._plan, position, self._quarantine, read)
+        work = self._plan.work(position, np.array([size for _, size in loaded], np.int64))
+        labels = self._index.records["label"][samples].astype(np.int64)
+        return HostBatch([data for data, _ in loaded], work, labels, samples)
+
+
+def as_png(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """An image that PIL decodes and DALI does not (GIF, AVIF), in a format that both do; the pixels are the same."""
+    encoded = io.BytesIO()
+    decode(data.tobytes()).save(encoded, "PNG")
+    return np.frombuffer(encoded.getvalue(), np.uint8)
+
+
+def gpu_number(device: torch.device) -> int | None:
+    """DALI's `device_id`: None is its CPU backend."""
+    if device.type != "cuda":
+        return None
+    return device.index if device.index is not None else torch.cuda.current_device()
+
+
+class DaliLoader:
+    """A `Loader` that follows `plan` through DALI, on the GPU where `device` is one."""
+
+    def __init__(self, index: ShardIndex, plan: Plan, quarantine: Quarantine, device: torch.device, num_threads: int) -> None:
+        index.spot_check()
+        self.num_samples = index.num_samples
+        self.batches_per_epoch = plan.batches_per_epoch
+        self.quarantine = quarantine
+        self._stream = DaliStream(index, plan, quarantine, device, num_threads)
+
+    @property
+    def bad_samples(self) -> int:
+        """Samples that this process found bad so far."""
+        return self.quarantine.found_here
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The micro-batches of this epoch from number `start` on."""
+        for micro in range(start, self.batches_per_epoch):
+            yield self._stream.take(Position(epoch, micro))
+
+    def close(self) -> None:
+        """Gives files, threads and device memory back; calling it twice is harmless."""
+        self._stream.close()
+
+
+DaliTrainLoader = partial(train_loader, DaliLoader)
+DaliEvalLoader = partial(eval_loader, DaliLoader)

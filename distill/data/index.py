@@ -1,0 +1,240 @@
+"""The shard index and the manifest of one split: schema, writing, opening, checking.
+
+A split is a folder with `manifest.json`, `index.npy` and its shards (uncompressed tar files in the WebDataset layout). The
+index has one fixed-size row per sample, in shard order, and is memory-mapped: 24 bytes a sample, 31 MB at 1.28 million,
+shared by all processes of a machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+INDEX = "index.npy"
+TAR_BLOCK = 512
+
+RECORD = np.dtype([("offset", "<u8"), ("shard", "<u4"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4")])
+"""One sample: `size` bytes of encoded image at `offset` of shard number `shard`; 24 bytes."""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the manifest says of one shard."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes aside, syncs, renames: after a crash `path` has its old content or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def json_bytes(value: object) -> bytes:
+    """Readable JSON whose bytes depend on the value alone."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def write_split(
+    folder: Path,
+    shards: Sequence[ShardInfo],
+    records: NDArray[np.void],
+    class_names: Sequence[str],
+    *,
+    root: str = ".",
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes `index.npy`, then `manifest.json` last: a split without a manifest is unfinished.
+
+    `records` has dtype `RECORD`, sorted by shard, as many rows as the shards have samples. `root` is where the shards lie,
+    absolute or relative to `folder`. `extra` goes into the manifest beside our own keys (source, options, tool versions).
+    """
+    held = sum(shard.samples for shard in shards)
+    if len(records) != held:
+        raise ValueError(f"{folder}: {len(records)} index rows for shards that hold {held} samples")
+    aside = folder / f".{INDEX}.{os.getpid()}.tmp"
+    with aside.open("wb") as file:
+        np.lib.format.write_array(file, np.ascontiguousarray(records), version=(1, 0))
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(folder / INDEX)
+    manifest = {
+        "format": FORMAT,
+        "num_samples": len(records),
+        "num_classes": len(class_names),
+        "root": root,
+        "index_sha256": file_sha256(folder / INDEX),
+        **(extra or {}),
+        "shards": [asdict(shard) for shard in shards],
+        "class_names": list(class_names),
+    }
+    write_atomically(folder / MANIFEST, json_bytes(manifest))
+
+
+class ShardIndex:
+    """The samples of one split: where each lies, its label, its checksum. Made by `ShardIndex.open`."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], records: NDArray[np.void]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.records = records
+        self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
+        self.shards = tuple(ShardInfo(**shard) for shard in manifest["shards"])
+        self.digest: str = manifest["index_sha256"]
+        """Identifies the split: sha256 of the index, which holds every sample's checksum."""
+        root = folder / manifest["root"]
+        self._paths = tuple(root / shard.name for shard in self.shards)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> ShardIndex:
+        """The index of the split in `folder`, after every shard's size was compared with the manifest (stat only).
+
+        Raises ValueError, naming folder or shard and the remedy, where the folder is no prepared split, where the index is
+        not the one that the manifest describes, and where a shard is missing or has another size.
+        """
+        index = cls.load(folder)
+        index._check_sizes()
+        return index
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> ShardIndex:
+        """The index without a look at the shards, for checks that report every defect. Raises ValueError as `open` does."""
+        path = Path(folder)
+        manifest = _read_manifest(path)
+        return cls(path, manifest, _map_records(path, manifest))
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the split."""
+        return len(self.records)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the split's class map; a class may have no sample here."""
+        return len(self.class_names)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """int64 [num_samples], a copy."""
+        return self.records["label"].astype(np.int64)
+
+    def shard_path(self, shard: int) -> Path:
+        """Where shard number `shard` lies."""
+        return self._paths[shard]
+
+    def key(self, sample: int) -> str:
+        """The sample's key, read from its tar header (so it costs a read: for reports)."""
+        record = self.records[sample]
+        header = self._header(int(record["shard"]), int(record["offset"]))
+        return member_key(header.name)
+
+    def spot_check(self) -> None:
+        """Compares the first sample of every shard with its checksum: finds shards replaced by others of the same size.
+
+        Costs one small read per shard. Raises ValueError naming the shard.
+        """
+        first = np.cumsum([0, *(shard.samples for shard in self.shards)])
+        for number, shard in enumerate(self.shards):
+            if shard.samples == 0:
+                continue
+            record = self.records[first[number]]
+            with self._paths[number].open("rb") as file:
+                file.seek(int(record["offset"]))
+                found = zlib.crc32(file.read(int(record["size"])))
+            if found != int(record["crc32"]):
+                raise ValueError(
+                    f"{self._paths[number]}: its first image has checksum {found:08x}, the index says "
+                    f"{int(record['crc32']):08x}: the shard was replaced or damaged; restore it or prepare the split again"
+                )
+
+    def _header(self, shard: int, offset: int) -> tarfile.TarInfo:
+        with self._paths[shard].open("rb") as file:
+            file.seek(offset - TAR_BLOCK)
+            return tarfile.TarInfo.frombuf(file.read(TAR_BLOCK), "utf-8", "surrogateescape")
+
+    def _check_sizes(self) -> None:
+        for path, shard in zip(self._paths, self.shards, strict=True):
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise ValueError(
+                    f"{path}: shard is missing ({error.strerror}); copy it again or prepare {self.folder} again"
+                ) from error
+            if size != shard.bytes:
+                raise ValueError(
+                    f"{path}: shard has {size} bytes, the manifest says {shard.bytes}; "
+                    f"copy it again or prepare {self.folder} again"
+                )
+
+
+def member_key(name: str) -> str:
+    """A WebDataset key: the member's name up to the first dot after its last slash."""
+    head, slash, tail = name.rpartition("/")
+    return head + slash + tail.split(".", 1)[0]
+
+
+def _read_manifest(folder: Path) -> Mapping[str, Any]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; make it with `python shards/prepare.py SOURCE ... --out DIR`")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError as error:
+        splits = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+        hint = (
+            f"its splits are {', '.join(splits)}: name one of them, as {folder / splits[0]}"
+            if splits
+            else "prepare it, or let an unfinished preparation finish, with `python shards/prepare.py`"
+        )
+        raise ValueError(f"{folder}: no {MANIFEST} in it, so this is no finished split; {hint}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / MANIFEST}: not readable as JSON ({error}); prepare the split again") from error
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{folder / MANIFEST}: format {manifest.get('format')}, this version reads {FORMAT}; prepare again")
+    return manifest
+
+
+def _map_records(folder: Path, manifest: Mapping[str, Any]) -> NDArray[np.void]:
+    path = folder / INDEX
+    if not path.is_file():
+        raise ValueError(f"{path}: the index is missing; prepare the split again")
+    if (found := file_sha256(path)) != manifest["index_sha256"]:
+        raise ValueError(
+            f"{path}: sha256 {found[:12]}..., the manifest says {manifest['index_sha256'][:12]}...; prepare the split again"
+        )
+    if manifest["num_samples"] == 0:  # an empty array cannot be mapped
+        return np.zeros(0, RECORD)
+    records = np.load(path, mmap_mode="r")
+    if records.dtype != RECORD or len(records) != manifest["num_samples"]:
+        raise ValueError(
+            f"{path}: {len(records)} rows of {records.dtype}, the manifest says {manifest['num_samples']} samples; "
+            "prepare the split again"
+        )
+    return records

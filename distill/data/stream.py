@@ -1,0 +1,62 @@
+"""Produces the items of an endless sequence of epochs ahead of time, from any position, in background threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, NamedTuple, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Position(NamedTuple):
+    """A micro-batch of one process: its epoch and its number within it."""
+
+    epoch: int
+    micro: int
+
+
+def next_position(position: Position, per_epoch: int) -> Position:
+    """The position after this one; the last of an epoch is followed by the first of the next."""
+    if position.micro + 1 < per_epoch:
+        return Position(position.epoch, position.micro + 1)
+    return Position(position.epoch + 1, 0)
+
+
+class PositionStream(Generic[Item]):
+    """`take(position)` is `produce(position)`, computed ahead for the positions that follow.
+
+    `produce` is a pure function of the position and is called from `workers` threads, up to `depth` positions ahead. A jump
+    to another position throws away what was produced ahead; no other position costs anything. An exception of `produce`
+    comes out of the `take` of its own position.
+    """
+
+    def __init__(self, produce: Callable[[Position], Item], per_epoch: int, *, depth: int, workers: int) -> None:
+        self._produce = produce
+        self._per_epoch = per_epoch
+        self._depth = depth
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="distill-data")
+        self._ahead: deque[tuple[Position, Future[Item]]] = deque()
+
+    def take(self, position: Position) -> Item:
+        """The item at this position."""
+        if not self._ahead or self._ahead[0][0] != position:
+            self._drop()
+            self._submit(position)
+        while len(self._ahead) <= self._depth:
+            self._submit(next_position(self._ahead[-1][0], self._per_epoch))
+        return self._ahead.popleft()[1].result()
+
+    def _submit(self, position: Position) -> None:
+        self._ahead.append((position, self._pool.submit(self._produce, position)))
+
+    def _drop(self) -> None:
+        for _, future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+
+    def close(self) -> None:
+        """Stops the threads after their present item; calling it twice is harmless."""
+        self._drop()
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,102 @@
+"""One image's way into a shard: decoded once in full, kept as it is, repaired without loss, or refused with a reason."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from distill.data.reader import TAIL
+
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Formats whose bytes are kept; every other readable format becomes a PNG with the same pixels."""
+EXIF_ORIENTATION = 0x0112
+
+
+class Unclean(ValueError):
+    """The bytes are no image that can be repaired without loss; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class Clean:
+    """An image ready for a shard, and what was noted or done on the way."""
+
+    data: bytes
+    extension: str
+    notes: tuple[str, ...] = ()
+
+
+def clean_image(data: bytes, resize_short: int | None = None, quality: int = 90) -> Clean:
+    """The image decoded in full and made fit for a shard; raises Unclean where that is not possible.
+
+    Kept bit for bit: 8-bit JPEG (grey or RGB), PNG and WebP. Re-encoded as PNG with the same pixels: CMYK JPEG, 16-bit
+    images (scaled to 8 bits), every other format (its first frame). `resize_short` shrinks an image whose shorter side is
+    larger and encodes it as JPEG of `quality`; that is a loss, for training splits of slow machines.
+    """
+    if not data:
+        raise Unclean("zero bytes")
+    image, kind = _decode(data)
+    notes = _notes(image, kind)
+    if resize_short is not None and min(image.size) > resize_short:
+        return Clean(_shrunk(image, resize_short, quality), "jpg", notes)
+    if kind not in EXTENSIONS:
+        return Clean(_as_png(image), "png", (*notes, f"{kind} re-encoded as PNG"))
+    if image.mode == "CMYK":
+        return Clean(_as_png(image), "png", (*notes, "CMYK re-encoded as RGB PNG"))
+    if image.mode.startswith("I"):
+        return Clean(_as_png(image), "png", (*notes, "16-bit re-encoded as 8-bit PNG"))
+    if EXTENSIONS[kind] == "jpg" and b"\xff\xd9" not in data[-TAIL:]:
+        return Clean(_as_png(image), "png", (*notes, "JPEG without an end marker near its end re-encoded as PNG"))
+    return Clean(data, EXTENSIONS[kind], notes)
+
+
+def _decode(data: bytes) -> tuple[Image.Image, str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            image.load()
+    except UnidentifiedImageError as error:  # its text holds a memory address
+        raise Unclean(f"not an image: starts with {data[:8]!r}") from error
+    except Exception as error:  # PIL raises many types for broken files; each is a reason to refuse this one image
+        raise Unclean(f"does not decode: {type(error).__name__}: {error}"[:200]) from error
+    return image, image.format or "unknown"
+
+
+def _notes(image: Image.Image, kind: str) -> tuple[str, ...]:
+    notes = []
+    if "exif" in image.info:
+        try:
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        except Exception as error:  # a damaged EXIF block does not make the pixels wrong
+            notes.append(f"unreadable EXIF: {type(error).__name__}")
+        else:
+            if orientation != 1:
+                notes.append(f"EXIF orientation {orientation}, pixels kept as stored")
+    if (kind == "PNG" and "transparency" in image.info) or image.mode in ("RGBA", "LA"):
+        notes.append("transparency dropped when read")
+    return tuple(notes)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits: PIL's convert clips, so scale
+        array = np.asarray(image).astype(np.int64)
+        return Image.fromarray((np.clip(array, 0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _as_png(image: Image.Image) -> bytes:
+    encoded = io.BytesIO()
+    _rgb(image).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def _shrunk(image: Image.Image, short: int, quality: int) -> bytes:
+    factor = short / min(image.size)
+    size = (max(short, round(image.width * factor)), max(short, round(image.height * factor)))
+    encoded = io.BytesIO()
+    _rgb(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0).save(encoded, "JPEG", quality=quality)
+    return encoded.getvalue()

@@ -1,0 +1,180 @@
+"""What a source is made of before anything is read: splits of labelled items, each with a way to get its bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+KEY_LENGTH = 90
+"""A USTAR name has 100 bytes; the longest of our extensions, `.jpeg`, and a counter must fit behind the key."""
+
+
+class SourceChanged(RuntimeError):
+    """A source file is not what it was when the preparation was planned."""
+
+
+class FileRef(NamedTuple):
+    """A whole file, as it was when it was listed."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+    def read(self) -> bytes:
+        """The file's bytes; raises OSError, or SourceChanged where size or time differ from the listing."""
+        path = Path(self.path)
+        data = path.read_bytes()
+        stat = path.stat()
+        if (len(data), stat.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise SourceChanged(
+                f"{self.path}: changed while it was prepared ({len(data)} bytes, {self.size} when listed); start again"
+            )
+        return data
+
+    def name(self) -> str:
+        """For reports."""
+        return self.path
+
+
+class RangeRef(NamedTuple):
+    """A part of a file: a member of an archive that is read without extracting it."""
+
+    path: str
+    offset: int
+    size: int
+    member: str
+
+    def read(self) -> bytes:
+        """The part's bytes; raises OSError, or SourceChanged where the archive became shorter."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if len(data) != self.size:
+            raise SourceChanged(f"{self.path}: ends inside of {self.member}; the archive is truncated, fetch it again")
+        return data
+
+    def name(self) -> str:
+        """For reports."""
+        return f"{self.path}:{self.member}"
+
+
+class PixelsRef(NamedTuple):
+    """Pixels that are not an image file yet: uint8 RGB, row by row, to be encoded as `kind` (`PNG` or `JPEG`)."""
+
+    pixels: bytes
+    height: int
+    width: int
+    kind: str
+    label: str
+
+    def read(self) -> bytes:
+        """The encoded image. JPEG with quality 95 and full chroma."""
+        array = np.frombuffer(self.pixels, np.uint8).reshape(self.height, self.width, 3)
+        encoded = io.BytesIO()
+        options = {"quality": 95, "subsampling": 0} if self.kind == "JPEG" else {}
+        Image.fromarray(array).save(encoded, self.kind, **options)
+        return encoded.getvalue()
+
+    def name(self) -> str:
+        """For reports."""
+        return self.label
+
+
+class BytesRef(NamedTuple):
+    """An image file that is already in memory: out of a compressed archive."""
+
+    data: bytes
+    label: str
+
+    def read(self) -> bytes:
+        """The bytes."""
+        return self.data
+
+    def name(self) -> str:
+        """For reports."""
+        return self.label
+
+
+Ref = FileRef | RangeRef | PixelsRef | BytesRef
+
+
+class Item(NamedTuple):
+    """One sample to be: its key in the shards, its class, its bytes."""
+
+    key: str
+    label: int
+    ref: Ref
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a source. `class_names` is the same for all splits of a source: sorted names of the training split."""
+
+    class_names: tuple[str, ...]
+    items: Sequence[Item]
+    ignored: int = 0
+    """Files beside the images that are no images by their name."""
+
+    def digest(self) -> str:
+        """Hex sha256 of what is to be prepared: keys, labels, sizes and names, not the files' times."""
+        sha = hashlib.sha256("\n".join(self.class_names).encode())
+        for item in self.items:
+            sha.update(f"\n{item.key} {item.label} ".encode())
+            if isinstance(item.ref, (FileRef, RangeRef)):
+                sha.update(str(item.ref.size).encode())
+            else:
+                sha.update(item.ref.pixels if isinstance(item.ref, PixelsRef) else item.ref.data)
+        return sha.hexdigest()
+
+    def stamp(self) -> str:
+        """Hex sha256 of the times of the source files: tells a source that was touched since."""
+        sha = hashlib.sha256()
+        archives: dict[str, int] = {}
+        for item in self.items:
+            if isinstance(item.ref, FileRef):
+                sha.update(item.ref.mtime_ns.to_bytes(8, "little", signed=True))
+            elif isinstance(item.ref, RangeRef) and item.ref.path not in archives:
+                archives[item.ref.path] = Path(item.ref.path).stat().st_mtime_ns
+        for path in sorted(archives):
+            sha.update(archives[path].to_bytes(8, "little", signed=True))
+        return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `prepare` works on: splits by name, and where they come from, for the manifest."""
+
+    kind: str
+    splits: dict[str, Split]
+    origin: dict[str, str] = field(default_factory=dict)
+
+
+def clean_key(text: str) -> str:
+    """A key that every WebDataset reader takes: letters, digits, `_`, `-`; at most `KEY_LENGTH` of them."""
+    key = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-") or "sample"
+    if len(key) > KEY_LENGTH:
+        key = f"{key[: KEY_LENGTH - 13]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return key
+
+
+def unique_keys(texts: Iterable[str]) -> list[str]:
+    """`clean_key` of each text, with `-2`, `-3`, ... behind a key that came before."""
+    seen: set[str] = set()
+    keys = []
+    for text in texts:
+        base = key = clean_key(text)
+        number = 1
+        while key in seen:
+            number += 1
+            key = f"{base}-{number}"
+        seen.add(key)
+        keys.append(key)
+    return keys

@@ -1,0 +1,90 @@
+"""The unit of work, one shard, and the marker that says it is done; jobs travel to worker processes and machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.data.index import ShardInfo, json_bytes, write_atomically
+from shards.items import Item
+
+PARTS = ".parts"
+"""Folder of the markers and index rows of finished shards, below the split's; it goes when the split is finished."""
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """Everything that makes one shard, so that any worker on any machine can: the shard is a pure function of it."""
+
+    folder: str
+    number: int
+    name: str
+    items: Sequence[Item]
+    resize_short: int | None = None
+    quality: int = 90
+
+
+@dataclass(frozen=True)
+class IndexJob:
+    """Everything that indexes one existing shard."""
+
+    folder: str
+    number: int
+    name: str
+    path: str
+    json_label: str | None
+    """The field of the sample's .json that holds the label; None for the .cls file."""
+
+
+Job = ShardJob | IndexJob
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What came of one job; kept as the shard's marker."""
+
+    number: int
+    shard: ShardInfo
+    read_bytes: int
+    read_samples: int
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+    """Refused images: key, source, label and reason of each."""
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    """Images that were repaired, or of which something is worth knowing: key, source and note of each."""
+
+
+def shard_path(job: Job) -> Path:
+    """Where the job's shard lies, or will lie."""
+    return Path(job.folder) / job.name if isinstance(job, ShardJob) else Path(job.path)
+
+
+def read_marker(job: Job) -> ShardResult | None:
+    """The marker of a job that is done and whose shard has the size that it says; None for any other."""
+    try:
+        content = json.loads(_marker_path(job).read_text())
+        result = ShardResult(**{**content, "shard": ShardInfo(**content["shard"])})
+        finished = result.shard.name == job.name and shard_path(job).stat().st_size == result.shard.bytes
+    except FileNotFoundError:
+        return None
+    return result if finished else None
+
+
+def write_marker(job: Job, result: ShardResult, records: NDArray[np.void]) -> None:
+    """Declares the job done: its index rows, then the marker last."""
+    write_atomically(rows_path(Path(job.folder), job.number), records.tobytes())
+    write_atomically(_marker_path(job), json_bytes(asdict(result)))
+
+
+def rows_path(folder: Path, number: int) -> Path:
+    """Where the index rows of a finished shard wait for the others."""
+    return folder / PARTS / f"{number}.rows"
+
+
+def _marker_path(job: Job) -> Path:
+    return Path(job.folder) / PARTS / f"{job.number}.json"

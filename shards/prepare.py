@@ -1,0 +1,207 @@
+#!/usr/bin/env python
+"""Images to WebDataset shards with an index and a manifest: `python shards/prepare.py SOURCE ... --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: the repository root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from distill.data.index import ShardIndex
+from shards.archives import cifar_source, cub200_source, imagenet_source
+from shards.engine import Runner, WorkersLost, run_jobs, run_jobs_on_ray
+from shards.items import Source, SourceChanged
+from shards.preparation import Options, SplitSummary, index_existing, prepare, split_folders, split_jobs
+from shards.show import describe, write_sheet
+from shards.sources import digits_source, folder_source
+from shards.tarwalk import BrokenTar
+from shards.verify import find_split_folders, verify_split
+
+EPILOG = """examples:
+  python shards/prepare.py digits --out data/digits
+  python shards/prepare.py folder --source images --out data/mine --shards 16 --workers 4
+  python shards/prepare.py imagenet --source archives --out data/imagenet --workers 16
+  python shards/prepare.py wds --source imagenet-1k-wds --out data/imagenet
+  python shards/prepare.py verify data/mine --full
+A source with several splits gives DIR/train and DIR/val, one with a single split gives it in DIR.
+Started again after a stop, it makes only what is missing. Exit code: 0 done, 1 failed (or defects found), 2 bad request."""
+
+SOURCES = {
+    "folder": ("a folder of images, CLASS/NAME.jpg, or train/ and val/ (or test/) of these", "IMAGES"),
+    "imagenet": ("the official ILSVRC2012 archives, read without unpacking", "FOLDER"),
+    "cifar10": ("the official python archive of CIFAR-10", "ARCHIVE"),
+    "cifar100": ("the official python archive of CIFAR-100", "ARCHIVE"),
+    "cub200": ("the official archive of CUB-200-2011", "ARCHIVE"),
+    "digits": ("the 1,797 scans that scikit-learn embeds, as 32x32 JPEG files", ""),
+    "wds": ("existing WebDataset shards: indexed and verified, not changed", "FOLDER"),
+}
+DIGITS_SHARDS = 4
+
+
+def prepare_digits(out: Path, *, progress: bool = False) -> list[SplitSummary]:
+    """The embedded digits as `out/train` and `out/val`; a quick no-op where they are finished."""
+    return prepare(digits_source(), out, Options(shards=DIGITS_SHARDS), progress=progress)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one request; its exit code."""
+    parsed = _parser().parse_args(arguments)
+    commands = {"verify": _verify, "show": _show, "wds": _index}
+    try:
+        return commands.get(parsed.command, _prepare)(parsed)
+    except BrokenTar as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return 2
+    except (OSError, SourceChanged, WorkersLost) as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return 1
+
+
+def _prepare(parsed: argparse.Namespace) -> int:
+    if parsed.command == "digits" and parsed.shards is None:
+        parsed.shards = DIGITS_SHARDS
+    started = time.monotonic()
+    source = _source(parsed)
+    options = Options(**{name: getattr(parsed, name) for name in Options.__dataclass_fields__})
+    if parsed.dry_run:
+        _print_plan(source, parsed.out, options)
+        return 0
+    _print_summaries(prepare(source, parsed.out, options, _runner(parsed)), time.monotonic() - started)
+    return 0
+
+
+def _source(parsed: argparse.Namespace) -> Source:
+    match parsed.command:
+        case "digits":
+            return digits_source()
+        case "imagenet":
+            return imagenet_source(parsed.source)
+        case "cifar10" | "cifar100":
+            return cifar_source(parsed.source, int(parsed.command.removeprefix("cifar")))
+        case "cub200":
+            return cub200_source(parsed.source)
+        case _:
+            return folder_source(parsed.source)
+
+
+def _runner(parsed: argparse.Namespace) -> Runner:
+    if parsed.engine == "ray":
+        return partial(run_jobs_on_ray, address=parsed.address)
+    if parsed.address is not None:
+        raise ValueError(f"--address {parsed.address}: only with --engine ray")
+    return partial(run_jobs, workers=parsed.workers)
+
+
+def _index(parsed: argparse.Namespace) -> int:
+    started = time.monotonic()
+    names = None if parsed.class_names is None else parsed.class_names.read_text().split("\n")
+    if names is not None and names[-1] == "":
+        names.pop()
+    summaries = index_existing(parsed.source, parsed.out, json_label=parsed.json_label, class_names=names, run=_runner(parsed))
+    _print_summaries(summaries, time.monotonic() - started)
+    return 0
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    defects = 0
+    for folder in find_split_folders(parsed.folder):
+        for defect in verify_split(folder, None if parsed.full else parsed.decodes):
+            defects += 1
+            print(defect)
+    print(f"{parsed.folder}: {defects} defects" if defects else f"{parsed.folder}: no defects")
+    return 1 if defects else 0
+
+
+def _show(parsed: argparse.Namespace) -> int:
+    indices = [ShardIndex.open(folder) for folder in find_split_folders(parsed.folder)]
+    for index in indices:
+        print(describe(index))
+    sheet = parsed.sheet or parsed.folder / "sheet.png"
+    write_sheet(indices, parsed.images, sheet)
+    print(f"{parsed.images} images of each split: {sheet}")
+    return 0
+
+
+def _print_plan(source: Source, out: Path, options: Options) -> None:
+    for name, folder in split_folders(source.splits, out).items():
+        jobs = split_jobs(source, name, folder, options)
+        samples = sum(len(job.items) for job in jobs)
+        classes = len(source.splits[name].class_names)
+        print(
+            f"{name}: {samples:,} images of {classes} classes would go into {len(jobs)} shards in {folder}; nothing was written"
+        )
+
+
+def _print_summaries(summaries: list[SplitSummary], seconds: float) -> None:
+    for summary in summaries:
+        state = "was finished already" if summary.made == 0 else f"{summary.made} of {summary.shards} shards made now"
+        print(
+            f"{summary.name}: {summary.samples:,} images, {summary.shards} shards, {summary.bytes / 1e6:,.1f} MB in "
+            f"{summary.folder} ({state}); {summary.quarantined} refused, {summary.noted} notes"
+        )
+    print(f"done in {seconds:.1f} s")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prepare.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (text, metavar) in SOURCES.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if metavar:
+            command.add_argument("--source", type=Path, required=True, metavar=metavar, help="where it lies")
+        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the splits go")
+        command.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes (%(default)s)")
+        command.add_argument("--engine", choices=("local", "ray"), default="local", help="where shards are made (%(default)s)")
+        command.add_argument("--address", metavar="A", help="of a running Ray cluster; default: one on this machine")
+        if name == "wds":
+            command.add_argument("--json-label", metavar="FIELD", help="field of .json with the label; default: the .cls file")
+            command.add_argument("--class-names", type=Path, metavar="FILE", help="one class name a line, in order")
+        else:
+            _add_options(command)
+    verify = commands.add_parser("verify", help="compare shards with index and manifest; exit code 1 if there is a defect")
+    verify.add_argument("folder", type=Path, metavar="DIR", help="a split, or the folder of splits")
+    verify.add_argument("--full", action="store_true", help="decode every image")
+    verify.add_argument("--decodes", type=_positive, default=200, metavar="N", help="or N random ones a split (%(default)s)")
+    show = commands.add_parser("show", help="classes, counts, sizes, and a sheet of images")
+    show.add_argument("folder", type=Path, metavar="DIR", help="a split, or the folder of splits")
+    show.add_argument("--images", type=_positive, default=24, metavar="N", help="images of each split (%(default)s)")
+    show.add_argument("--sheet", type=Path, metavar="FILE", help="default: DIR/sheet.png")
+    return parser
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    count = command.add_mutually_exclusive_group()
+    count.add_argument("--shards", type=_positive, metavar="N", help="shards of the training split")
+    count.add_argument(
+        "--shard-size", type=_positive, default=Options.shard_size, metavar="N", help="or images a shard (%(default)s)"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffle (%(default)s)")
+    command.add_argument(
+        "--resize-short", type=_positive, metavar="N", help="shrink larger training images; default: bytes are kept"
+    )
+    command.add_argument(
+        "--quality", type=_positive, default=90, metavar="Q", help="JPEG quality of shrunk images (%(default)s)"
+    )
+    command.add_argument("--limit", type=_positive, metavar="N", help="at most N images a split")
+    command.add_argument("--dry-run", action="store_true", help="say what would be made, write nothing")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Checks prepared splits against their shards and names every defect; the shards are only read."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.data.index import MANIFEST, ShardIndex, ShardInfo, member_key
+from distill.data.order import derive_seed, permutation
+from shards.images import Unclean, clean_image
+from shards.tarwalk import BrokenTar, Member, walk_tar
+
+
+def find_split_folders(folder: Path) -> list[Path]:
+    """The prepared splits in `folder`: itself, or the folders right below it. Raises ValueError where there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    found = [folder] if (folder / MANIFEST).is_file() else sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    if not found:
+        raise ValueError(f"{folder}: no {MANIFEST} in it or right below it, so no finished split")
+    return found
+
+
+def verify_split(folder: Path, decodes: int | None) -> Iterator[str]:
+    """One line per defect of the split: sizes, sha256, index against tar headers and labels, checksums, decoding.
+
+    `decodes` images, drawn at random over the split, are decoded in full; None decodes all.
+    """
+    try:
+        index = ShardIndex.load(folder)
+    except ValueError as error:
+        yield str(error)
+        return
+    count = index.num_samples if decodes is None else min(decodes, index.num_samples)
+    chosen = np.zeros(index.num_samples, bool)
+    chosen[permutation(derive_seed(0, "verify", index.num_samples), index.num_samples)[:count]] = True
+    first = 0
+    for number, shard in enumerate(index.shards):
+        rows = slice(first, first + shard.samples)
+        first = rows.stop
+        path = index.shard_path(number)
+        for defect in _verify_shard(path, number, shard, index.records[rows], chosen[rows], index.num_classes):
+            yield f"{path}: {defect}"
+
+
+def _verify_shard(
+    path: Path, number: int, shard: ShardInfo, records: NDArray[np.void], chosen: NDArray[np.bool_], num_classes: int
+) -> Iterator[str]:
+    if not path.is_file():
+        yield "missing"
+        return
+    with path.open("rb") as file:
+        yield from _verify_file(file, shard)
+        try:
+            members = {member.offset: member for member in walk_tar(file)}
+        except BrokenTar as error:
+            yield str(error)
+            return
+        labels = {member_key(member.name): member for member in members.values() if member.name.endswith(".cls")}
+        for record, decode in zip(records, chosen, strict=True):
+            yield from _verify_sample(file, record, number, members, labels, num_classes, bool(decode))
+
+
+def _verify_file(file: BinaryIO, shard: ShardInfo) -> Iterator[str]:
+    sha = hashlib.sha256()
+    while block := file.read(1 << 20):
+        sha.update(block)
+    if file.tell() != shard.bytes:
+        yield f"{file.tell()} bytes, the manifest says {shard.bytes}"
+    elif sha.hexdigest() != shard.sha256:
+        yield f"sha256 {sha.hexdigest()[:12]}..., the manifest says {shard.sha256[:12]}..."
+
+
+def _verify_sample(
+    file: BinaryIO,
+    record: np.void,
+    number: int,
+    members: dict[int, Member],
+    labels: dict[str, Member],
+    num_classes: int,
+    decode: bool,
+) -> Iterator[str]:
+    offset, size, label = (int(record[name]) for name in ("offset", "size", "label"))
+    member = members.get(offset)
+    if int(record["shard"]) != number or member is None or member.size != size:
+        yield f"no member of {size} bytes at offset {offset}, where the index has one"
+        return
+    file.seek(offset)
+    data = file.read(size)
+    if zlib.crc32(data) != int(record["crc32"]):
+        yield f"{member.name} at offset {offset}: checksum {zlib.crc32(data):08x}, the index says {int(record['crc32']):08x}"
+    if label >= num_classes:
+        yield f"{member.name}: label {label}, there are {num_classes} classes"
+    if (text := labels.get(member_key(member.name))) is not None:
+        file.seek(text.offset)
+        if (found := file.read(text.size)).strip() != str(label).encode():
+            yield f"{member.name}: {text.name} says {found[:20]!r}, the index {label}"
+    if decode:
+        try:
+            clean_image(data)
+        except Unclean as error:
+            yield f"{member.name} at offset {offset}: does not decode: {error}"

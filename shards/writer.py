@@ -1,0 +1,135 @@
+"""One shard from its job, and one split from its shards: deterministic bytes, and nothing half-written looks finished.
+
+Order of a shard: tar written aside, synced, renamed; index rows; marker last. Order of a split: index, quarantine,
+manifest last, then the parts folder goes. Started again, a preparation makes only the shards without a marker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.data.index import RECORD, TAR_BLOCK, ShardInfo, write_atomically, write_split
+from shards.images import Unclean, clean_image
+from shards.jobs import PARTS, ShardJob, ShardResult, read_marker, rows_path, write_marker
+
+QUARANTINE = "quarantine.jsonl"
+NOTES = "notes.jsonl"
+
+
+class TarWriter:
+    """Writes USTAR members with time 0 and tells where each one's content lies; keeps the sha256 of what it wrote."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._sha = hashlib.sha256()
+        self.position = 0
+
+    def add(self, name: str, data: bytes) -> int:
+        """Adds a member; the offset of its content."""
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.position
+        self._write(data)
+        self._write(b"\0" * (-len(data) % TAR_BLOCK))
+        return offset
+
+    def finish(self) -> str:
+        """Writes the end of the archive; the sha256 of the whole."""
+        self._write(b"\0" * (2 * TAR_BLOCK))
+        self._write(b"\0" * (-self.position % tarfile.RECORDSIZE))
+        return self._sha.hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha.update(data)
+        self.position += len(data)
+
+
+def write_shard(job: ShardJob) -> ShardResult:
+    """Makes the shard unless its marker says that it is there; its marker's content.
+
+    Raises OSError (unreadable source, full disk) and SourceChanged; the shard then does not exist.
+    """
+    folder = Path(job.folder)
+    done = read_marker(job)
+    if done is not None:
+        return done
+    aside = folder / f".{job.name}.{os.getpid()}.tmp"
+    try:
+        with aside.open("wb") as file:
+            records, result = _fill(job, TarWriter(file))
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(folder / job.name)
+    finally:
+        aside.unlink(missing_ok=True)
+    write_marker(job, result, records)
+    return result
+
+
+def _fill(job: ShardJob, writer: TarWriter) -> tuple[NDArray[np.void], ShardResult]:
+    rows: list[tuple[int, int, int, int, int]] = []
+    quarantine: list[dict[str, Any]] = []
+    notes: list[dict[str, Any]] = []
+    read_bytes = 0
+    for item in job.items:
+        data = item.ref.read()
+        read_bytes += len(data)
+        told = {"key": item.key, "source": item.ref.name(), "label": item.label}
+        try:
+            image = clean_image(data, job.resize_short, job.quality)
+        except Unclean as error:
+            quarantine.append({**told, "reason": str(error)})
+            continue
+        writer.add(f"{item.key}.cls", str(item.label).encode())
+        offset = writer.add(f"{item.key}.{image.extension}", image.data)
+        rows.append((offset, job.number, len(image.data), item.label, zlib.crc32(image.data)))
+        notes.extend({**told, "note": note} for note in image.notes)
+    sha = writer.finish()
+    shard = ShardInfo(job.name, len(rows), writer.position, sha)
+    return np.array(rows, RECORD), ShardResult(job.number, shard, read_bytes, len(job.items), quarantine, notes)
+
+
+def finish_split(
+    folder: Path,
+    results: Iterable[ShardResult],
+    class_names: Sequence[str] | None,
+    extra: dict[str, Any],
+    root: str = ".",
+) -> None:
+    """Writes index, quarantine, notes and, last, the manifest of a split whose shards are all made.
+
+    Without `class_names` the classes are the numbers up to the largest label.
+    """
+    ordered = sorted(results, key=lambda result: result.number)
+    rows = [np.frombuffer(rows_path(folder, result.number).read_bytes(), RECORD) for result in ordered]
+    write_atomically(folder / QUARANTINE, _lines(line for result in ordered for line in result.quarantine))
+    write_atomically(folder / NOTES, _lines(line for result in ordered for line in result.notes))
+    counts = {
+        "quarantined": sum(len(result.quarantine) for result in ordered),
+        "noted": sum(len(result.notes) for result in ordered),
+    }
+    shards = [result.shard for result in ordered]
+    records = np.concatenate(rows)
+    if class_names is None:
+        class_names = [str(label) for label in range(int(records["label"].max(initial=0)) + 1)]
+    write_split(folder, shards, records, class_names, root=root, extra={**extra, **counts})
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    shutil.rmtree(folder / PARTS)
+
+
+def _lines(entries: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()

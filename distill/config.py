@@ -1,0 +1,207 @@
+"""A recipe read from YAML and command-line overrides, strictly.
+
+pydantic validates the whole tree in one go, so that every unknown key, wrong type and value out of range is reported together.
+The options of a loss are the parameters of its class: a new loss needs no change here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import json
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
+
+from distill.recipe import Recipe, TermSchedule
+
+CONTEXT_PARAMETERS = ("student_channels", "teacher_channels")
+"""Parameters of a loss that the builder fills from the models; they are no recipe keys."""
+
+
+class RecipeError(ValueError):
+    """A request that cannot be served as it was made; the message names each problem and its remedy."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: 1.1 reads `1e-4` as text, and `no` (a precision, here) as false."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own way)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+for _tag in ("binary", "set", "omap", "pairs", "timestamp"):  # they make objects that no recipe field is
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_undefined)  # type: ignore[type-var]
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain data from YAML text; no tag can construct an object."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def loss_options(cls: type) -> dict[str, tuple[Any, Any]]:
+    """Recipe keys of a loss class: name -> (annotation, default or ...), from the signature of its constructor."""
+    hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    parameters = list(inspect.signature(cls).parameters.values())
+    return {
+        p.name: (hints[p.name], ... if p.default is p.empty else p.default)
+        for p in parameters
+        if p.name not in CONTEXT_PARAMETERS
+    }
+
+
+def _loss_adapter(cls: type) -> TypeAdapter:
+    fields: dict[str, Any] = dict(loss_options(cls))
+    for f in dataclasses.fields(TermSchedule):
+        fields[f.name] = (typing.get_type_hints(TermSchedule, include_extras=True)[f.name], f.default)
+    return TypeAdapter(
+        create_model(cls.__name__, __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields)
+    )
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(names))}"
+
+
+def _at(tree: Any, path: Sequence[Any]) -> Any:
+    """The dataclass or type found by walking `path` from Recipe, to name its fields in a suggestion."""
+    for key in path:
+        if not dataclasses.is_dataclass(tree):
+            return None
+        tree = typing.get_type_hints(tree).get(str(key))
+    return tree
+
+
+def _explain(error: Any, prefix: str, names: Sequence[str]) -> str:
+    where = ".".join([*([prefix] if prefix else []), *(str(p) for p in error["loc"])])
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{where}: unknown key, {_nearest(str(error['loc'][-1]), names)}"
+    shown = json.dumps(error["input"], default=str)
+    return f"{where}: {shown}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _validate(adapter: TypeAdapter, data: Any, prefix: str, names_at: typing.Callable) -> tuple[Any, list[str]]:
+    # JSON mode: arrays may become tuples and integers floats, but nothing else is converted.
+    try:
+        return adapter.validate_json(json.dumps(data, default=str), strict=True), []
+    except ValidationError as error:
+        return None, [_explain(e, prefix, names_at(e["loc"][:-1])) for e in error.errors()]
+
+
+def _recipe_names(path: Sequence[Any]) -> list[str]:
+    found = _at(Recipe, path)
+    return [f.name for f in dataclasses.fields(found)] if dataclasses.is_dataclass(found) else []
+
+
+def _resolve_losses(section: Mapping[str, Any], losses: Mapping[str, type]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Every entry with its defaults filled in, and the problems found on the way."""
+    resolved, problems = {}, []
+    for name, options in section.items():
+        name = str(name)
+        if name not in losses:
+            problems.append(f"loss.{name}: unknown key, {_nearest(name, list(losses))}")
+        elif isinstance(options, dict):  # another type was reported with the rest of the tree
+            names = [*loss_options(losses[name]), *(f.name for f in dataclasses.fields(TermSchedule))]
+            entry, found = _validate(
+                _loss_adapter(losses[name]), options, f"loss.{name}", lambda path, n=names: n if not path else []
+            )
+            problems += found
+            resolved[name] = {} if found else entry.model_dump()
+    return resolved, problems
+
+
+def combinations(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
+    """Each impossible combination of valid values, as one line."""
+    alone = recipe.teacher.name == "none"
+    for name in recipe.loss:
+        if alone and getattr(losses[name], "teacher_needs", True) is not None:
+            yield f"loss.{name}: needs a teacher, but teacher.name is 'none'; name one with --teacher, or drop this loss"
+    if not recipe.loss:
+        yield "loss: no loss is left; give at least cross_entropy"
+    if recipe.schedule.name == "step" and not recipe.schedule.decay_epochs:
+        yield "schedule.decay_epochs: empty, but schedule.name is 'step'; give the epochs, such as [30, 60, 90]"
+    if recipe.schedule.name != "step" and recipe.schedule.decay_epochs:
+        yield f"schedule.decay_epochs: set, but schedule.name is {recipe.schedule.name!r}; it belongs to 'step'"
+    low, high = recipe.augment.scale
+    if not 0 < low <= high <= 1:
+        yield f"augment.scale: ({low}, {high}) is not a range inside (0, 1]"
+    if recipe.augment.ratio[0] > recipe.augment.ratio[1] or recipe.augment.ratio[0] <= 0:
+        yield f"augment.ratio: {recipe.augment.ratio} is not a range of positive numbers"
+    if recipe.train.global_batch_size % recipe.train.accumulate:
+        yield (
+            f"train.accumulate: {recipe.train.accumulate} does not divide train.global_batch_size"
+            f" {recipe.train.global_batch_size}"
+        )
+
+
+def merge(base: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """`base` with `value` set at `path`; a null at `loss.NAME` removes that loss."""
+    head, *rest = path
+    if not rest:
+        if value is None and isinstance(base.get(head, {}), dict):
+            return {k: v for k, v in base.items() if k != head}
+        return {**base, head: value}
+    inner = base.get(head)
+    return {**base, head: merge(inner if isinstance(inner, dict) else {}, rest, value)}
+
+
+def load_recipe(path: Path | None, overrides: Mapping[str, Any], losses: Mapping[str, type]) -> Recipe:
+    """The checked recipe of a YAML file and `section.field -> value` overrides.
+
+    Raises RecipeError that lists every problem with the nearest valid name, before anything is built.
+    """
+    title = str(path) if path else "the command line"
+    data: Any = {}
+    if path is not None:
+        if not path.is_file():
+            raise RecipeError(f"--recipe {path}: no such file")
+        try:
+            data = parse_yaml(path.read_text()) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: not plain YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"{path}: holds a {type(data).__name__}; a recipe is a mapping of sections")
+    for key, value in overrides.items():
+        data = merge(data, key.split("."), value)
+    recipe, problems = _validate(TypeAdapter(Recipe), data, "", _recipe_names)
+    section = data.get("loss", Recipe().loss)
+    if isinstance(section, dict):
+        resolved, found = _resolve_losses(section, losses)
+        problems += found
+    if not problems:
+        recipe = dataclasses.replace(recipe, loss=resolved)
+        problems = list(combinations(recipe, losses))
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise RecipeError("\n".join([f"{count} in {title}", *(f"  {p}" for p in problems)]))
+    return recipe
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, in the order of its sections."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def term_schedule(options: Mapping[str, Any]) -> tuple[TermSchedule, dict[str, Any]]:
+    """An entry of the `loss` section split into its term's schedule and the options of its loss."""
+    names = {f.name for f in dataclasses.fields(TermSchedule)}
+    return (
+        TermSchedule(**{k: v for k, v in options.items() if k in names}),
+        {k: v for k, v in options.items() if k not in names},
+    )

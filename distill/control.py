@@ -1,0 +1,75 @@
+"""Decisions that all processes take together, between two steps: to stop when asked, to hold back a poisoned step."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+from torch import distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+UNDER_A_LAUNCHER = {"LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
+"""Variables that torchrun and `accelerate launch` set for the processes they start."""
+
+PR_SET_PDEATHSIG = 1
+"""Of <sys/prctl.h>."""
+
+EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: try again later. Schedulers can be told to requeue on it."""
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop, has saved, and can be resumed."""
+
+
+class Verdict(NamedTuple):
+    """What all processes agreed on."""
+
+    stop: bool
+    """Some process got a signal."""
+    poisoned: bool
+    """Some process found its loss or gradient not finite."""
+
+
+def _signal_at_parents_death(number: int) -> None:
+    """Asks Linux to send `number` when this process's launcher dies: an orphan would go on and keep the run's folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
+
+
+class Control:
+    """Notes SIGTERM and SIGUSR1; `agree` gives every process the same answer.
+
+    The agreement is two integers over a gloo group of its own: it costs the hosts one message per step and never waits for
+    a device. A second signal changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self._group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if several else None  # type: ignore[assignment]
+
+    def listen(self) -> Control:
+        """Takes over the signals; only the main thread of a process may. The death of the launcher counts as one."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+        if UNDER_A_LAUNCHER & os.environ.keys():  # a shell that somebody logs out of is no launcher
+            _signal_at_parents_death(signal.SIGTERM)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def agree(self, poisoned: bool = False) -> Verdict:
+        """What any process has to say. A collective: every process calls it at the same points."""
+        if self._group is None:
+            return Verdict(self.received, poisoned)
+        flags = torch.tensor([int(self.received), int(poisoned)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        stop, bad = flags.tolist()
+        return Verdict(bool(stop), bool(bad))

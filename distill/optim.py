@@ -1,0 +1,118 @@
+"""Parameter groups, the optimiser (timm's factory), and schedules as pure functions of progress."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill.protocols import Progress
+
+Schedule = Callable[[Progress], float]
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, decay_bias_and_norm: bool) -> list[dict[str, Any]]:
+    """The trained parameters of `module`: one group, all decayed, or two, the second (1-d parameters) without decay.
+
+    The papers decay every parameter; most recipes since leave biases and normalisation alone.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if decay_bias_and_norm:
+        return [{"params": trained, "weight_decay": weight_decay}]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def create_optimizer(
+    module: nn.Module,
+    name: str,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    momentum: float,
+    decay_bias_and_norm: bool,
+    options: Mapping[str, Any] | None = None,
+) -> torch.optim.Optimizer:
+    """An optimiser of timm's factory over the trained parameters of `module`.
+
+    timm's `sgd` is Nesterov unless told otherwise; here `sgd` is plain momentum, as the papers have it, and
+    `options={"nesterov": True}` asks for the other. Raises ValueError for an unknown name or option.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    if name not in list_optimizers():
+        raise ValueError(f"optim.name: {name!r} is unknown to timm; allowed: {', '.join(list_optimizers())}")
+    arguments = {"nesterov": False, **(options or {})} if name == "sgd" else dict(options or {})
+    groups = parameter_groups(module, weight_decay, decay_bias_and_norm)
+    try:
+        return create_optimizer_v2(
+            groups, opt=name, lr=learning_rate, weight_decay=weight_decay, momentum=momentum, **arguments
+        )
+    except TypeError as error:
+        raise ValueError(f"optim.options: {arguments} do not fit {name!r}: {error}") from None
+
+
+def learning_rate_schedule(
+    name: str,
+    *,
+    peak: float,
+    warmup_epochs: float = 0.0,
+    decay_epochs: Sequence[float] = (),
+    decay_factor: float = 0.1,
+    minimum: float = 0.0,
+) -> Schedule:
+    """Learning rate of the step about to be made: `step`, `cosine` or `constant`, after a linear warm-up from 0.
+
+    `step` multiplies by `decay_factor` after each of `decay_epochs` whole epochs (30 means: the 31st epoch is the first
+    at the lower rate, which is mdistiller's `epoch > stage` with epochs from 1). `cosine` falls to `minimum * peak`.
+    """
+
+    def learning_rate(progress: Progress) -> float:
+        epoch = progress.step / progress.steps_per_epoch
+        if epoch < warmup_epochs:
+            # the first step already moves: (step + 1), not step
+            return peak * (progress.step + 1) / (warmup_epochs * progress.steps_per_epoch)
+        if name == "step":
+            return peak * decay_factor ** sum(epoch >= e for e in decay_epochs)
+        if name == "constant":
+            return peak
+        warmup_steps = warmup_epochs * progress.steps_per_epoch
+        done = (progress.step - warmup_steps) / max(1.0, progress.total_steps - warmup_steps)
+        return peak * (minimum + (1 - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+    return learning_rate
+
+
+def weight_schedule(
+    weight: float,
+    *,
+    warmup_epochs: float = 0.0,
+    start_epoch: float = 0.0,
+    final_weight: float | None = None,
+    decay: str = "linear",
+) -> Schedule:
+    """Weight of a loss term: constant, risen over whole epochs, started late, or moved to `final_weight`.
+
+    The rise is piecewise constant, `min((epoch + 1) / warmup_epochs, 1)` with epochs from 0: the released code of DKD and
+    SDD. It counts from `start_epoch`.
+    """
+
+    def at(progress: Progress) -> float:
+        since = progress.epoch - start_epoch
+        if since < 0:
+            return 0.0
+        rise = min(1.0, (since + 1) / warmup_epochs) if warmup_epochs else 1.0
+        if final_weight is None:
+            return weight * rise
+        begin = start_epoch * progress.steps_per_epoch
+        done = min(1.0, (progress.step - begin) / max(1.0, progress.total_steps - begin))
+        share = done if decay == "linear" else 0.5 * (1 - math.cos(math.pi * done))
+        return rise * (weight + (final_weight - weight) * share)
+
+    return at

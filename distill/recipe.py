@@ -1,0 +1,171 @@
+"""The recipe: one frozen dataclass tree. Everything that changes a result is a field here, with its meaning and its default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, with_config
+
+_STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+ClassTokens = Literal["attend", "shift", "patch", "repeat"]
+
+
+def _doc(text: str, default: Any) -> Any:
+    """A dataclass field with its one-line description, which `--help` shows."""
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata={"doc": text})
+    return field(default=default, metadata={"doc": text})
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Data:
+    train: str = _doc("folder of training shards (made by shards/prepare.py)", "data/digits/train")
+    val: str = _doc("folder of validation shards", "data/digits/val")
+    prepare: Literal["none", "digits"] = _doc("an embedded data set to prepare beside `train` if it is not there", "none")
+    loader: Literal["auto", "dali", "reference"] = _doc("auto: DALI where it is installed, else torch + PIL", "auto")
+    num_threads: Count = _doc("decoding threads per process; 0: the cores of this machine / its processes", 0)
+    image_size: Count = _doc("side of the student's square input in pixels; 0: the student's own", 0)
+    max_bad_rate: Fraction = _doc("share of the samples that may turn out bad (replaced, reported) before the run stops", 1e-4)
+    crop_fraction: Fraction = _doc("evaluation: kept share of the resized shorter side; 0: the model's own", 0.0)
+    interpolation: Literal["auto", "bilinear", "bicubic"] = _doc("of training and evaluation; auto: the student's own", "auto")
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Augment:
+    crop: Literal["random_resized", "pad", "resize"] = _doc("how a training view is cut", "random_resized")
+    scale: tuple[float, float] = _doc("random_resized: range of the view's share of the image's area", (0.08, 1.0))
+    ratio: tuple[float, float] = _doc("random_resized: range of the view's width / height", (3 / 4, 4 / 3))
+    padding: Count = _doc("pad: black pixels added on each side before a crop of the input size", 4)
+    flip: Fraction = _doc("probability of a horizontal flip", 0.5)
+    rand_augment: str | None = _doc("timm's notation, such as rand-m9-mstd0.5-inc1; null is off", None)
+    color_jitter: NonNegative = _doc("brightness, contrast and saturation by up to this share", 0.0)
+    mixup: NonNegative = _doc("alpha of Mixup, 0 is off", 0.0)
+    cutmix: NonNegative = _doc("alpha of CutMix, 0 is off", 0.0)
+    mix_probability: Fraction = _doc("share of batches that are mixed at all", 1.0)
+    cutmix_share: Fraction = _doc("share of mixed batches that get CutMix where both are on", 0.5)
+    erasing: Fraction = _doc("probability of random erasing, per image", 0.0)
+    erasing_mode: Literal["const", "rand", "pixel"] = _doc("fill of the erased box (timm's names)", "pixel")
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Teacher:
+    name: str = _doc("timm name, or `none` to train the student alone", "none")
+    weights: str = _doc(
+        "`pretrained` (timm's hub), a path, `train` (trained first, kept in OUT/teacher) or `random`", "pretrained"
+    )
+    initial_weights: str = _doc("with weights `train`: what it starts from, `random`, `pretrained` or a path", "random")
+    epochs: Count = _doc("with weights `train`: its epochs; 0: as many as the student's", 0)
+    class_map: str | None = _doc("file of one line per class of the data: its number among the teacher's classes", None)
+    class_tokens: ClassTokens = _doc("what a region's logits are where the head reads class tokens only", "attend")
+    evaluate: bool = _doc("measure the teacher's top-1 on the validation shards before training", True)
+    expected_top1: Annotated[float, Field(ge=0, le=100)] | None = _doc("stop before training if the measured one is off", None)
+    tolerance: NonNegative = _doc("how far off expected_top1 the teacher may be, in percent points", 1.0)
+    model_kwargs: dict[str, Any] = _doc("more arguments for timm.create_model", {})
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Student:
+    name: str = _doc("timm name", "cifar_resnet8")
+    initial_weights: str = _doc("`random`, `pretrained` or a path", "random")
+    class_tokens: ClassTokens = _doc("what a region's logits are where the head reads class tokens only", "attend")
+    batchnorm: Literal["local", "sync", "frozen"] = _doc("statistics per process, over all processes, or fixed", "local")
+    drop_rate: Fraction = _doc("dropout before the classifier", 0.0)
+    drop_path_rate: Fraction = _doc("stochastic depth", 0.0)
+    model_kwargs: dict[str, Any] = _doc("more arguments for timm.create_model", {})
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Train:
+    epochs: Positive = _doc("passes over the training shards", 100)
+    global_batch_size: Positive = _doc("images per optimiser step, over all processes and accumulated micro-batches", 256)
+    accumulate: Positive = _doc("micro-batches per optimiser step", 1)
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _doc("auto: what the launcher says", "auto")
+    channels_last: bool = _doc("memory format of models and images", True)
+    clip_gradient_norm: NonNegative = _doc("largest norm of the gradient, 0 is off", 0.0)
+    evaluate_every: Positive = _doc("epochs between evaluations; the last epoch is always evaluated", 1)
+    evaluate_batch_size: Count = _doc("images per process in evaluation; 0: as in training", 0)
+    checkpoint_every: Count = _doc("optimiser steps between checkpoints inside an epoch; 0: at the end of each epoch only", 0)
+    checkpoint_minutes: NonNegative = _doc("minutes between checkpoints inside an epoch; 0: not by the clock", 0.0)
+    keep_checkpoints: Positive = _doc("newest checkpoints kept; the best one is kept beside them", 2)
+    skip_nonfinite: Count = _doc("steps with a loss or gradient that is not finite that are skipped before the run stops", 0)
+    timeout_minutes: Annotated[float, Field(gt=0)] = _doc("without any progress the run ends with an error", 10.0)
+    max_steps: Count = _doc("stop after this many optimiser steps; 0: train all epochs", 0)
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Optim:
+    name: str = _doc("sgd, adamw, lamb, ... (timm's optimiser factory)", "sgd")
+    learning_rate: Annotated[float, Field(gt=0)] = _doc("at the global batch size of this recipe", 0.1)
+    weight_decay: NonNegative = _doc("L2 factor", 1e-4)
+    decay_bias_and_norm: bool = _doc("decay 1-d parameters too, as the papers do", True)
+    momentum: Fraction = _doc("of SGD and its like", 0.9)
+    options: dict[str, Any] = _doc("more arguments of the optimiser, such as {nesterov: true} or {betas: [0.9, 0.95]}", {})
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Schedule:
+    name: Literal["step", "cosine", "constant"] = _doc("of the learning rate", "cosine")
+    warmup_epochs: NonNegative = _doc("linear rise from 0", 0.0)
+    decay_epochs: tuple[float, ...] = _doc("step: epochs after which the rate is multiplied by decay_factor", ())
+    decay_factor: Fraction = _doc("step: the multiplier", 0.1)
+    minimum: Fraction = _doc("cosine: last rate as a share of the first", 0.0)
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Ema:
+    enabled: bool = _doc("keep an average of the student's weights; it is then what is evaluated and exported", False)
+    decay: Fraction = _doc("of the average, per step", 0.9999)
+    warmup: bool = _doc("let the decay grow from 0 (timm's ModelEmaV3)", True)
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Report:
+    log_every: Positive = _doc("optimiser steps between lines of metrics.jsonl", 50)
+    trackers: tuple[str, ...] = _doc("Accelerate's trackers by name: tensorboard, wandb, ...", ("tensorboard",))
+    gradient_shares: bool = _doc(
+        "log each loss term's share of the gradient norm (one more backward per term when logging)", False
+    )
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Recipe:
+    out: str = _doc("the run's folder", "runs/digits/distilled")
+    seed: Count = _doc("the one seed: every random stream is derived from it", 0)
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    teacher: Teacher = field(default_factory=Teacher)
+    student: Student = field(default_factory=Student)
+    loss: dict[str, dict[str, Any]] = field(default_factory=lambda: {"cross_entropy": {"weight": 1.0}})
+    train: Train = field(default_factory=Train)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    ema: Ema = field(default_factory=Ema)
+    report: Report = field(default_factory=Report)
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class TermSchedule:
+    """What every entry of the `loss` section may say beside its loss's own options."""
+
+    weight: NonNegative = _doc("multiplier of the term", 1.0)
+    warmup_epochs: NonNegative = _doc("weight rises in whole epochs, (epoch + 1) / warmup_epochs, as in mdistiller", 0.0)
+    start_epoch: NonNegative = _doc("weight is 0 before this epoch", 0.0)
+    final_weight: NonNegative | None = _doc("weight at the end of training; null: constant", None)
+    decay: Literal["linear", "cosine"] = _doc("how the weight goes to final_weight", "linear")

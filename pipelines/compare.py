@@ -1,0 +1,51 @@
+"""Finished runs side by side: `python pipelines/compare.py RUN [RUN ...]` prints one table of their summaries."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def table(rows: list[list[str]]) -> str:
+    """Text columns as wide as they need to be; the first left-aligned, numbers right-aligned."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def row(folder: Path, summary: dict[str, Any]) -> list[str]:
+    """One run: its folder's name, student, teacher and figures as they stand in summary.json."""
+    teacher = summary["teacher"] if summary["teacher"] != "none" else "-"
+    return [
+        folder.name,
+        summary["student"],
+        teacher,
+        f"{summary['top1']:.2f}",
+        f"{summary['best_top1']:.2f}",
+        f"{summary['images_per_second']:.0f}",
+        f"{summary['seconds']:.1f}",
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table; 2 where a folder holds no finished run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    folders: list[Path] = parser.parse_args(argv).runs
+    missing = [str(f) for f in folders if not (f / "summary.json").is_file()]
+    if missing:
+        print(f"error: no summary.json in {', '.join(missing)}: not a finished run", file=sys.stderr)
+        return 2
+    rows = [row(f, json.loads((f / "summary.json").read_text())) for f in folders]
+    print(table([["run", "student", "teacher", "top-1 %", "best %", "images/s", "seconds"], *rows]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

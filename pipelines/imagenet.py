@@ -1,0 +1,244 @@
+"""Distils a timm student from a timm teacher: recipe -> objects -> fit.
+
+accelerate launch pipelines/imagenet.py --help
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
+
+import torch
+from accelerate import Accelerator
+
+from distill.checkpoint import CheckpointError
+from distill.config import RecipeError, as_dict
+from distill.control import EXIT_CODE, Control, Interrupted
+from distill.data.index import ShardIndex
+from distill.engine import NonFiniteError, Run, fit, pulse, restore
+from distill.evaluation import evaluate
+from distill.losses import LOSSES
+from distill.models.build import import_models
+from distill.models.export import export_student
+from distill.protocols import Needs
+from distill.recipe import Recipe
+from distill.watchdog import Watchdog
+from pipelines.arguments import Request, parse
+from pipelines.build import (
+    Models,
+    Splits,
+    build,
+    build_eval_loader,
+    build_plan,
+    build_splits,
+    check_mixing,
+    eval_spec,
+    rehearse,
+    requests,
+)
+from pipelines.folder import adapted, check_contents, claim, digest, write_manifest
+from pipelines.machine import build_accelerator, micro_batch_size
+
+
+class Session(NamedTuple):
+    """What all runs of this process share."""
+
+    accelerator: Accelerator
+    control: Control
+    watchdog: Watchdog
+
+
+def teacher_recipe(recipe: Recipe) -> Recipe:
+    """The recipe that trains the teacher of `recipe`: the same data and settings, cross-entropy only, in OUT/teacher."""
+    wanted = recipe.teacher
+    plain = {k: v for k, v in recipe.loss.items() if k == "cross_entropy"} or {"cross_entropy": {"weight": 1.0}}
+    loss = {"cross_entropy": {**plain["cross_entropy"], "weight": 1.0}}
+    student = dataclasses.replace(
+        recipe.student, name=wanted.name, initial_weights=wanted.initial_weights, model_kwargs=wanted.model_kwargs
+    )
+    return dataclasses.replace(
+        recipe,
+        out=str(Path(recipe.out) / "teacher"),
+        teacher=dataclasses.replace(wanted, name="none"),
+        student=student,
+        loss=loss,
+        train=dataclasses.replace(recipe.train, epochs=wanted.epochs or recipe.train.epochs),
+    )
+
+
+def with_trained_teacher(recipe: Recipe, splits: Splits, session: Session) -> Recipe:
+    """`recipe` with a path as the teacher's weights: trains it first where that has not been done."""
+    if recipe.teacher.name == "none" or recipe.teacher.weights != "train":
+        return recipe
+    first = teacher_recipe(recipe)
+    if not (Path(first.out) / "summary.json").is_file():
+        with requests():
+            rehearse(recipe, splits.train.num_classes)
+        execute(Request(first, resume=True, imports=[]), session)
+    return dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, weights=str(Path(first.out) / "student")))
+
+
+def measure_teacher(recipe: Recipe, run: Run, models: Models, val: ShardIndex) -> dict[str, float]:
+    """The teacher's own numbers on the validation shards, fed its own way."""
+    if models.teacher is None or not recipe.teacher.evaluate:
+        return {}
+    run.watch(0, "evaluating")
+    loader = run.eval_loader
+    if models.teacher.input_spec != eval_spec(recipe, models.student):
+        loader = build_eval_loader(recipe, val, models.teacher.input_spec, run.accelerator)
+    teacher = models.teacher.serving(Needs()).to(run.accelerator.device)
+    found = evaluate(teacher, loader, run.accelerator, lambda: pulse(run))
+    if loader is not run.eval_loader:
+        loader.close()
+    expected = recipe.teacher.expected_top1
+    if expected is not None and abs(found["top1"] - expected) > recipe.teacher.tolerance:
+        raise RecipeError(
+            f"teacher.expected_top1: {recipe.teacher.name} has top-1 {found['top1']:.2f} on {recipe.data.val},"
+            f" expected {expected:.2f} +- {recipe.teacher.tolerance}; usual reasons: another"
+            " weights tag, mean/std or interpolation of another recipe,"
+            " another class order in the shards"
+        )
+    run.reporter.say(f"teacher {recipe.teacher.name}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}")
+    return found
+
+
+def start_trackers(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Accelerate's trackers for this run's folder, whatever run this process made before."""
+    accelerator.project_configuration.set_directories(recipe.out)
+    accelerator.init_trackers("trackers")
+
+
+def bad_samples(run: Run) -> int:
+    """Samples that turned out bad in this run so far, over all processes and both splits."""
+    found = torch.tensor(run.train_loader.bad_samples + run.eval_loader.bad_samples, device=run.accelerator.device)
+    return int(run.accelerator.reduce(found, reduction="sum").item())
+
+
+def finish(recipe: Recipe, run: Run, models: Models, summary: dict[str, Any], class_names: list[str]) -> None:
+    """The exported student and summary.json; the summary comes last and says that the run is whole."""
+    run.checkpoints.close()
+    accelerator, out = run.accelerator, Path(recipe.out)
+    if accelerator.is_main_process:
+        model = run.unwrapped.plain_student if run.average is None else run.average.module
+        facts = {"metrics": {k: summary[k] for k in ("top1", "top5", "teacher_top1")}, "recipe": as_dict(recipe)}
+        spec = eval_spec(recipe, models.student)
+        export_student(model, out / "student", input_spec=spec, class_names=class_names, metadata=facts)
+        run.reporter.write_json("summary.json", summary)
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    accelerator.wait_for_everyone()
+    for loader in (run.train_loader, run.eval_loader):
+        loader.close()
+
+
+@contextmanager
+def peers_named(watchdog: Watchdog) -> Iterator[None]:
+    """Where a collective inside fails because another process is gone, the error says which."""
+    try:
+        yield
+    except (Interrupted, NonFiniteError, CheckpointError):
+        raise
+    except RuntimeError as error:
+        explained = watchdog.explain(error)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def go_on(run: Run) -> None:
+    """Restores the newest whole checkpoint of the run's folder; every process must find the same one."""
+    snapshot = run.checkpoints.newest()
+    if snapshot is not None:
+        restore(run, snapshot)
+        run.reporter.say(f"going on from step {run.counters.step}")
+    steps = run.accelerator.gather(torch.tensor([run.counters.step], device=run.accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise RuntimeError(
+            f"the processes see checkpoints of different steps, {steps}: --out must be one folder for all of them"
+        )
+
+
+def execute(request: Request, session: Session) -> dict[str, Any]:
+    """One run from its recipe to its summary, gone on with where it stopped."""
+    accelerator = session.accelerator
+    out = Path(request.recipe.out)
+    session.watchdog.progress(0, "building")
+    asked = adapted(request.recipe, accelerator) if request.resume else request.recipe
+    check_mixing(asked, micro_batch_size(asked, accelerator.num_processes))
+    with requests():
+        splits = build_splits(asked, accelerator)
+    lock = claim(out, asked, request.resume, accelerator)
+    contents: dict[str, Any] = {f"{name}_shards": index.digest for name, index in splits._asdict().items()}
+    check_contents(out, contents)
+    if (out / "summary.json").is_file():
+        summary = json.loads((out / "summary.json").read_text())
+        if summary["steps"] >= build_plan(asked, splits.train.num_samples).last_step:
+            accelerator.print(f"{out}: this run is finished")
+            return summary
+    recipe = with_trained_teacher(asked, splits, session)
+    with requests():
+        run, models = build(recipe, accelerator, splits)
+    run.control, run.watch = session.control, session.watchdog.progress
+    contents["teacher"] = digest(models.teacher)
+    check_contents(out, contents)
+    start_trackers(recipe, accelerator)
+    with peers_named(session.watchdog):
+        teacher = measure_teacher(recipe, run, models, splits.val)
+        write_manifest(out, asked, accelerator, {"train_samples": splits.train.num_samples, **contents})
+        if request.resume:
+            go_on(run)
+        found = fit(run)
+    session.watchdog.progress(run.counters.step, "building")
+    found["bad_samples"] = bad_samples(run)
+    summary = {**found, "teacher_top1": teacher.get("top1"), "student": recipe.student.name, "teacher": recipe.teacher.name}
+    finish(recipe, run, models, summary, list(splits.train.class_names))
+    accelerator.print(f"{out}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}, {found['images_per_second']:.0f} images/s")
+    del lock
+    return summary
+
+
+def import_user_models(file: Path) -> None:
+    """Runs a user's file; what it raises is the request's fault and is said with its place."""
+    try:
+        import_models(file)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"--import {file}: {type(error).__name__}: {error}") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code of the request: 0 done, 1 failed (by the exception), 2 a wrong request, 75 stopped on request."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    accelerator = None
+    try:
+        request = parse(sys.argv[1:] if argv is None else argv, LOSSES)
+        with requests():
+            for file in request.imports:
+                import_user_models(file)
+        accelerator = build_accelerator(request.recipe)
+        timeout = 60 * request.recipe.train.timeout_minutes
+        watchdog = Watchdog(accelerator.process_index, accelerator.num_processes, timeout).start()
+        execute(request, Session(accelerator, Control().listen(), watchdog))
+        watchdog.close()
+    except Interrupted as interruption:
+        if accelerator is not None:
+            accelerator.print(interruption)
+        return EXIT_CODE
+    except RecipeError as error:
+        if accelerator is None or accelerator.is_main_process:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

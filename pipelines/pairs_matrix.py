@@ -1,0 +1,140 @@
+"""The compatibility table: every architecture of the installed timm, checked one by one, resumable."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import logging
+import time
+from pathlib import Path
+
+import timm
+import torch
+
+from distill.losses.regions import region_matrix
+from distill.models.build import create_model
+from distill.models.describe import describe
+from distill.protocols import Needs
+
+FIELDS = (
+    "name", "class", "parameters_M", "input", "features", "grid", "stage_channels", "head_batchnorms", "mechanism",
+    "whole_image_difference", "reason", "seconds",
+)  # fmt: skip
+
+
+def check_all(pattern: str, out: Path, page: Path | None, max_parameters: float, needs: Needs) -> int:
+    """Checks the architectures that match and have no row in `out` yet, adds their rows one by one, and sums up.
+
+    max_parameters: in millions; larger ones get no row. Returns 1 where a check itself failed, else 0; a refusal with its
+    reason is a result. ValueError where nothing matches.
+    """
+    names = timm.list_models(pattern)
+    if not names:
+        raise ValueError(f"--pattern {pattern}: no architecture of timm matches; try '*resnet*'")
+    logging.getLogger("distill.models.find").setLevel(logging.ERROR)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done = {row["name"] for row in read(out)}
+    for number, name in enumerate(names, start=1):
+        if name in done or size_in_millions(name) > max_parameters:
+            continue
+        row = check(name, needs)
+        append(out, row)
+        print(
+            f"{number}/{len(names)} {name}: {row['mechanism']} {row['whole_image_difference']} {row['reason'][:100]}",
+            flush=True,
+        )
+        gc.collect()
+    rows = [row for row in read(out) if row["name"] in set(names)]
+    if page is not None:
+        page.write_text(as_page(rows, len(names)))
+    print(summary(rows, len(names)))
+    return int(any(row["mechanism"] == "failed" for row in rows))
+
+
+def size_in_millions(name: str) -> float:
+    """Parameters without allocating them; 0 where the architecture cannot be built so (it is then built and checked)."""
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        return 0.0
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def check(name: str, needs: Needs) -> dict[str, str]:
+    """One row of the table."""
+    start = time.perf_counter()
+    row = dict.fromkeys(FIELDS, "") | {"name": name}
+    torch.manual_seed(0)
+    try:
+        model = create_model(name, num_classes=10)
+        row["class"] = type(model).__name__
+        found = describe(model, name, needs, region_matrix, count_flops=False)
+    except ValueError as error:
+        row |= {"mechanism": "refused", "reason": str(error)}
+    except Exception as error:  # one architecture must not end the check of a thousand; the row says what happened
+        row |= {"mechanism": "failed", "reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+    else:
+        exact = found.whole_image_difference
+        row |= {
+            "parameters_M": f"{found.parameters / 1e6:.2f}",
+            "input": f"{found.input_spec.height}x{found.input_spec.width}",
+            "features": found.features,
+            "grid": f"{found.grid[0]}x{found.grid[1]}",
+            "stage_channels": " ".join(map(str, found.stage_channels)),
+            "head_batchnorms": str(found.head_batchnorms),
+            "mechanism": found.mechanism,
+            "whole_image_difference": "" if exact is None else f"{exact:.1e}",
+            "reason": found.refusal,
+        }
+    return row | {"seconds": f"{time.perf_counter() - start:.1f}"}
+
+
+def read(out: Path) -> list[dict[str, str]]:
+    """The rows so far; none where there is no file."""
+    if not out.exists():
+        return []
+    with out.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(out: Path, row: dict[str, str]) -> None:
+    """Adds one row, and the header before the first."""
+    fresh = not out.exists()
+    with out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def summary(rows: list[dict[str, str]], total: int) -> str:
+    """How many of which mechanism, and the least exact of all."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["mechanism"]] = counts.get(row["mechanism"], 0) + 1
+    parts = ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items(), key=lambda item: -item[1]))
+    worst = max((float(row["whole_image_difference"] or 0) for row in rows), default=0.0)
+    return f"{len(rows)} of {total} architectures checked: {parts}; largest whole-image difference {worst:.1e}"
+
+
+def as_page(rows: list[dict[str, str]], total: int) -> str:
+    """The table as Markdown, one line per class of timm and mechanism, refused architectures one by one."""
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["class"], row["features"], row["mechanism"]), []).append(row)
+    lines = [
+        "# Compatibility with timm's architectures",
+        "",
+        f"timm {timm.__version__}. {summary(rows, total)}.",
+        "Written by `python pipelines/pairs.py matrix --page`; one line per class, form of the features and mechanism.",
+        "",
+        "| class | features | mechanism | architectures | largest difference | example |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (kind, features, mechanism), members in sorted(groups.items()):
+        worst = max(float(row["whole_image_difference"] or 0) for row in members)
+        lines.append(f"| {kind} | {features} | {mechanism} | {len(members)} | {worst:.0e} | {members[0]['name']} |")
+    refused = [row for row in rows if row["mechanism"] in ("refused", "failed")]
+    lines += ["", "## Refused", ""] + [f"- `{row['name']}`: {row['reason']}" for row in refused]
+    return "\n".join(lines) + "\n"

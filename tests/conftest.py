@@ -1,0 +1,26 @@
+"""What several tests share: small shards of real scans, made once."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from distill.data.digits import load_digits_split
+from shards.prepare import main as prepare
+
+TRAIN_IMAGES, VAL_IMAGES = 145, 37
+"""Neither divides by what the tests split it into: 6 steps of 24 an epoch, and evaluation shares of unequal size."""
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `train` and `val` shards of 32x32 scans in ten classes."""
+    folder = tmp_path_factory.mktemp("digits")
+    for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
+        scans = load_digits_split(split)
+        for number, (image, label) in enumerate(zip(scans.images[:count], scans.labels[:count], strict=True)):
+            path = folder / "images" / split / str(label) / f"{number:04d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path, quality=95)
+    assert prepare(["folder", "--source", str(folder / "images"), "--out", str(folder), "--shards", "2"]) == 0
+    return folder

@@ -1,0 +1,87 @@
+"""Small distillations for the tests by real processes, and how two of them are compared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+
+def arguments(digits: Path, out: Path, *more: str) -> list[str]:
+    """A small distillation: 6 steps an epoch, a random teacher unless told otherwise."""
+    return [
+        *("--train", str(digits / "train"), "--val", str(digits / "val"), "--out", str(out), "--data.prepare", "none"),
+        *("--train.epochs", "2", "--train.global_batch_size", "24", "--train.evaluate_batch_size", "10"),
+        *(
+            "--teacher",
+            "cifar_resnet14",
+            "--teacher-weights",
+            "random",
+            "--teacher.evaluate",
+            "false",
+            "--report.log_every",
+            "1",
+        ),
+        *more,
+    ]
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def comparable(out: Path) -> list[dict[str, Any]]:
+    """The log without what the clock decides."""
+    return [{k: v for k, v in line.items() if "images_per_second" not in k} for line in metrics(out)]
+
+
+def last_state(out: Path) -> dict[str, torch.Tensor]:
+    folder = out / "checkpoints" / (out / "checkpoints" / "LAST").read_text()
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= {f"{path.stem}/{name}": value for name, value in load_file(path).items()}
+    momentum = torch.load(folder / "state.pt", weights_only=True)["optimizer"]["state"]
+    return tensors | {f"momentum/{k}": v["momentum_buffer"] for k, v in momentum.items()}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit-identical weights, optimiser state and metrics; every step once."""
+    state_a, state_b = last_state(a), last_state(b)
+    assert state_a.keys() == state_b.keys()
+    assert [name for name in state_a if not torch.equal(state_a[name], state_b[name])] == []
+    assert comparable(a) == comparable(b)
+    steps = [line["step"] for line in metrics(b) if "loss/total" in line]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def steps_of(out: Path) -> list[str]:
+    return [line for line in (out / "metrics.jsonl").read_text().splitlines() if '"loss/total"' in line]
+
+
+EVERYTHING = [
+    *("--ema.enabled", "true", "--train.accumulate", "2", "--augment.mixup", "0.2", "--augment.cutmix", "1.0"),
+    *(
+        "--augment.rand_augment",
+        "rand-m9-mstd0.5-inc1",
+        "--augment.erasing",
+        "0.3",
+        "--loss.sdd.rule",
+        "class",
+        "--loss.sdd.base",
+        "kd",
+        "--loss.sdd.alpha",
+        "null",
+    ),
+    *(
+        "--loss.sdd.beta",
+        "null",
+        "--student.drop_rate",
+        "0.1",
+        "--train.mixed_precision",
+        "bf16",
+        "--train.checkpoint_every",
+        "2",
+    ),
+]
+"""EMA, accumulation, RandAugment, Mixup/CutMix, erasing, dropout and fp16 scaling in play, a checkpoint every other step."""

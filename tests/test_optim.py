@@ -1,0 +1,115 @@
+"""Schedules are pure functions of progress; parameter groups hold every trained parameter once."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from distill.optim import create_optimizer, learning_rate_schedule, parameter_groups, weight_schedule
+from distill.protocols import Progress
+
+
+def at(step: int, steps_per_epoch: int = 10, epochs: int = 100) -> Progress:
+    return Progress(step, steps_per_epoch, steps_per_epoch * epochs)
+
+
+def test_step_decay_starts_with_the_epoch_after_the_named_one():
+    rate = learning_rate_schedule("step", peak=0.2, decay_epochs=(30, 60, 90))
+    assert rate(at(0)) == 0.2
+    assert rate(at(299)) == 0.2
+    assert rate(at(300)) == pytest.approx(0.02)
+    assert rate(at(999)) == pytest.approx(0.0002)
+
+
+def test_cosine_goes_from_peak_to_minimum_after_warm_up():
+    rate = learning_rate_schedule("cosine", peak=1.0, warmup_epochs=5, minimum=0.1)
+    assert rate(at(0)) == pytest.approx(1 / 50)
+    assert rate(at(49)) == pytest.approx(1.0)
+    assert rate(at(50)) == pytest.approx(1.0)
+    assert rate(at(525)) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert rate(at(1000)) == pytest.approx(0.1)
+    values = [rate(at(s)) for s in range(50, 1000)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_constant_stays():
+    assert {learning_rate_schedule("constant", peak=0.3)(at(s)) for s in range(0, 1000, 7)} == {0.3}
+
+
+def test_weight_warm_up_is_piecewise_constant_over_epochs_and_counts_from_one():
+    weight = weight_schedule(0.9, warmup_epochs=20)
+    assert weight(at(0)) == weight(at(9)) == pytest.approx(0.9 / 20)
+    assert weight(at(10)) == pytest.approx(2 * 0.9 / 20)
+    assert weight(at(190)) == weight(at(999)) == pytest.approx(0.9)
+
+
+def test_weight_can_start_late_and_end_elsewhere():
+    late = weight_schedule(1.0, start_epoch=10)
+    assert late(at(99)) == 0.0
+    assert late(at(100)) == 1.0
+    for decay in ("linear", "cosine"):
+        fading = weight_schedule(1.0, final_weight=0.0, decay=decay)
+        assert fading(at(0)) == 1.0
+        assert fading(at(500)) == pytest.approx(0.5)
+        assert fading(at(1000)) == pytest.approx(0.0)
+
+
+def test_every_trained_parameter_is_in_one_group_and_frozen_ones_in_none():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    model[2].requires_grad_(False)
+    for decay_all in (True, False):
+        groups = parameter_groups(model, 0.1, decay_all)
+        found = [id(p) for g in groups for p in g["params"]]
+        assert sorted(found) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    decayed, plain = parameter_groups(model, 0.1, False)
+    assert {p.ndim for p in plain["params"]} == {1}
+    assert plain["weight_decay"] == 0.0
+    assert decayed["weight_decay"] == 0.1
+
+
+def test_sgd_is_the_papers_sgd_unless_nesterov_is_asked():
+    """timm's own `sgd` is Nesterov; a paper's recipe run with it would be another recipe."""
+
+    def one_step(**options: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 1)
+        arguments = {
+            "learning_rate": 0.1,
+            "weight_decay": 0.0,
+            "momentum": 0.9,
+            "decay_bias_and_norm": True,
+            "options": options,
+        }
+        optimizer = create_optimizer(layer, "sgd", **arguments)
+        for _ in range(2):
+            optimizer.zero_grad()
+            layer(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+        return layer.weight.detach().clone()
+
+    torch.manual_seed(0)
+    start = nn.Linear(3, 1).weight.detach()
+    assert torch.allclose(one_step(), start - 0.1 * (1 + 1.9))
+    assert torch.allclose(one_step(nesterov=True), start - 0.1 * (1.9 + 1 + 0.9 * 1.9))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
+def test_optimisers_of_the_factory_step(name: str):
+    layer = nn.Linear(3, 1)
+    before = layer.weight.detach().clone()
+    optimizer = create_optimizer(
+        layer, name, learning_rate=0.1, weight_decay=0.01, momentum=0.9, decay_bias_and_norm=False, options=None
+    )
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, layer.weight)
+
+
+def test_unknown_optimiser_or_option_is_refused_by_name():
+    layer = nn.Linear(3, 1)
+    arguments = {"learning_rate": 0.1, "weight_decay": 0.0, "momentum": 0.9, "decay_bias_and_norm": True}
+    with pytest.raises(ValueError, match="'sgdd' is unknown to timm"):
+        create_optimizer(layer, "sgdd", **arguments)
+    with pytest.raises(ValueError, match="do not fit 'adamw'"):
+        create_optimizer(layer, "adamw", **arguments, options={"speed": math.pi})

@@ -1,0 +1,76 @@
+"""`pipelines/pairs.py`: the real command."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipelines.compare_class_tokens import main as compare
+from pipelines.pairs import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def pairs(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "pipelines" / "pairs.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_explain_says_what_a_pair_gives_costs_and_can_be_trained_with() -> None:
+    done = pairs("explain", "resnet34", "cifar_resnet8x4", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["teacher"]["parameters"] == 21_797_672
+    assert report["student"]["parameters"] == 1_464_840  # 1,233,540 at 100 classes and 900 more rows of 257
+    assert 7.2e9 < report["teacher"]["flops"] < 7.5e9  # 3.67 GMAC at 224 px
+    assert report["teacher"]["stage_channels"] == [64, 128, 256, 512]
+    assert report["losses"]["sdd"] == "teacher pool, student pool"
+    assert 0 < report["teacher_share_of_step"] < 1
+    assert any("resnet34.tv_in1k" in text for text in report["warnings"])
+    assert any("inputs differ (224 and 32 px)" in text for text in report["warnings"])
+
+
+def test_a_request_that_cannot_be_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["explain", "resnt34", "resnet18"]) == 2
+    assert main(["matrix", "--pattern", "nothing*", "--out", str(tmp_path / "table.csv")]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "resnt34: no architecture of timm; did you mean resnet34, resnet34d, skresnet34?",
+        "--pattern nothing*: no architecture of timm matches; try '*resnet*'",
+    ]
+
+
+def test_class_token_definitions_are_compared_on_images_in_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, count in (("train", 64), ("test", 4)):
+        for label, colour in (("dark", 40), ("light", 200)):
+            (tmp_path / split / label).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (32, 32), (colour, colour, number)).save(tmp_path / split / label / f"{number}.png")
+    compare(["--images", str(tmp_path), "--teacher-epochs", "3", "--student-epochs", "1"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["definition"] for line in lines] == ["attend", "shift", "patch", "repeat"] * 2
+    read, distilled = lines[:4], lines[4:]
+    assert {line["top1_whole"] for line in read} == {1.0}  # dark and light are told apart at once
+    assert read[3]["agreement_2x2"] == read[3]["agreement_4x4"] == 1.0
+    assert all(0 <= line["student_top1"] <= 1 for line in distilled)
+
+
+def test_the_matrix_goes_on_where_it_stopped_and_writes_a_page(tmp_path: Path) -> None:
+    table, page = tmp_path / "table.csv", tmp_path / "table.md"
+    assert main(["matrix", "--pattern", "cifar_resnet8", "--out", str(table)]) == 0
+    second = pairs("matrix", "--pattern", "cifar_resnet8*", "--out", str(table), "--page", str(page), "--max-parameters", "2")
+    assert second.returncode == 0, second.stderr
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["cifar_resnet8", "cifar_resnet8_224", "cifar_resnet8x4", "cifar_resnet8x4_224"]
+    assert {row["mechanism"] for row in rows} == {"pool"}
+    assert all(float(row["whole_image_difference"]) < 1e-4 for row in rows)
+    assert "cifar_resnet8:" not in second.stdout  # its row was there
+    assert "4 of 4 architectures checked: pool 4" in page.read_text()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distill.checkpoint import Checkpoints, Snapshot
 from distill.control import Control, Interrupted
 from distill.distiller import Distiller
-from distill.evaluation import evaluate
+from distill.evaluation import evaluate, known_bad_samples
 from distill.metrics import Throughput
 from distill.optim import Schedule
 from distill.protocols import Batch, Loader, Losses, Progress
@@ -88,7 +88,7 @@ class Run:
     eval_loader: Loader
     transform: Callable[[Batch], tuple[Tensor, Tensor]]
     seed_step: Callable[[int], None]
-    """Seeds this process's generators for a step."""
+    """Called before every optimiser step: seeds this process's generators for it."""
     reporter: Reporter
     checkpoints: Checkpoints
     average: Any = None
@@ -97,6 +97,8 @@ class Run:
     """What all processes decide together."""
     watch: Callable[[int, str], None] = lambda step, phase: None
     """Told of every step and phase that begins; a watchdog ends the run when it hears nothing for too long."""
+    after_step: Callable[[], None] = lambda: None
+    """Called after every optimiser step that this process made."""
     name_samples: Callable[[Sequence[int]], list[str]] = lambda ids: [str(i) for i in ids]
     """Sample ids -> keys of the shards, for reports."""
     counters: Counters = field(default_factory=Counters)
@@ -156,6 +158,7 @@ def train_epoch(run: Run) -> None:
         run.watch(counters.step, "waiting for data")
         values, stop = train_step(run, list(islice(batches, plan.accumulate)))
         counters.step += 1
+        run.after_step()
         run.throughput.step(plan.global_batch_size)
         run.reporter.advance()
         if counters.step % plan.log_every == 0 or counters.step == last:
@@ -279,8 +282,8 @@ def log_step(run: Run, values: dict[str, Tensor]) -> None:
     rates = {"lr": run.optimizer.param_groups[0]["lr"], "images_per_second": run.throughput.images_per_second}
     if run.counters.skipped_steps:
         rates["skipped_steps"] = run.counters.skipped_steps
-    if run.train_loader.bad_samples:
-        rates["bad_samples_here"] = run.train_loader.bad_samples
+    if bad := known_bad_samples(run.train_loader):
+        rates["bad_samples"] = len(bad)
     epoch = progress.step / progress.steps_per_epoch
     run.reporter.log(progress.step, epoch, {**dict(zip(names, means, strict=True)), **rates})
 
@@ -316,10 +319,11 @@ def pulse(run: Run) -> bool:
 
 
 def save(run: Run) -> None:
-    """Starts a checkpoint of the present step; the main process writes it."""
+    """Starts a checkpoint of the present step; every process calls it, the main process writes."""
     counters = run.counters
     run.watch(counters.step, "saving")
     counters.images, counters.training_seconds = run.throughput.images, run.throughput.seconds
+    data = data_state(run)
     if not run.accelerator.is_main_process:
         return
     weights = run.unwrapped.trained_state()
@@ -327,7 +331,18 @@ def save(run: Run) -> None:
         weights["ema"] = run.average.module.state_dict()
     scaler = run.accelerator.scaler
     state = {"optimizer": run.optimizer.state_dict(), "scaler": None if scaler is None else scaler.state_dict()}
-    run.checkpoints.save(counters.step, Snapshot(weights, state, dict(vars(counters))))
+    run.checkpoints.save(counters.step, Snapshot(weights, state, {**vars(counters), "data": data}))
+
+
+def data_state(run: Run) -> dict[str, Any]:
+    """Where the data stands, the same on every process: position, what both streams depend on, and the samples that any
+    process found bad, which from now on all of them know. A collective."""
+    epoch, step = divmod(run.counters.step, run.plan.steps_per_epoch)
+    states = {}
+    for name, loader in (("train", run.train_loader), ("val", run.eval_loader)):
+        states[name] = {**loader.state(), "bad_samples": known_bad_samples(loader)}
+        loader.restore(states[name])
+    return {"epoch": epoch, "step": step, **states}
 
 
 def restore(run: Run, snapshot: Snapshot) -> None:
@@ -340,5 +355,9 @@ def restore(run: Run, snapshot: Snapshot) -> None:
         run.average.module.load_state_dict(snapshot.weights["ema"])
     if run.accelerator.scaler is not None and snapshot.state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(snapshot.state["scaler"])
-    run.counters = Counters(**snapshot.meta)
+    counters = dict(snapshot.meta)
+    data = counters.pop("data")
+    run.train_loader.restore(data["train"])
+    run.eval_loader.restore(data["val"])
+    run.counters = Counters(**counters)
     run.throughput = Throughput(run.counters.images, run.counters.training_seconds)

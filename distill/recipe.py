@@ -92,6 +92,10 @@ class Train:
     accumulate: Positive = _doc("micro-batches per optimiser step", 1)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _doc("auto: what the launcher says", "auto")
     channels_last: bool = _doc("memory format of models and images", True)
+    compile: Literal["none", "student", "teacher", "both"] = _doc(
+        "models that torch.compile compiles, at the first step: minutes that train.timeout_minutes counts", "none"
+    )
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = _doc("of torch.compile", "default")
     clip_gradient_norm: NonNegative = _doc("largest norm of the gradient, 0 is off", 0.0)
     evaluate_every: Positive = _doc("epochs between evaluations; the last epoch is always evaluated", 1)
     evaluate_batch_size: Count = _doc("images per process in evaluation; 0: as in training", 0)

@@ -35,6 +35,7 @@ from distill.protocols import InputSpec, Loader, Needs
 from distill.recipe import Recipe
 from distill.report import Reporter
 from pipelines.machine import micro_batch_size, num_threads
+from pipelines.speedups import Observers, compile_backbones, mark_step
 
 
 @contextmanager
@@ -313,7 +314,8 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> tuple[Run
     """The run that a recipe describes, at step 0. The order of initialisation matters:
 
     1. seed; 2. models and criteria, on the device, with their BatchNorm policy; 3. the average, a copy of the plain
-    student before anything wraps it; 4. the optimiser over what is trained; 5. Accelerate wraps both. Restoring comes after.
+    student before anything wraps it; 4. the optimiser over what is trained; 5. Accelerate wraps both; 6. compilers, which work
+    at the first call. Restoring comes after.
     """
     seed_all(derive_seed(recipe.seed, "initialisation"))
     models = build_models(recipe, splits.train.num_classes, accelerator.device)
@@ -322,9 +324,16 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> tuple[Run
     distiller = build_distiller(recipe, models)
     optimizer = build_optimizer(recipe, distiller)
     prepared, prepared_optimizer = accelerator.prepare(distiller, optimizer)
+    compile_backbones(recipe, models.student, models.teacher)
     plan = build_plan(recipe, splits.train.num_samples)
     spec = eval_spec(recipe, models.student)
     rank = accelerator.process_index
+    reporter = Reporter(Path(recipe.out), accelerator, plan.last_step, Path(recipe.out).name)
+
+    def begin_step(step: int) -> None:
+        mark_step()
+        seed_all(derive_seed(recipe.seed, "step", step, rank))
+
     run = Run(
         accelerator=accelerator,
         plan=plan,
@@ -336,10 +345,11 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> tuple[Run
         train_loader=build_train_loader(recipe, splits, models, accelerator),
         eval_loader=build_eval_loader(recipe, splits.val, spec, accelerator),
         transform=build_transform(recipe, splits.train.num_classes, spec, accelerator.device),
-        seed_step=lambda step: seed_all(derive_seed(recipe.seed, "step", step, rank)),
-        reporter=Reporter(Path(recipe.out), accelerator, plan.last_step, Path(recipe.out).name),
+        seed_step=begin_step,
+        reporter=reporter,
         checkpoints=Checkpoints(Path(recipe.out) / "checkpoints", recipe.train.keep_checkpoints),
         average=average,
+        after_step=Observers(recipe, reporter),
         name_samples=lambda ids: [splits.train.key(i) for i in ids],
     )
     return run, models

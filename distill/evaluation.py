@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from distill.control import Interrupted
@@ -39,14 +40,16 @@ def evaluate(
             sums += classification_sums(logits, batch.labels)
         if pulse():
             raise Interrupted("stopped in evaluation; the same command with --resume makes it again and goes on")
-    bad = torch.tensor([loader.bad_samples], dtype=torch.float64, device=accelerator.device)
-    *sums, bad = accelerator.reduce(torch.cat([sums, bad]), reduction="sum").unbind()
-    metrics = classification_metrics(torch.stack(sums))
-    if not loader.num_samples - int(bad) <= metrics["images"] <= loader.num_samples:
-        raise RuntimeError(
-            f"evaluated {metrics['images']} images, the split holds {loader.num_samples}, {int(bad)} of them bad"
-        )
+    bad = len(known_bad_samples(loader))
+    metrics = classification_metrics(accelerator.reduce(sums, reduction="sum"))
+    if not loader.num_samples - bad <= metrics["images"] <= loader.num_samples:
+        raise RuntimeError(f"evaluated {metrics['images']} images, the split holds {loader.num_samples}, {bad} of them bad")
     return {**metrics, "images_per_second": loader.num_samples / (time.perf_counter() - begin)}
+
+
+def known_bad_samples(loader: Loader) -> list[int]:
+    """The samples of the loader's split that any process knows to be bad, sorted; a collective."""
+    return sorted(set(gather_object(loader.bad_samples)))
 
 
 def broadcast_buffers(module: nn.Module, accelerator: Accelerator) -> None:

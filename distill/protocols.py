@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -141,8 +141,19 @@ class Loader(Protocol):
     """Micro-batches that this process yields per epoch."""
 
     @property
-    def bad_samples(self) -> int:
-        """Samples that this process found bad so far: replaced in training, left out of evaluation."""
+    def bad_samples(self) -> list[int]:
+        """Samples of the split that this process knows to be bad, sorted: replaced in training, left out of evaluation."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the position: all that the stream is a function of, and `bad_samples`; plain JSON."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over the bad samples of a state, of this or of other processes; the stream stays the same, bit for bit.
+
+        Raises ValueError, with both values, for the state of another stream.
+        """
         ...
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:

@@ -24,7 +24,7 @@ from distill.config import RecipeError, as_dict
 from distill.control import EXIT_CODE, Control, Interrupted
 from distill.data.index import ShardIndex
 from distill.engine import NonFiniteError, Run, fit, pulse, restore
-from distill.evaluation import evaluate
+from distill.evaluation import evaluate, known_bad_samples
 from distill.losses import LOSSES
 from distill.models.build import import_models
 from distill.models.export import export_student
@@ -118,8 +118,7 @@ def start_trackers(recipe: Recipe, accelerator: Accelerator) -> None:
 
 def bad_samples(run: Run) -> int:
     """Samples that turned out bad in this run so far, over all processes and both splits."""
-    found = torch.tensor(run.train_loader.bad_samples + run.eval_loader.bad_samples, device=run.accelerator.device)
-    return int(run.accelerator.reduce(found, reduction="sum").item())
+    return len(known_bad_samples(run.train_loader)) + len(known_bad_samples(run.eval_loader))
 
 
 def finish(recipe: Recipe, run: Run, models: Models, summary: dict[str, Any], class_names: list[str]) -> None:

@@ -11,7 +11,7 @@ import importlib.util
 import io
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from distill.data.dali_ops import add_layer
 from distill.data.faults import Quarantine
 from distill.data.header import image_size
 from distill.data.index import ShardIndex
-from distill.data.loaders import eval_loader, train_loader
+from distill.data.loaders import eval_loader, stream_state, take_over, train_loader
 from distill.data.plan import Plan, Work, gather
 from distill.data.policy import affine_matrices
 from distill.data.reader import BadSample, SampleReader
@@ -295,12 +295,22 @@ class DaliLoader:
         self.num_samples = index.num_samples
         self.batches_per_epoch = plan.batches_per_epoch
         self.quarantine = quarantine
+        self._index = index
+        self._plan = plan
         self._stream = DaliStream(index, plan, quarantine, device, num_threads)
 
     @property
-    def bad_samples(self) -> int:
-        """Samples that this process found bad so far."""
-        return self.quarantine.found_here
+    def bad_samples(self) -> list[int]:
+        """Samples that this process knows to be bad, sorted."""
+        return self.quarantine.samples()
+
+    def state(self) -> dict[str, Any]:
+        """All that the stream is a function of but its position, and the bad samples."""
+        return stream_state(self._index, self._plan, self.quarantine)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over the bad samples of a state; raises ValueError for one of another stream, and TooManyFaults."""
+        take_over(state, self._index, self._plan, self.quarantine)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The micro-batches of this epoch from number `start` on."""

@@ -48,9 +48,11 @@ class Quarantine:
             return sorted(self._bad)
 
     def update(self, samples: Iterable[int]) -> None:
-        """Adds samples that are known to be bad: from a checkpoint or from another process."""
+        """Adds samples that are known to be bad: from a checkpoint or from another process. Raises TooManyFaults."""
         with self._lock:
-            self._bad.update(int(sample) for sample in samples)
+            self._bad.update(samples)
+            count = len(self._bad)
+        self._check(count, "by all processes together")
 
     def add(self, sample: int, reason: str, position: Position) -> None:
         """Reports a bad sample, unless it is known. Raises TooManyFaults above the limit."""
@@ -61,11 +63,14 @@ class Quarantine:
             self.found_here += 1
             count = len(self._bad)
             self._write(self._line(sample, reason, position))
+        self._check(count, f"the last: {reason}")
+
+    def _check(self, count: int, last: str) -> None:
         if count > self._allowed:
             where = f"; they are listed in {self._report}" if self._report else ""
             raise TooManyFaults(
                 f"{self._index.folder}: {count} of {self._index.num_samples} samples are bad, at most {self._allowed} "
-                f"({self._rate:.4%}) are allowed; the last: {reason}{where}; run `python shards/prepare.py verify --full` "
+                f"({self._rate:.4%}) are allowed; {last}{where}; run `python shards/prepare.py verify --full` "
                 "on it and restore the shards, or raise max_bad_rate"
             )
 

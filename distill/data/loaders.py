@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from distill.data.augment import TrainTransform
 from distill.data.faults import Quarantine
 from distill.data.index import ShardIndex
-from distill.data.plan import EvalPlan, TrainPlan
+from distill.data.plan import EvalPlan, Plan, TrainPlan
 from distill.protocols import InputSpec
 
 L = TypeVar("L")
@@ -64,3 +64,20 @@ def eval_loader(
     """Evaluation batches: every sample of the split once over all ranks, resized and cropped as timm does."""
     plan = EvalPlan(index.num_samples, spec=spec, batch_size=batch_size, rank=rank, world_size=world_size)
     return kind(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads)
+
+
+def stream_state(index: ShardIndex, plan: Plan, quarantine: Quarantine) -> dict[str, Any]:
+    """A loader's `state`: hash of the index, what the order depends on, bad samples."""
+    return {"index": index.digest, **plan.identity, "bad_samples": quarantine.samples()}
+
+
+def take_over(state: Mapping[str, Any], index: ShardIndex, plan: Plan, quarantine: Quarantine) -> None:
+    """A loader's `restore`. Raises ValueError where the state is of another stream, TooManyFaults above the limit."""
+    own = {"index": index.digest, **plan.identity}
+    different = [f"{name} {state.get(name)} there, {value} here" for name, value in own.items() if state.get(name) != value]
+    if different:
+        raise ValueError(
+            f"{index.folder}: the saved state is of another stream ({'; '.join(different)}); "
+            "go on with the data and settings it was saved with, or start anew"
+        )
+    quarantine.update(state["bad_samples"])

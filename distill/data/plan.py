@@ -44,6 +44,8 @@ class Work:
 class Plan(Protocol):
     """Answers for any position which samples it has and what is done with them."""
 
+    identity: dict[str, int]
+    """What the order of samples is a function of, beside index and position."""
     size: tuple[int, int]
     """(height, width) of the output."""
     interpolation: str
@@ -88,6 +90,7 @@ class TrainPlan:
         seed: int,
     ) -> None:
         rows = [micro_batch_rows(global_batch_size, accumulate, rank, world_size, micro) for micro in range(accumulate)]
+        self.identity = {"seed": seed, "global_batch_size": global_batch_size}
         self.order = TrainOrder(num_samples, global_batch_size, seed)
         self.transform = transform
         self.size = size
@@ -133,6 +136,7 @@ class EvalPlan:
     def __init__(self, num_samples: int, *, spec: InputSpec, batch_size: int, rank: int, world_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: must be at least 1")
+        self.identity: dict[str, int] = {}
         self.num_samples = num_samples
         self.spec = spec
         self.size = (spec.height, spec.width)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from webdataset.tariterators import tar_file_iterator
 
 from distill.data.faults import Quarantine
 from distill.data.index import TAR_BLOCK, ShardIndex
-from distill.data.loaders import eval_loader, train_loader
+from distill.data.loaders import eval_loader, stream_state, take_over, train_loader
 from distill.data.pil_ops import apply_operation
 from distill.data.plan import Plan, Work, gather
 from distill.data.reader import BadSample, ShardLost, check_bytes
@@ -93,9 +94,17 @@ class ReferenceLoader:
         self._stream = PositionStream(self._produce, plan.batches_per_epoch, depth=AHEAD, workers=1)
 
     @property
-    def bad_samples(self) -> int:
-        """Samples that this process found bad so far."""
-        return self.quarantine.found_here
+    def bad_samples(self) -> list[int]:
+        """Samples that this process knows to be bad, sorted."""
+        return self.quarantine.samples()
+
+    def state(self) -> dict[str, Any]:
+        """All that the stream is a function of but its position, and the bad samples."""
+        return stream_state(self._index, self._plan, self.quarantine)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over the bad samples of a state; raises ValueError for one of another stream, and TooManyFaults."""
+        take_over(state, self._index, self._plan, self.quarantine)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The micro-batches of this epoch from number `start` on."""

@@ -84,7 +84,7 @@ def _checksum(path: Path) -> int:
 
 def write_text_atomically(path: Path, text: str) -> None:
     """`text` at `path`: the old content or the new one, whenever the machine stops."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.aside")  # one name: what a kill leaves is overwritten by the next write
     with aside.open("w") as file:
         file.write(text)
         file.flush()

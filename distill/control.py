@@ -53,6 +53,10 @@ class Control:
         self.received = False
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if several else None  # type: ignore[assignment]
+        if several:
+            # rank 0 keeps the store through which the others are still connecting: if it ended now, of a request that is
+            # refused, theirs would be a connection error
+            dist.barrier(self._group)
 
     def listen(self) -> Control:
         """Takes over the signals; only the main thread of a process may. The death of the launcher counts as one."""

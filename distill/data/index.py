@@ -49,8 +49,11 @@ def file_sha256(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes aside, syncs, renames: after a crash `path` has its old content or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Writes aside, syncs, renames: after a crash `path` has its old content or the new one, never a part.
+
+    One name aside, so that what a crash leaves is overwritten: a folder has one writer at a time.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
     with aside.open("wb") as file:
         file.write(content)
         file.flush()
@@ -80,7 +83,7 @@ def write_split(
     held = sum(shard.samples for shard in shards)
     if len(records) != held:
         raise ValueError(f"{folder}: {len(records)} index rows for shards that hold {held} samples")
-    aside = folder / f".{INDEX}.{os.getpid()}.tmp"
+    aside = folder / f".{INDEX}.tmp"
     with aside.open("wb") as file:
         np.lib.format.write_array(file, np.ascontiguousarray(records), version=(1, 0))
         file.flush()

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 
 from distill.losses.msdcrd import MSDCRD
 from distill.losses.regions import region_matrix
-from distill.models.build import create_model
 from distill.models.describe import Description, describe
+from distill.models.outline import create_outline
 from distill.protocols import Needs, Regions
 from pipelines.pairs_matrix import check_all
 
@@ -40,11 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     matrix_parser.add_argument("--pattern", default="*", help="names to check, as in timm.list_models")
     matrix_parser.add_argument("--out", type=Path, default=Path("compatibility.csv"), help="rows already there are kept")
     matrix_parser.add_argument("--page", type=Path, help="write the table as a Markdown page too")
-    matrix_parser.add_argument("--max-parameters", type=float, default=120.0, help="in millions; larger ones are left out")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "matrix":
-            return check_all(arguments.pattern, arguments.out, arguments.page, arguments.max_parameters, Needs((REGIONS,)))
+            return check_all(arguments.pattern, arguments.out, arguments.page, Needs((REGIONS,)))
         return explain(arguments.teacher, arguments.student, arguments.num_classes, arguments.json)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -68,7 +67,7 @@ def explain(teacher_name: str, student_name: str, num_classes: int, as_json: boo
 
 def look_at(name: str, num_classes: int) -> Description:
     """The description of an architecture with fresh weights."""
-    return describe(create_model(name, num_classes=num_classes), name, Needs((REGIONS,)), region_matrix)
+    return describe(create_outline(name, num_classes=num_classes), name, Needs((REGIONS,)), region_matrix)
 
 
 def losses(teacher: Description, student: Description) -> dict[str, str]:

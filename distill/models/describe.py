@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill.models.backbone import Backbone
 from distill.models.head import perturbed
 from distill.models.layout import Layout
+from distill.models.outline import count_parameters
 from distill.models.plan import Pooling
 from distill.models.spec import input_spec_of
 from distill.protocols import InputSpec, Needs
@@ -42,7 +43,7 @@ class Description:
 
 
 def describe(model: nn.Module, name: str, needs: Needs, pooling: Pooling, *, count_flops: bool = True) -> Description:
-    """The description of a timm model with any weights; `needs` asks for region logits.
+    """The description of a timm model with any weights, or of its outline; `needs` asks for region logits.
 
     BatchNorm statistics, LayerScale and zero-initialised layers carry noise meanwhile, so that they hide nothing. ValueError
     where not even logits are to be had.
@@ -58,7 +59,7 @@ def describe(model: nn.Module, name: str, needs: Needs, pooling: Pooling, *, cou
     return Description(
         name=name,
         kind=type(model).__name__,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=count_parameters(model),
         flops=_flops(backbone) if count_flops else 0,
         input_spec=spec,
         classes_of_weights=int(model.pretrained_cfg.get("num_classes", 0)),  # type: ignore[operator, union-attr]

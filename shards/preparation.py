@@ -21,7 +21,7 @@ from shards.engine import Runner, run_jobs
 from shards.existing import find_splits
 from shards.items import Source
 from shards.jobs import PARTS, IndexJob, Job, ShardJob, ShardResult, read_marker
-from shards.writer import finish_split
+from shards.writer import finish_split, tidy
 
 INFO = "_info.json"
 PLAN = "plan.json"
@@ -172,6 +172,7 @@ def _complete(work: SplitWork, run: Runner, progress: bool) -> SplitSummary:
     folder = work.folder
     if (folder / MANIFEST).exists():
         _check_same_plan(json.loads((folder / MANIFEST).read_text()).get("plan", {}), work.plan, folder)
+        tidy(folder)
         return _summary(work.name, folder, made=0)
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     _claim(folder, work.plan)

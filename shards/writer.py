@@ -126,9 +126,14 @@ def finish_split(
     if class_names is None:
         class_names = [str(label) for label in range(int(records["label"].max(initial=0)) + 1)]
     write_split(folder, shards, records, class_names, root=root, extra={**extra, **counts})
+    tidy(folder)
+
+
+def tidy(folder: Path) -> None:
+    """Removes what only an unfinished split needs: a preparation may be killed between its last file and this."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
-    shutil.rmtree(folder / PARTS)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 
 def _lines(entries: Iterable[dict[str, Any]]) -> bytes:

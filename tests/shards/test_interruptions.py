@@ -222,3 +222,13 @@ def test_show_tells_counts_and_draws_a_sheet_with_the_images(prepared):
     assert sheet.shape == (126, 896, 3)
     for tile in range(8):
         assert sheet[20:90, tile * 112 + 20 : tile * 112 + 90].std() > 5
+
+
+def test_killed_between_the_manifest_and_the_tidying_it_tidies_when_started_again(images, expected, tmp_path):
+    out = tmp_path / "out"
+    command("folder", "--source", images, "--out", out, "--shards", SHARDS)
+    (out / ".parts").mkdir()
+    (out / ".parts" / "0.json").write_text("{}")
+    (out / ".train-0000.tar.1.tmp").write_bytes(b"half")
+    command("folder", "--source", images, "--out", out, "--shards", SHARDS)
+    assert file_hashes(out) == expected

@@ -1,0 +1,134 @@
+"""Exports a finished student to ONNX, checked against PyTorch on real images, and pushes it to the Hugging Face hub when asked.
+
+python pipelines/export.py runs/mine --out student.onnx
+python pipelines/export.py runs/mine/student --out student.onnx --images PHOTOGRAPHS --push NAME/REPOSITORY
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
+
+import torch
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError, HTTPError
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from distill.data.index import MANIFEST, ShardIndex
+from distill.data.reference import decode, read_sample
+from distill.models.build import create_model, import_models
+from distill.models.onnx_file import export_onnx
+from distill.models.weights import CONFIG
+
+CHECKED_IMAGES = 64
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: exported, and pushed where asked; 2: the request was wrong or the student cannot be exported."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a run's folder, or its student/")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the ONNX file")
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="to check on: shards or image files (default: the run's data.val)"
+    )
+    parser.add_argument("--push", metavar="REPO", help="NAME/REPOSITORY on the hub, made private if it is not there")
+    parser.add_argument("--import", dest="imports", action="append", type=Path, default=[], metavar="FILE",
+                        help="Python file that registers the student's architecture with timm")  # fmt: skip
+    arguments = parser.parse_args(argv)
+    try:
+        export(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Does what the command line asks. ValueError where it cannot be done."""
+    if arguments.push and get_token() is None:
+        raise ValueError(f"--push {arguments.push}: no token for the hub; run `hf auth login`, or set HF_TOKEN")
+    if not arguments.out.resolve().parent.is_dir():
+        raise ValueError(f"--out {arguments.out}: {arguments.out.parent} is no folder; make it first")
+    for file in arguments.imports:
+        import_models(file)
+    student = student_of(arguments.folder)
+    source = arguments.images or validation_of(student)
+    model = create_model(f"local-dir:{student}", pretrained=True)
+    found = export_onnx(model, batch_of(source, model), arguments.out)
+    print(
+        f"{arguments.out}: checked on {found.images} images of {source}, largest difference {found.largest_difference:.1e}"
+        f" (largest logit {found.largest_logit:.1f}), same top-1 for {found.same_top1}"
+    )
+    if arguments.push:
+        push(student, arguments.out, arguments.push)
+        print(f"pushed to {arguments.push}")
+
+
+def student_of(folder: Path) -> Path:
+    """The student's folder of a run, or `folder` itself where it is one."""
+    found = next((f for f in (folder / "student", folder) if (f / CONFIG).is_file()), None)
+    if found is None:
+        raise ValueError(f"{folder}: neither a finished run nor a student's folder; there is no {CONFIG}")
+    return found
+
+
+def validation_of(student: Path) -> Path:
+    """The validation shards that the student's run was evaluated on."""
+    manifest = student.parent / "manifest.json"
+    if not manifest.is_file():
+        raise ValueError(f"{student}: no run's manifest.json beside it to name its images; give --images")
+    return Path(json.loads(manifest.read_text())["recipe"]["data"]["val"])
+
+
+def batch_of(source: Path, model: nn.Module) -> Tensor:
+    """Up to `CHECKED_IMAGES` images of `source`, spread over it, as timm feeds them to this model: float32 [B, 3, H, W]."""
+    transform = create_transform(**resolve_model_data_config(model))
+    images = [transform(image) for image in images_of(source)]
+    if len(images) < 2:
+        raise ValueError(f"--images {source}: {len(images)} images; give shards, or a folder with at least 2 image files")
+    return torch.stack(images)
+
+
+def images_of(source: Path) -> Iterator[Image.Image]:
+    """RGB images of a prepared split, or of the image files anywhere below a folder."""
+    if (source / MANIFEST).is_file():
+        index = ShardIndex.open(source)
+        for sample in spread(index.num_samples):
+            yield decode(read_sample(index, sample))
+        return
+    if not source.is_dir():
+        raise ValueError(f"--images {source}: no such folder; give shards or a folder of image files")
+    known = Image.registered_extensions()
+    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in known)
+    for number in spread(len(files)):
+        yield decode(files[number].read_bytes())
+
+
+def spread(total: int) -> list[int]:
+    """At most `CHECKED_IMAGES` numbers below `total`, evenly from the first on."""
+    count = min(total, CHECKED_IMAGES)
+    return [i * total // count for i in range(count)]
+
+
+def push(student: Path, file: Path, repository: str) -> None:
+    """Uploads the student's folder, which timm loads as `hf-hub:NAME/REPOSITORY`, and the ONNX file beside it."""
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=student)
+        api.upload_file(repo_id=repository, path_or_fileobj=file, path_in_repo=file.name)
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise ValueError(f"--push {repository}: {str(error).splitlines()[0]}; {file} is written") from error
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    sys.exit(main())

@@ -30,6 +30,11 @@ class Data:
     val: str = _doc("folder of validation shards", "data/digits/val")
     prepare: Literal["none", "digits"] = _doc("an embedded data set to prepare beside `train` if it is not there", "none")
     loader: Literal["auto", "dali", "reference"] = _doc("auto: DALI where it is installed, else torch + PIL", "auto")
+    shuffle_block: Count = _doc(
+        "0: every epoch is a shuffle of the whole split; N: for slow disks, blocks of N neighbours in random order, mixed"
+        " within 8 of them",
+        0,
+    )
     num_threads: Count = _doc("decoding threads per process; 0: the cores of this machine / its processes", 0)
     image_size: Count = _doc("side of the student's square input in pixels; 0: the student's own", 0)
     max_bad_rate: Fraction = _doc("share of the samples that may turn out bad (replaced, reported) before the run stops", 1e-4)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import statistics
 import subprocess
@@ -28,11 +29,12 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from distill.data.augment import TrainTransform
-from distill.data.dali import READERS, DaliTrainLoader
+from distill.data.dali import AHEAD, READERS, DaliTrainLoader
 from distill.data.index import INDEX, RECORD, ShardIndex, ShardInfo, write_split
 from distill.data.order import TrainOrder
 from distill.data.reader import SampleReader
 from distill.data.reference import ReferenceTrainLoader
+from distill.data.stream import Position, PositionStream
 
 EPILOG = """examples:
   python pipelines/bench_data.py speed --split data/mine/train --images images/train
@@ -207,29 +209,62 @@ def startup(options: argparse.Namespace) -> None:
 
 
 def cold(options: argparse.Namespace) -> None:
-    """MB/s in the order of training against MB/s of a plain sequential read, each with the files out of the page cache."""
+    """MB/s of the loader's reads beside sequential ones, in turn, each with the files out of the page cache."""
     index = ShardIndex.open(options.split)
     paths = [index.shard_path(number) for number in range(len(index.shards))]
-    total = sum(shard.bytes for shard in index.shards) / 1e6
-    _drop(paths)
-    started = time.monotonic()
-    for path in paths:
-        with path.open("rb", buffering=0) as file:
-            while file.read(4 << 20):
-                pass
-    sequential = total / (time.monotonic() - started)
-    _drop(paths)
+    ways: dict[str, Callable[[], int]] = {
+        "sequential, page cache": lambda: sum(map(_read_file, paths)),
+        "sequential, direct, 4 at a time": lambda: _read_directly(paths),
+        "in training order": lambda: _read_in_order(index, options.batch, 0),
+        f"in blocks of {options.block}": lambda: _read_in_order(index, options.batch, options.block),
+    }
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(options.repeats):
+        for name, way in ways.items():
+            _drop(paths)
+            started = time.monotonic()
+            found[name].append(way() / 1e6 / (time.monotonic() - started))
+    for name, rates in found.items():
+        print(f"{name:32s} {statistics.median(rates):6.0f} MB/s   single runs {' '.join(f'{rate:.0f}' for rate in rates)}")
+
+
+def _read_file(path: Path) -> int:
+    with path.open("rb", buffering=0) as file:
+        while file.read(4 << 20):
+            pass
+        return file.tell()
+
+
+def _read_directly(paths: list[Path]) -> int:
+    """Past the page cache: what the disk itself can do."""
+
+    def read(path: Path) -> int:
+        buffer, position = mmap.mmap(-1, 4 << 20), 0  # aligned to a page, as O_DIRECT asks
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        while count := os.preadv(descriptor, [buffer], position):
+            position += count
+        os.close(descriptor)
+        return position
+
+    with ThreadPoolExecutor(4) as pool:
+        return sum(pool.map(read, paths))
+
+
+def _read_in_order(index: ShardIndex, batch: int, block: int) -> int:
+    """As the loader reads: so many threads, so far ahead."""
     reader = SampleReader(index)
-    order = TrainOrder(index.num_samples, min(options.batch, index.num_samples), 0, options.block)
+    order = TrainOrder(index.num_samples, min(batch, index.num_samples), 0, block)
 
-    def read_step(step: int) -> int:
-        return sum(len(reader.read(sample)) for sample in order.samples(0, step).tolist())
+    def read_step(position: Position) -> int:
+        samples = order.samples(0, position.micro)
+        reader.announce(samples)
+        return sum(len(reader.read(sample)) for sample in samples.tolist())
 
-    started = time.monotonic()
-    with ThreadPoolExecutor(READERS) as pool:
-        read = sum(pool.map(read_step, range(order.steps_per_epoch)))
-    ordered = read / 1e6 / (time.monotonic() - started)
-    print(f"sequential {sequential:.0f} MB/s, in training order {ordered:.0f} MB/s: {ordered / sequential:.2f}")
+    stream = PositionStream(read_step, order.steps_per_epoch, depth=AHEAD, workers=READERS)
+    total = sum(stream.take(Position(0, step)) for step in range(order.steps_per_epoch))
+    stream.close()
+    reader.close()
+    return total
 
 
 def _drop(paths: list[Path]) -> None:
@@ -281,7 +316,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--samples", type=int, default=1_281_167, help="of the synthetic index (%(default)s)")
-    parser.add_argument("--block", type=int, help="block shuffle of so many samples, for cold")
+    parser.add_argument("--block", type=int, default=64, help="samples of a block in cold's block shuffle (%(default)s)")
     parser.add_argument("--only", choices=tuple(PIPELINES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:

@@ -223,6 +223,7 @@ def build_train_loader(recipe: Recipe, splits: Splits, models: Models, accelerat
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         seed=recipe.seed,
+        shuffle_block=recipe.data.shuffle_block,
         device=accelerator.device,
         num_threads=num_threads(recipe),
         max_bad_rate=recipe.data.max_bad_rate,

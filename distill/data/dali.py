@@ -42,7 +42,7 @@ AHEAD = 4
 RECOVERIES = 8
 """Failed runs on one batch before the loader gives up; each finds all culprits that PIL finds."""
 READERS = 4
-"""Threads that read, a batch each: the disk has as many requests at a time. POSIX_FADV_WILLNEED on top gained nothing."""
+"""Threads that read, a batch each, after the disk was told of all samples of the batch."""
 
 
 def dali_available() -> bool:
@@ -267,6 +267,7 @@ class DaliStream:
             except ValueError as error:
                 raise BadSample(str(error)) from error
 
+        self._reader.announce(self._plan.samples(position))
         loaded, samples = gather(self._plan, position, self._quarantine, read)
         work = self._plan.work(position, np.array([size for _, size in loaded], np.int64))
         labels = self._index.records["label"][samples].astype(np.int64)

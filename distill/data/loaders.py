@@ -31,6 +31,7 @@ def train_loader(
     seed: int,
     device: torch.device,
     num_threads: int,
+    shuffle_block: int = 0,
     max_bad_rate: float = 1e-4,
     fault_report: Path | None = None,
 ) -> L:
@@ -44,6 +45,7 @@ def train_loader(
         rank=rank,
         world_size=world_size,
         seed=seed,
+        shuffle_block=shuffle_block,
     )
     return kind(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads)
 

@@ -44,11 +44,11 @@ class TrainOrder:
     """The global batches of training: a new permutation per epoch, cut into whole global batches.
 
     The tail of each permutation that does not fill a global batch is dropped (`dropped` samples per epoch, others in every
-    epoch), so that all processes have the same number of steps. `block_size` asks for the block shuffle instead of the
-    global one. Raises ValueError where there is not one global batch of samples.
+    epoch), so that all processes have the same number of steps. `shuffle_block` is the block size of the block shuffle, 0
+    asks for the global one. Raises ValueError where there is not one global batch of samples.
     """
 
-    def __init__(self, num_samples: int, global_batch_size: int, seed: int, block_size: int | None = None) -> None:
+    def __init__(self, num_samples: int, global_batch_size: int, seed: int, shuffle_block: int = 0) -> None:
         if global_batch_size < 1:
             raise ValueError(f"global batch size {global_batch_size}: must be at least 1")
         if num_samples < global_batch_size:
@@ -56,12 +56,12 @@ class TrainOrder:
                 f"{num_samples} samples do not fill one global batch of {global_batch_size}: lower the batch size to "
                 f"{num_samples} or less"
             )
-        if block_size is not None and block_size < 1:
-            raise ValueError(f"block_size {block_size}: must be at least 1, or none for a global shuffle")
+        if shuffle_block < 0:
+            raise ValueError(f"shuffle_block {shuffle_block}: must be a number of samples, or 0 for a global shuffle")
         self.num_samples = num_samples
         self.global_batch_size = global_batch_size
         self.seed = seed
-        self.block_size = block_size
+        self.shuffle_block = shuffle_block
         self.steps_per_epoch = num_samples // global_batch_size
         self.dropped = num_samples % global_batch_size
         self._cached: tuple[int, NDArray[np.int64]] | None = None
@@ -78,9 +78,9 @@ class TrainOrder:
         if cached is None or cached[0] != epoch:
             seed = derive_seed(self.seed, "order", epoch)
             rows = (
-                permutation(seed, self.num_samples)
-                if self.block_size is None
-                else block_permutation(seed, self.num_samples, self.block_size)
+                block_permutation(seed, self.num_samples, self.shuffle_block)
+                if self.shuffle_block
+                else permutation(seed, self.num_samples)
             )
             small = np.int32 if self.num_samples < 2**31 else np.int64  # 5 MB instead of 10 at 1.28 million
             cached = (epoch, rows.astype(small))

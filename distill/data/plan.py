@@ -88,10 +88,11 @@ class TrainPlan:
         rank: int,
         world_size: int,
         seed: int,
+        shuffle_block: int = 0,
     ) -> None:
         rows = [micro_batch_rows(global_batch_size, accumulate, rank, world_size, micro) for micro in range(accumulate)]
-        self.identity = {"seed": seed, "global_batch_size": global_batch_size}
-        self.order = TrainOrder(num_samples, global_batch_size, seed)
+        self.identity = {"seed": seed, "global_batch_size": global_batch_size, "shuffle_block": shuffle_block}
+        self.order = TrainOrder(num_samples, global_batch_size, seed, shuffle_block)
         self.transform = transform
         self.size = size
         self.interpolation = transform.interpolation

@@ -24,7 +24,7 @@ from distill.data.plan import TrainPlan
 from distill.data.stream import Position
 
 
-def plan(num_samples: int, batch: int, accumulate: int, rank: int, world: int, seed: int = 7) -> TrainPlan:
+def plan(num_samples: int, batch: int, accumulate: int, rank: int, world: int, seed: int = 7, block: int = 0) -> TrainPlan:
     return TrainPlan(
         num_samples,
         size=(8, 8),
@@ -34,17 +34,28 @@ def plan(num_samples: int, batch: int, accumulate: int, rank: int, world: int, s
         rank=rank,
         world_size=world,
         seed=seed,
+        shuffle_block=block,
     )
 
 
-@given(num_samples=st.integers(1, 300), batch=st.integers(1, 40), seed=st.integers(0, 2**40), epoch=st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
-def test_an_epoch_holds_every_sample_at_most_once_and_drops_less_than_a_batch(num_samples, batch, seed, epoch):
+BLOCKS = (0, 1, 7, 64)
+"""The shuffle of the whole split, and block shuffles: what holds for one holds for the others."""
+
+
+@given(
+    num_samples=st.integers(1, 300),
+    batch=st.integers(1, 40),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 5),
+    block=st.sampled_from(BLOCKS),
+)
+@settings(max_examples=100, deadline=None)
+def test_an_epoch_holds_every_sample_at_most_once_and_drops_less_than_a_batch(num_samples, batch, seed, epoch, block):
     if num_samples < batch:
         with pytest.raises(ValueError, match=f"{num_samples} samples do not fill one global batch of {batch}"):
             TrainOrder(num_samples, batch, seed)
         return
-    order = TrainOrder(num_samples, batch, seed)
+    order = TrainOrder(num_samples, batch, seed, block)
     seen = np.concatenate([order.samples(epoch, step) for step in range(order.steps_per_epoch)])
     assert len(np.unique(seen)) == len(seen) == num_samples - order.dropped
     assert order.dropped < batch
@@ -52,11 +63,12 @@ def test_an_epoch_holds_every_sample_at_most_once_and_drops_less_than_a_batch(nu
     assert seen.max() < num_samples
 
 
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_global_batches_are_the_same_for_any_number_of_ranks_and_any_accumulation(world, accumulate):
-    expected = TrainOrder(203, 48, 7)
-    plans = [plan(203, 48, accumulate, rank, world) for rank in range(world)]
+def test_global_batches_are_the_same_for_any_number_of_ranks_and_any_accumulation(world, accumulate, block):
+    expected = TrainOrder(203, 48, 7, block)
+    plans = [plan(203, 48, accumulate, rank, world, block=block) for rank in range(world)]
     for epoch in range(2):
         for step in range(expected.steps_per_epoch):
             parts = [
@@ -95,10 +107,11 @@ def test_evaluation_visits_every_sample_exactly_once_over_all_ranks(num_samples,
     assert np.array_equal(np.sort(seen), np.arange(num_samples))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
-    order = TrainOrder(1000, 1000, 0)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_epochs_and_seeds_have_orders_of_their_own(block):
+    order = TrainOrder(1000, 1000, 0, block)
     assert not np.array_equal(order.samples(0, 0), order.samples(1, 0))
-    assert not np.array_equal(order.samples(0, 0), TrainOrder(1000, 1000, 1).samples(0, 0))
+    assert not np.array_equal(order.samples(0, 0), TrainOrder(1000, 1000, 1, block).samples(0, 0))
 
 
 def test_the_shuffle_is_global():
@@ -112,6 +125,18 @@ def test_block_shuffle_visits_every_sample_once_and_reads_in_runs():
     assert np.array_equal(np.sort(rows), np.arange(1003))
     assert len(np.unique(rows[:128] // 16)) <= 9
     assert not np.array_equal(rows, np.arange(1003))
+
+
+def test_batches_of_a_block_shuffle_come_from_few_places_of_the_disk():
+    """16 blocks of 64 neighbours hold two windows of 512, so the samples of a step lie in at most 16 runs; those of a whole
+    shuffle lie in as many as there are blocks."""
+    runs = [np.unique(TrainOrder(20000, 256, 3, block).samples(0, 5) // 64).size for block in (64, 0)]
+    assert runs[0] <= 16 < 100 < runs[1]
+
+
+def test_a_block_size_that_is_no_number_of_samples_is_refused():
+    with pytest.raises(ValueError, match="shuffle_block -1: must be a number of samples, or 0 for a global shuffle"):
+        TrainOrder(100, 10, 0, -1)
 
 
 def test_seeds_are_the_same_in_every_process_and_differ_by_purpose():

@@ -1,0 +1,353 @@
+"""Where the time of a training step goes: every part, what it would take alone, memory, and what to change.
+
+accelerate launch pipelines/benchmark.py --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
+
+import torch
+from accelerate.utils import gather_object
+
+from distill.config import RecipeError, as_dict
+from distill.engine import Run
+from distill.losses import LOSSES
+from distill.models.build import import_models
+from distill.protocols import Batch
+from distill.recipe import Recipe
+from pipelines.arguments import parse
+from pipelines.bench_report import (
+    FORMAT,
+    MODELS,
+    Ceiling,
+    Held,
+    Part,
+    Report,
+    Setting,
+    Step,
+    Traffic,
+    WarmUp,
+    bottleneck,
+    plot,
+    table,
+)
+from pipelines.build import Models, Splits, build, build_splits, check_mixing, requests
+from pipelines.ceiling import Alone, loader_rate, measure_machine, measure_network
+from pipelines.footprint import Arrivals, MemoryLine, contrasted, memory
+from pipelines.ledger import DATA, REST, Communication, Timeline, endless, make_steps, marked
+from pipelines.machine import build_accelerator, micro_batch_size
+from pipelines.speedups import compile_report
+
+SETTLE = 3
+"""Steps after each pause that use up what the loader made ready in it."""
+IN_MEMORY = 2
+"""Global batches that take turns with `--data memory`."""
+
+EPILOG = """
+examples:
+  accelerate launch pipelines/benchmark.py --json ledger.json --plot ledger.png
+      the digits distillation, on data that comes with scikit-learn
+  accelerate launch pipelines/benchmark.py --recipe pipelines/recipes/imagenet/resnet34_resnet18_sdd_dkd.yaml \\
+      --train shards/train --val shards/val --data memory --steps 50 --train.mixed_precision bf16
+
+every other option is one of the recipe's: pipelines/imagenet.py --help lists them. Teachers that would be downloaded or trained
+first have random weights here: the time of a step does not depend on them.
+exit codes: 0 done, 1 failed, 2 the request was wrong.
+"""
+
+
+class Asked(NamedTuple):
+    """The command line."""
+
+    recipe: Recipe
+    steps: int
+    warm_up: int
+    rounds: int
+    data: str
+    json: Path | None
+    plot: Path | None
+
+
+def arguments(argv: Sequence[str]) -> Asked:
+    """Our own options; all others are the recipe's. Raises RecipeError."""
+    parser = argparse.ArgumentParser(
+        prog="pipelines/benchmark.py",
+        usage="accelerate launch pipelines/benchmark.py [--recipe FILE] [--SECTION.FIELD VALUE] [options]",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--steps", type=int, default=20, help="steps that are measured (%(default)s)")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps before them (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of steps and pieces alone (%(default)s)")
+    parser.add_argument(
+        "--data", choices=("shards", "memory"), default="shards", help="memory: batches that lie on the device (%(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the step there, as PNG, PDF or SVG")
+    ours, rest = parser.parse_known_args(argv)
+    request = parse(rest, LOSSES)
+    for name, value, least in (("steps", ours.steps, 1), ("warm-up", ours.warm_up, 1), ("rounds", ours.rounds, 1)):
+        if value < least:
+            raise RecipeError(f"--{name}: {value} is less than {least}")
+    for name, path in (("json", ours.json), ("plot", ours.plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise RecipeError(f"--{name}: {path.absolute().parent} is no folder; make it first")
+    with requests():
+        for file in request.imports:
+            import_models(file)
+    rounds = min(ours.rounds, ours.steps)
+    return Asked(measurable(request.recipe), ours.steps, ours.warm_up, rounds, ours.data, ours.json, ours.plot)
+
+
+def measurable(recipe: Recipe) -> Recipe:
+    """`recipe` without what is no part of a step that is not logged: trackers, a run's folder, weights from elsewhere."""
+    teacher, student = recipe.teacher, recipe.student
+    if teacher.weights in ("pretrained", "train"):
+        teacher = dataclasses.replace(teacher, weights="random", class_map=None)
+    if student.initial_weights == "pretrained":
+        student = dataclasses.replace(student, initial_weights="random")
+    out = str(Path(tempfile.gettempdir()) / "no such run")
+    report = dataclasses.replace(recipe.report, log_every=10**9, trackers=(), gradient_shares=False)
+    return dataclasses.replace(recipe, out=out, teacher=teacher, student=student, report=report)
+
+
+class Bench:
+    """A run and what measures it."""
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked, self.recipe = asked, asked.recipe
+        self.accelerator = build_accelerator(self.recipe)
+        self.batch = micro_batch_size(self.recipe, self.accelerator.num_processes)
+        check_mixing(self.recipe, self.batch)
+        with requests():
+            self.splits: Splits = build_splits(self.recipe, self.accelerator)
+            self.run, self.models = self._build()
+        self.run.eval_loader.close()
+        self.run.distiller.train()
+        self.communication = Communication(self.run)
+        self.line = Timeline(self.accelerator.device)
+        self.stream = self._stream()
+
+    def _build(self) -> tuple[Run, Models]:
+        return build(self.recipe, self.accelerator, self.splits)
+
+    def _stream(self) -> Iterator[Batch]:
+        stream = endless(self.run.train_loader)
+        if self.asked.data == "memory":
+            return cycle(list(islice(stream, IN_MEMORY * self.run.plan.accumulate)))
+        return stream
+
+    def steps(self, count: int, marks: bool = False, local: bool = False) -> list[dict[str, float]]:
+        """So many steps, their parts in milliseconds; without marks there are two, with `local` nothing is reduced."""
+        if local:
+            with self.accelerator.no_sync(self.run.distiller):
+                return self.steps(count)
+        if marks:
+            with marked(self.run, self.line, self.communication):
+                make_steps(self.run, self.stream, count, self.line)
+        else:
+            make_steps(self.run, self.stream, count, self.line)
+        return self.line.cut()
+
+    def warm_up(self) -> WarmUp:
+        """The first steps, on which compilers, allocators and DDP's buckets settle."""
+        begin = time.perf_counter()
+        taken = [sum(step.values()) for step in self.steps(self.asked.warm_up)]
+        seconds = time.perf_counter() - begin
+        compiles = self.recipe.train.compile != "none"
+        extra = max(0.0, taken[0] - taken[-1]) if compiles and len(taken) > 1 else None
+        return WarmUp(len(taken), seconds, taken[0], extra, compile_report() if compiles else "")
+
+    def footprint(self) -> tuple[Held, Traffic]:
+        """Two steps that are not measured: one for memory, one for what is sent and when."""
+        line = MemoryLine(self.run)
+        with marked(self.run, line, self.communication), torch.autograd.graph.saved_tensors_hooks(line.pack, lambda t: t):
+            make_steps(self.run, self.stream, 1, self.line)
+        found = memory(self.run, line)
+        arrivals = Arrivals(self.accelerator.device)
+        self.communication.buckets.clear()
+        with arrivals.observe(self.run), contrasted(self.run) as contrasts:
+            make_steps(self.run, self.stream, 1, self.line)
+        self.line.cut()
+        train = self.splits.train
+        trained = [p for p in self.run.distiller.parameters() if p.requires_grad]
+        traffic = Traffic(
+            gradient_bytes=sum(p.nbytes for p in trained),
+            buckets=list(self.communication.buckets),
+            arrivals=arrivals.timetable(),
+            contrasts=contrasts[-len(contrasts) // self.run.plan.accumulate :] if contrasts else [],
+            bytes_per_image=float(train.records["size"].mean()),
+            training_images=train.num_samples,
+        )
+        return Held(found.peak, found.peak_part, found.owner, found.owners), traffic
+
+
+class Round(NamedTuple):
+    """What one turn found, in milliseconds."""
+
+    steps: list[dict[str, float]]
+    unmarked: list[float]
+    local: list[float]
+    alone: list[dict[str, float]]
+
+
+def measure_rounds(bench: Bench, alone: Alone) -> list[Round]:
+    """Steps with marks, without marks, without all-reduce and the pieces alone, in turn: a machine that is slower for a while
+    is slower for all of them."""
+    asked, several = bench.asked, bench.accelerator.num_processes > 1
+    rounds = []
+    alone.make_steps(1, bench.line)
+    bench.line.cut()
+    for number in range(asked.rounds):
+        count = len(range(number, asked.steps, asked.rounds))
+        bench.accelerator.wait_for_everyone()
+        if asked.data == "shards" or bench.line.device.type == "cuda":
+            bench.steps(SETTLE)
+        steps = bench.steps(count, marks=True)
+        unmarked = [sum(step.values()) for step in bench.steps(count)]
+        local = [sum(step.values()) for step in bench.steps(count, local=True)] if several else []
+        if bench.line.device.type == "cuda":
+            alone.make_steps(SETTLE, bench.line)
+            bench.line.cut()
+        alone.make_steps(count, bench.line)
+        rounds.append(Round(steps, unmarked, local, bench.line.cut()))
+    return rounds
+
+
+def middle(steps: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each part over the middle half of the steps by duration: means of the same steps sum as the steps do."""
+    ordered = sorted(steps, key=lambda step: sum(step.values()))
+    cut = len(ordered) // 4
+    kept = ordered[cut : len(ordered) - cut]
+    names = list(dict.fromkeys(name for step in kept for name in step))
+    return {name: sum(step.get(name, 0.0) for step in kept) / len(kept) for name in names}
+
+
+def parts_of(steps: dict[str, float], alone: dict[str, float]) -> list[Part]:
+    """The parts in order of appearance, what is left over last."""
+    total = sum(steps.values())
+    names = [name for name in steps if name != REST] + [REST]
+    return [Part(n, steps.get(n, 0.0), steps.get(n, 0.0) / total, alone.get(n) if n in MODELS else None) for n in names]
+
+
+def ratio(turn: Round) -> float:
+    """The step without waiting for data, over the models alone, of one round."""
+    working = statistics.median(sum(step.values()) - step[DATA] for step in turn.steps)
+    return working / statistics.median(sum(step.values()) for step in turn.alone)
+
+
+def setting_of(bench: Bench) -> Setting:
+    """What was measured, on what."""
+    recipe, device = bench.recipe, bench.accelerator.device
+    on_gpu = device.type == "cuda"
+    spec = bench.models.student.input_spec
+    return Setting(
+        device=torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        on_gpu=on_gpu,
+        cores=len(os.sched_getaffinity(0)),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        processes=bench.accelerator.num_processes,
+        precision=bench.accelerator.mixed_precision,
+        compiled=recipe.train.compile,
+        channels_last=recipe.train.channels_last,
+        teacher=recipe.teacher.name,
+        student=recipe.student.name,
+        losses=list(recipe.loss),
+        image_size=[spec.height, spec.width],
+        micro_batch=bench.batch,
+        accumulate=recipe.train.accumulate,
+        data=bench.asked.data,
+        recipe=as_dict(recipe),
+    )
+
+
+def cpu_name() -> str:
+    """As the system calls it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def measure(asked: Asked) -> Report:
+    """The whole benchmark; every process calls it, and each gets its own report."""
+    bench = Bench(asked)
+    device = bench.accelerator.device
+    warm_up = bench.warm_up()
+    held, traffic = bench.footprint()
+    alone = Alone(bench.recipe, bench.run, bench.models.student, bench.models.teacher, bench.batch)
+    rounds = measure_rounds(bench, alone)
+    steps = [step for turn in rounds for step in turn.steps]
+    unmarked = [ms for turn in rounds for ms in turn.unmarked]
+    local = [ms for turn in rounds for ms in turn.local]
+    pieces = [step for turn in rounds for step in turn.alone]
+    setting = setting_of(bench)
+    parts = parts_of(middle(steps), middle(pieces))
+    ratios = [ratio(turn) for turn in rounds]
+    machine = measure_machine(device, setting.precision)
+    network = measure_network(device, traffic.gradient_bytes)
+    ceiling = Ceiling(
+        models_ms=sum(part.alone_ms or 0.0 for part in parts),
+        ratio=statistics.median(ratios),
+        ratios=ratios,
+        loader_images_per_second=loader_rate(bench.run, max(3, 256 // bench.batch)),
+        copy_gigabytes_per_second=machine.copy_gigabytes_per_second,
+        host_to_device_gigabytes_per_second=machine.host_to_device_gigabytes_per_second,
+        teraflops=machine.teraflops,
+        teraflops_float32=machine.teraflops_float32,
+        gigaflops_per_image={name: flops / 1e9 for name, flops in alone.flops_per_image().items()},
+        network_bytes_per_second=None if network is None else network.bandwidth,
+        network_latency_ms=None if network is None else network.latency_ms,
+    )
+    bench.run.train_loader.close()
+    total = sum(part.ms for part in parts)
+    # the processes wait for each other in every step: the slowest says how fast all are
+    slowest = max(gather_object([total]))
+    step = Step(
+        ms=total,
+        images_per_second=1000 * bench.run.plan.global_batch_size / slowest,
+        steps=len(steps),
+        all_ms=[sum(each.values()) for each in steps],
+        unmarked_ms=statistics.median(unmarked),
+        local_ms=statistics.median(local) if local else None,
+    )
+    sentence = bottleneck(parts, setting, ceiling)
+    return Report(FORMAT, setting, warm_up, step, parts, ceiling, held, traffic, sentence)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 done, 2 a wrong request; a failure raises."""
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    try:
+        asked = arguments(sys.argv[1:] if argv is None else argv)
+        report = measure(asked)
+    except RecipeError as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    if is_main:
+        print(table(report))
+        if asked.json is not None:
+            report.write(asked.json)
+        if asked.plot is not None:
+            plot(report, asked.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

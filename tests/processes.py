@@ -33,6 +33,8 @@ def _enter(argv: list[str], environment: dict[str, str], log: str, file_limit: i
 
     if stall := environment.get("STALL_LOADER"):
         stall_loader(*map(int, stall.split(":")))
+    if spoiled := environment.get("SPOIL_LOSS"):
+        spoil_loss(*map(int, spoiled.split(":")))
 
     torch.set_num_threads(1)
     code = main(argv)
@@ -53,6 +55,21 @@ def stall_loader(rank: int, reads: int) -> None:
         return real(self, sample)
 
     SampleReader.read = read  # type: ignore[method-assign]
+
+
+def spoil_loss(rank: int, call: int) -> None:
+    """This rank's cross-entropy is not a number at its call of this number, as one absurd image makes it."""
+    from distill.losses.logits import CrossEntropy
+
+    real, calls = CrossEntropy.forward, [0]
+
+    def forward(self: CrossEntropy, *arguments):
+        value, statistics = real(self, *arguments)
+        calls[0] += 1
+        spoiled = calls[0] == call and os.environ.get("RANK", "0") == str(rank)
+        return (value * float("nan") if spoiled else value), statistics
+
+    CrossEntropy.forward = forward  # type: ignore[method-assign]
 
 
 def free_port() -> int:
@@ -117,9 +134,11 @@ def start(
     return Job(ranks, log)
 
 
-def finished(argv: Sequence[str], log: Path, world_size: int = 1, codes: int = 0) -> Job:
+def finished(
+    argv: Sequence[str], log: Path, world_size: int = 1, codes: int = 0, environment: dict[str, str] | None = None
+) -> Job:
     """As `start`, waited for; fails with the job's output unless every rank exits with `codes`."""
-    job = start(argv, log, world_size)
+    job = start(argv, log, world_size, environment)
     found = job.wait()
     assert found == [codes] * world_size, f"exit codes {found}:\n{job.text()}"
     return job

@@ -6,10 +6,13 @@ import os
 import random
 import re
 import signal
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.conftest import VAL_IMAGES
 from tests.processes import finished, start
@@ -21,6 +24,15 @@ FROZEN = ["--student.batchnorm", "frozen", "--optim.learning_rate", "0.001"]
 
 def began(out: Path, steps: int) -> bool:
     return (out / "metrics.jsonl").is_file() and len(steps_of(out)) >= steps
+
+
+def keys_of(split: Path) -> set[str]:
+    """The keys in a split's shards, as tarfile reads them."""
+    keys: set[str] = set()
+    for shard in split.glob("*.tar"):
+        with tarfile.open(shard) as tar:
+            keys |= {Path(name).stem for name in tar.getnames()}
+    return keys
 
 
 def test_killed_while_saving_and_while_evaluating_is_the_uninterrupted_run(digits: Path, tmp_path: Path):
@@ -103,6 +115,21 @@ def test_a_stop_in_the_teachers_training_goes_on_there(digits: Path, tmp_path: P
     assert_same_run(straight, stopped)
 
 
+def test_a_stop_in_an_evaluation_makes_it_again(digits: Path, tmp_path: Path):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    more = ["--train.evaluate_batch_size", "2", "--resume"]
+    finished(arguments(digits, straight, *more), tmp_path / "straight.log", world_size=2)
+    command = arguments(digits, stopped, *more)
+    job = start(command, tmp_path / "log", world_size=2)
+    job.wait_until(lambda: began(stopped, 6))  # the epoch's last step is logged: what follows is its evaluation
+    os.kill(job.ranks[1].pid, signal.SIGTERM)
+    assert job.wait() == [75, 75], job.text()
+    assert not any("eval/top1" in line for line in metrics(stopped)), "the signal came after the evaluation"
+    assert "stopped in evaluation; the same command with --resume makes it again" in job.text()
+    finished(command, tmp_path / "log", world_size=2)
+    assert_same_run(straight, stopped)
+
+
 def test_an_interrupted_run_goes_on_with_another_number_of_processes(digits: Path, tmp_path: Path):
     """The same global batches in the same order: the losses of an uninterrupted run, to 1e-5."""
     more = [*FROZEN, "--loss.msdcrd", "null"]
@@ -144,6 +171,27 @@ def test_two_at_once_in_one_folder_never_meet(digits: Path, tmp_path: Path):
     os.kill(first.ranks[0].pid, signal.SIGCONT)
     assert first.wait() == [0]
     assert [json.loads(line)["step"] for line in steps_of(out)] == list(range(1, 13))
+
+
+def test_a_poisoned_batch_on_one_rank_stops_all_before_the_step_or_is_skipped(digits: Path, tmp_path: Path):
+    more = ["--train.checkpoint_every", "1", "--train.epochs", "1"]
+    poison = {"SPOIL_LOSS": "1:3"}  # rank 1, third step
+    straight, stopped, skipped = tmp_path / "straight", tmp_path / "stopped", tmp_path / "skipped"
+    job = finished(arguments(digits, stopped, *more), tmp_path / "stopped.log", 2, codes=1, environment=poison)
+    assert re.search(r"NonFiniteError: step 2, rank 1: .*loss/cross_entropy.* not finite; the step was not made", job.text())
+    assert [json.loads(line)["step"] for line in steps_of(stopped)] == [1, 2]
+    dump = json.loads((stopped / "nonfinite-step00000002-rank1.json").read_text())
+    assert dump["not_finite"][:2] == ["loss/total", "loss/cross_entropy"]
+    assert len(dump["samples"]) == 12
+    assert set(dump["samples"]) < keys_of(digits / "train")
+    finished(arguments(digits, stopped, *more, "--resume"), tmp_path / "stopped.log", 2)
+    finished(arguments(digits, straight, *more), tmp_path / "straight.log", 2)
+    assert_same_run(straight, stopped)
+    more += ["--train.skip_nonfinite", "1", "--train.keep_checkpoints", "9"]
+    finished(arguments(digits, skipped, *more), tmp_path / "skipped.log", 2, environment=poison)
+    assert json.loads((skipped / "summary.json").read_text())["skipped_steps"] == 1
+    before, after = (load_file(skipped / "checkpoints" / f"step-0000000{n}" / "student.safetensors") for n in (2, 3))
+    assert [name for name in before if name.endswith("weight") and not torch.equal(before[name], after[name])] == []
 
 
 def test_a_rank_that_dies_is_named_by_those_that_are_left(digits: Path, tmp_path: Path):

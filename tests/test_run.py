@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import distill.models  # noqa: F401 (registers the CIFAR architectures)
 from tests.conftest import TRAIN_IMAGES, VAL_IMAGES
 from tests.processes import finished, start
-from tests.runs import EVERYTHING, arguments, assert_same_run, metrics, steps_of
+from tests.runs import ALL_LOSSES, EVERYTHING, FP16, arguments, assert_same_run, metrics, steps_of
 
 ROOT = Path(__file__).parent.parent
 DISTILLED = ROOT / "pipelines" / "recipes" / "digits" / "distilled.yaml"
@@ -108,11 +108,13 @@ def test_accumulated_micro_batches_are_one_batch(digits: Path, tmp_path: Path):
             assert a[name] == pytest.approx(b[name], rel=1e-5), (a["step"], name)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_killed_at_any_step_and_resumed_is_the_uninterrupted_run(digits: Path, tmp_path: Path, world_size: int):
+@pytest.mark.parametrize(("world_size", "more"), [(1, [*EVERYTHING, *FP16]), (2, ALL_LOSSES)])
+def test_killed_at_any_step_and_resumed_is_the_uninterrupted_run(
+    digits: Path, tmp_path: Path, world_size: int, more: list[str]
+):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    finished(arguments(digits, straight, *EVERYTHING), tmp_path / "straight.log", world_size)
-    command = arguments(digits, killed, *EVERYTHING, "--resume")
+    finished(arguments(digits, straight, *more), tmp_path / "straight.log", world_size)
+    command = arguments(digits, killed, *more, "--resume")
     for step in (3, 8):
         job = start(command, tmp_path / "killed.log", world_size)
         job.wait_until(lambda s=step: (killed / "metrics.jsonl").is_file() and len(steps_of(killed)) >= s)

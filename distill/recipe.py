@@ -73,7 +73,8 @@ class Teacher:
     class_tokens: ClassTokens = _doc("what a region's logits are where the head reads class tokens only", "attend")
     evaluate: bool = _doc("measure the teacher's top-1 on the validation shards before training", True)
     expected_top1: Annotated[float, Field(ge=0, le=100)] | None = _doc("stop before training if the measured one is off", None)
-    tolerance: NonNegative = _doc("how far off expected_top1 the teacher may be, in percent points", 1.0)
+    published: str | None = _doc("timm's results-imagenet.csv: names expected_top1 of its pretrained weights on ImageNet", None)
+    tolerance: NonNegative = _doc("how far off the expected top-1 the teacher may be, in percent points", 1.0)
     model_kwargs: dict[str, Any] = _doc("more arguments for timm.create_model", {})
 
 

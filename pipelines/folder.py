@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "teacher.weights",
     "teacher.evaluate",
     "teacher.expected_top1",
+    "teacher.published",
     "teacher.tolerance",
     "train.accumulate",
     "train.max_steps",

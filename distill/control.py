@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
-import sys
 from types import FrameType
 from typing import NamedTuple
 
@@ -13,12 +10,6 @@ import torch
 from torch import distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-UNDER_A_LAUNCHER = {"LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
-"""Variables that torchrun and `accelerate launch` set for the processes they start."""
-
-PR_SET_PDEATHSIG = 1
-"""Of <sys/prctl.h>."""
-
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later. Schedulers can be told to requeue on it."""
 
@@ -34,12 +25,6 @@ class Verdict(NamedTuple):
     """Some process got a signal."""
     poisoned: bool
     """Some process found its loss or gradient not finite."""
-
-
-def _signal_at_parents_death(number: int) -> None:
-    """Asks Linux to send `number` when this process's launcher dies: an orphan would go on and keep the run's folder."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
 
 
 class Control:
@@ -59,11 +44,9 @@ class Control:
             dist.barrier(self._group)
 
     def listen(self) -> Control:
-        """Takes over the signals; only the main thread of a process may. The death of the launcher counts as one."""
+        """Takes over the signals; only the main thread of a process may."""
         for number in SIGNALS:
             signal.signal(number, self._note)
-        if UNDER_A_LAUNCHER & os.environ.keys():  # a shell that somebody logs out of is no launcher
-            _signal_at_parents_death(signal.SIGTERM)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -13,6 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
+from pipelines.launcher import end_with_launcher
+
+if __name__ == "__main__":
+    end_with_launcher()
+
 from accelerate import Accelerator
 
 from distill.config import RecipeError

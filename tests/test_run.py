@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import timm
 import torch
@@ -96,6 +98,26 @@ def test_torchrun_starts_two_real_ranks(digits: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "manifest.json").read_text())["world_size"] == 2
     assert json.loads((out / "summary.json").read_text())["steps"] == 2
+
+
+def test_processes_whose_launcher_dies_while_they_start_do_not_outlive_it(digits: Path, tmp_path: Path):
+    """They would wait for a rendezvous that the launcher held, and keep the run's folder."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pipelines/imagenet.py"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen([*command, *arguments(digits, tmp_path / "run")], cwd=ROOT, env=environment)
+    workers: list[psutil.Process] = []
+    while len(workers) < 2:
+        assert launcher.poll() is None
+        workers = [c for c in psutil.Process(launcher.pid).children() if "pipelines/imagenet.py" in c.cmdline()]
+        time.sleep(0.01)
+    while not all(any("libtorch" in mapped.path for mapped in worker.memory_maps()) for worker in workers):
+        time.sleep(0.01)  # until both are at their imports
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    for worker in alive:
+        worker.kill()
+    assert not alive
 
 
 def test_accumulated_micro_batches_are_one_batch(digits: Path, tmp_path: Path):

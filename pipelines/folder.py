@@ -83,6 +83,17 @@ def _lock(file: IO[str], folder: Path) -> None:
             time.sleep(0.2)
 
 
+def check_recipe(folder: Path, recipe: Recipe) -> None:
+    """Raises RecipeError where `folder` holds a run of another recipe, with every difference."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return
+    changed = differences(json.loads(manifest.read_text())["recipe"], as_dict(recipe))
+    if changed:
+        lines = [f"out: {folder} holds a run of another recipe; give another --out, or ask for the same", *changed]
+        raise RecipeError("\n  ".join(lines))
+
+
 def _claim(folder: Path, recipe: Recipe, resume: bool) -> IO[str]:
     manifest = folder / "manifest.json"
     if manifest.is_file() and not resume:
@@ -90,17 +101,7 @@ def _claim(folder: Path, recipe: Recipe, resume: bool) -> IO[str]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / ".lock").open("w")
     _lock(lock, folder)
-    if manifest.is_file():
-        changed = differences(json.loads(manifest.read_text())["recipe"], as_dict(recipe))
-        if changed:
-            raise RecipeError(
-                "\n".join(
-                    [
-                        f"out: {folder} holds a run of another recipe; give another --out, or ask for the same",
-                        *("  " + c for c in changed),
-                    ]
-                )
-            )
+    check_recipe(folder, recipe)
     return lock
 
 

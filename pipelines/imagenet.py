@@ -49,7 +49,7 @@ from pipelines.build import (
     rehearse,
     requests,
 )
-from pipelines.folder import adapted, check_contents, claim, digest, write_manifest
+from pipelines.folder import adapted, check_contents, check_recipe, claim, digest, write_manifest
 from pipelines.machine import build_accelerator, micro_batch_size
 from pipelines.preflight import check_teacher, expectation
 
@@ -85,6 +85,7 @@ def with_trained_teacher(recipe: Recipe, splits: Splits, session: Session) -> Re
     if recipe.teacher.name == "none" or recipe.teacher.weights != "train":
         return recipe
     first = teacher_recipe(recipe)
+    check_recipe(Path(first.out), first)
     if not (Path(first.out) / "summary.json").is_file():
         with requests():
             rehearse(recipe, splits.train.num_classes)

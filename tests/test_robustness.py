@@ -110,6 +110,8 @@ def test_a_stop_in_the_teachers_training_goes_on_there(digits: Path, tmp_path: P
     os.kill(job.ranks[0].pid, signal.SIGUSR1)  # the second one changes nothing
     assert job.wait() == [75]
     assert not (stopped / "teacher" / "summary.json").exists()
+    job = finished(arguments(digits, stopped, *more, "--teacher.epochs", "2"), tmp_path / "other.log", codes=2)
+    assert "train.epochs: 1 in the run, 2 asked" in job.text()
     finished(command, tmp_path / "log")
     assert_same_run(straight / "teacher", stopped / "teacher")
     assert_same_run(straight, stopped)

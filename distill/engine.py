@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -97,6 +97,8 @@ class Run:
     """What all processes decide together."""
     watch: Callable[[int, str], None] = lambda step, phase: None
     """Told of every step and phase that begins; a watchdog ends the run when it hears nothing for too long."""
+    around_backward: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Entered around every backward pass."""
     after_step: Callable[[], None] = lambda: None
     """Called after every optimiser step that this process made."""
     name_samples: Callable[[Sequence[int]], list[str]] = lambda ids: [str(i) for i in ids]
@@ -198,9 +200,10 @@ def train_step(run: Run, batches: list[Batch]) -> tuple[dict[str, Tensor], bool]
         last = number == plan.accumulate - 1
         with nullcontext() if last else accelerator.no_sync(run.distiller):
             losses: Losses = run.distiller(images, labels, teacher, progress)
-            if plan.gradient_shares and logged and last:
-                values |= _gradient_shares(run, losses)
-            accelerator.backward(losses.total / plan.accumulate)
+            with run.around_backward():
+                if plan.gradient_shares and logged and last:
+                    values |= _gradient_shares(run, losses)
+                accelerator.backward(losses.total / plan.accumulate)
         for name, value in _named(losses).items():
             values[name] = values.get(name, 0) + value / plan.accumulate
     values["gradient_norm"] = _clip(run)

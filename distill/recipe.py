@@ -85,6 +85,7 @@ class Student:
     initial_weights: str = _doc("`random`, `pretrained` or a path", "random")
     class_tokens: ClassTokens = _doc("what a region's logits are where the head reads class tokens only", "attend")
     batchnorm: Literal["local", "sync", "frozen"] = _doc("statistics per process, over all processes, or fixed", "local")
+    checkpoint_activations: bool = _doc("less memory for one more forward pass of the student", False)
     drop_rate: Fraction = _doc("dropout before the classifier", 0.0)
     drop_path_rate: Fraction = _doc("stochastic depth", 0.0)
     model_kwargs: dict[str, Any] = _doc("more arguments for timm.create_model", {})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from distill.mixing import BatchTransform, seed_all
 from distill.models.backbone import Backbone
 from distill.models.batchnorm import set_batchnorm
 from distill.models.build import create_student, create_teacher
+from distill.models.memory import set_activation_checkpointing, unchanged_statistics
 from distill.models.weights import load_weights
 from distill.optim import create_optimizer, learning_rate_schedule, weight_schedule
 from distill.protocols import InputSpec, Loader, Needs
@@ -325,6 +327,10 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> tuple[Run
     distiller = build_distiller(recipe, models)
     optimizer = build_optimizer(recipe, distiller)
     prepared, prepared_optimizer = accelerator.prepare(distiller, optimizer)
+    checkpointing = recipe.student.checkpoint_activations
+    if checkpointing:
+        before, after = set_activation_checkpointing(models.student)
+        accelerator.print(f"activations of one image: {after / 1e6:.1f} MB instead of {before / 1e6:.1f} MB (float32)")
     compile_backbones(recipe, models.student, models.teacher)
     plan = build_plan(recipe, splits.train.num_samples)
     spec = eval_spec(recipe, models.student)
@@ -350,6 +356,7 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> tuple[Run
         reporter=reporter,
         checkpoints=Checkpoints(Path(recipe.out) / "checkpoints", recipe.train.keep_checkpoints),
         average=average,
+        around_backward=partial(unchanged_statistics, models.student.model) if checkpointing else nullcontext,
         after_step=Observers(recipe, reporter),
         name_samples=lambda ids: [splits.train.key(i) for i in ids],
     )

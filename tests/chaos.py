@@ -64,6 +64,16 @@ def steps_done(out: Path) -> int:
     return len(steps_of(out)) if (out / "metrics.jsonl").is_file() else 0
 
 
+def wait_for_a_moment(launcher: subprocess.Popen, out: Path, dice: random.Random, life: float) -> None:
+    """Most lives end a few steps after the last one (so that the work lasts for all kills), some while they start, wherever
+    they are then."""
+    goal = steps_done(out) + dice.randint(1, 4)
+    end = time.monotonic() + (dice.uniform(0, 0.5) * life if dice.random() < 0.25 else 20 * life)
+    while launcher.poll() is None and time.monotonic() < end and steps_done(out) < goal:
+        time.sleep(0.02)
+    time.sleep(dice.uniform(0, 0.3))
+
+
 def chaos(folder: Path, kills: int, seed: int) -> None:
     """Runs it and prints one line per life; raises AssertionError where anything was lost."""
     dice, data = random.Random(seed), folder / "data"
@@ -78,16 +88,14 @@ def chaos(folder: Path, kills: int, seed: int) -> None:
     command, done = arguments(data, killed, *more, "--resume"), 0
     while done < kills and not (killed / "summary.json").is_file():
         launcher = launch(command, log)
-        # most lives are short, so that there are as many of them as asked for before the work is done
-        end = time.monotonic() + dice.uniform(0.2, 0.5) * life
-        while time.monotonic() < end and launcher.poll() is None:
-            time.sleep(0.05)
+        wait_for_a_moment(launcher, killed, dice, life)
         if launcher.poll() is None:
             workers = ranks_of(launcher)
             what = strike(launcher, dice)
             done += 1
             gone(workers, launcher)
             print(f"  {done}: {what}; {steps_done(killed)} of {STEPS} steps are in the log", flush=True)
+    assert done == kills, f"the work was done after {done} kills"
     code = launch(command, log).wait()
     assert code == 0, log.read_text()
     assert_same_run(straight, killed)

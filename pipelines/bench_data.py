@@ -11,6 +11,7 @@ import argparse
 import json
 import mmap
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,8 +19,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __package__ in (None, ""):  # run as a script: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -184,6 +186,22 @@ def speed(options: argparse.Namespace) -> None:
         print(f"{name:26s} {wall:9.0f} {core:10.0f} {base / core:7.2f}x   {singles}")
 
 
+@contextmanager
+def other_load_told() -> Iterator[None]:
+    """Says at the end how many cores other processes kept busy meanwhile: what a figure by the clock is worth."""
+
+    def busy() -> tuple[float, float]:
+        of_all, of_us = psutil.cpu_times(), os.times()
+        used = of_all.user + of_all.nice + of_all.system + of_all.irq + of_all.softirq + of_all.steal
+        return used, of_us.user + of_us.system + of_us.children_user + of_us.children_system
+
+    started, (all_before, ours_before) = time.monotonic(), busy()
+    yield
+    all_after, ours_after = busy()
+    others = (all_after - all_before - ours_after + ours_before) / (time.monotonic() - started)
+    print(f"other processes used {max(0.0, others):.2f} of {os.cpu_count()} cores meanwhile")
+
+
 def startup(options: argparse.Namespace) -> None:
     """Time and memory to the first global batch of a synthetic index; the shards are sparse files of the right size."""
     with tempfile.TemporaryDirectory() as name:
@@ -276,31 +294,87 @@ def _drop(paths: list[Path]) -> None:
 
 
 def preparation(options: argparse.Namespace) -> None:
-    """Images a second of `prepare.py folder` against `workers` times the decode-and-hash rate of one core."""
-    import hashlib
+    """`prepare.py folder` against `workers` times one process that decodes and hashes the same images, in turn.
 
-    from PIL import Image
+    Few images are repeated until there are `--least` of them, under other names. The start of the processes is what a source
+    of one image a worker takes; it is measured beside the rest, so both figures are told.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        count = _repeat_images(options.images, Path(name) / "many", options.least)
+        _repeat_images(options.images, Path(name) / "few", 0, options.workers)
+        found: dict[str, list[Cost]] = {"single": [], "several": [], "start": [], "prepare": []}
+        for _ in range(options.repeats):
+            found["single"].append(_cost([sys.executable, "-c", DECODE_AND_HASH, f"{name}/many", "1"]))
+            found["several"].append(_cost([sys.executable, "-c", DECODE_AND_HASH, f"{name}/many", str(options.workers)]))
+            found["start"].append(_cost(_prepare_line(f"{name}/few", f"{name}/out", options.workers, 1)))
+            found["prepare"].append(_cost(_prepare_line(f"{name}/many", f"{name}/out", options.workers, options.shard_size)))
+    single, several, start, made = (Cost(*map(statistics.median, zip(*runs, strict=True))) for runs in found.values())
+    after = Cost(made.wall - start.wall, made.core - start.core)
+    print(
+        f"{count} images, {options.workers} workers, shards of {options.shard_size}; medians of {options.repeats} runs in turn"
+    )
+    for name, cost in {
+        "decode and hash, 1 process": single,
+        f"decode and hash, {options.workers} processes": several,
+        "prepare": made,
+        "prepare after its start": after,
+    }.items():
+        print(f"{name:30s} {count / cost.wall:7.0f} images/s {count / cost.core:7.0f} per core-second")
+    print(f"the start of prepare: {start.wall:.2f} s, {start.core:.2f} core-seconds")
+    print(f"prepare is, of {options.workers} x 1 process: {single.wall / options.workers / made.wall:.2f} by the clock,")
+    for name, cost in {"": made, ", after its start": after}.items():
+        one, many = single.core / cost.core, several.core / cost.core
+        print(f"  by core-seconds {one:.2f}; of {options.workers} processes at once: {many:.2f}{name}")
 
-    paths = [path for path in sorted(options.images.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
-    started, cores = time.monotonic(), time.process_time()
+
+class Cost(NamedTuple):
+    """What a command takes."""
+
+    wall: float
+    core: float
+
+
+DECODE_AND_HASH = """
+import hashlib, os, sys
+from pathlib import Path
+from PIL import Image
+paths, processes = sorted(Path(sys.argv[1]).rglob("*.*")), int(sys.argv[2])
+for number in range(processes):
+    if os.fork() == 0:
+        for path in paths[number::processes]:
+            hashlib.sha256(path.read_bytes())
+            Image.open(path).load()
+        os._exit(0)
+for number in range(processes):
+    os.wait()
+"""
+
+
+def _cost(line: list[str]) -> Cost:
+    before, started = os.times(), time.monotonic()
+    subprocess.run(line, check=True, capture_output=True)
+    seconds, after = time.monotonic() - started, os.times()
+    return Cost(seconds, after.children_user + after.children_system - before.children_user - before.children_system)
+
+
+def _prepare_line(source: str, out: str, workers: int, shard_size: int) -> list[str]:
+    """The command, into an empty folder."""
+    shutil.rmtree(out, ignore_errors=True)
+    script = Path(__file__).parents[1] / "shards/prepare.py"
+    line = [sys.executable, str(script), "folder", "--source", source, "--out", out]
+    return [*line, "--workers", str(workers), "--shard-size", str(shard_size)]
+
+
+def _repeat_images(source: Path, target: Path, least: int, most: int | None = None) -> int:
+    """Links to the images of `source`, repeated under other names until there are `least`, at most `most`; their number."""
+    paths = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png")][:most]
+    copies = max(1, -(-least // len(paths)))
     for path in paths:
-        hashlib.sha256(path.read_bytes())
-        Image.open(path).load()
-    single = len(paths) / (time.monotonic() - started)
-    single_core = len(paths) / (time.process_time() - cores)
-    with tempfile.TemporaryDirectory() as out:
-        line = [sys.executable, str(Path(__file__).parents[1] / "shards/prepare.py"), "folder", "--source", str(options.images)]
-        line += ["--out", f"{out}/split", "--workers", str(options.workers), "--shard-size", str(max(1, len(paths) // 16))]
-        started = time.monotonic()
-        before = os.times()
-        subprocess.run(line, check=True, capture_output=True)
-        after = os.times()
-        seconds = time.monotonic() - started
-    core = after.children_user + after.children_system - before.children_user - before.children_system
-    print(f"decode and hash: {single:.0f} images/s on one core, {single_core:.0f} per core-second")
-    rate = len(paths) / seconds
-    print(f"prepare, {options.workers} workers: {rate:.0f} images/s in {seconds:.1f} s, the start of its processes included;")
-    print(f"  {len(paths) / core:.0f} per core-second; {rate / single / options.workers:.2f} of workers x one core")
+        folder = target / path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for copy in range(copies):
+            (folder / f"{path.stem}_{copy}{path.suffix}").symlink_to(path.resolve())
+    return copies * len(paths)
 
 
 def main() -> int:
@@ -313,6 +387,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2, help="threads or workers of each pipeline (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="of prepare (%(default)s)")
+    parser.add_argument("--shard-size", type=int, default=250, help="of prepare (%(default)s)")
+    parser.add_argument("--least", type=int, default=4000, help="images of prepare (%(default)s)")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--samples", type=int, default=1_281_167, help="of the synthetic index (%(default)s)")
@@ -325,7 +401,8 @@ def main() -> int:
     needs = {"speed": ("split", "images"), "cold": ("split",), "prepare": ("images",)}.get(options.what, ())
     if missing := [f"--{name}" for name in needs if getattr(options, name) is None]:
         parser.error(f"{options.what} needs {' and '.join(missing)}")
-    {"speed": speed, "startup": startup, "cold": cold, "prepare": preparation}[options.what](options)
+    with other_load_told():
+        {"speed": speed, "startup": startup, "cold": cold, "prepare": preparation}[options.what](options)
     return 0
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from distill.data.reader import TAIL
+from distill.data.reader import END_OF_IMAGE, TAIL
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats whose bytes are kept; every other readable format becomes a PNG with the same pixels."""
@@ -48,7 +48,7 @@ def clean_image(data: bytes, resize_short: int | None = None, quality: int = 90)
         return Clean(_as_png(image), "png", (*notes, "CMYK re-encoded as RGB PNG"))
     if image.mode.startswith("I"):
         return Clean(_as_png(image), "png", (*notes, "16-bit re-encoded as 8-bit PNG"))
-    if EXTENSIONS[kind] == "jpg" and b"\xff\xd9" not in data[-TAIL:]:
+    if EXTENSIONS[kind] == "jpg" and data.rfind(END_OF_IMAGE, -TAIL) < 0:
         return Clean(_as_png(image), "png", (*notes, "JPEG without an end marker near its end re-encoded as PNG"))
     return Clean(data, EXTENSIONS[kind], notes)
 

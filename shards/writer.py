@@ -39,10 +39,9 @@ class TarWriter:
         """Adds a member; the offset of its content."""
         info = tarfile.TarInfo(name)
         info.size = len(data)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        offset = self.position
-        self._write(data)
-        self._write(b"\0" * (-len(data) % TAR_BLOCK))
+        offset = self.position + TAR_BLOCK
+        # in one piece: a call to the system for each of the three takes twice as long
+        self._write(b"".join((info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % TAR_BLOCK))))
         return offset
 
     def finish(self) -> str:

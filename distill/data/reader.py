@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from distill.data.header import JPEG_MAGIC
 from distill.data.index import ShardIndex
 
+END_OF_IMAGE = b"\xff\xd9"
 TAIL = 64 * 1024
 """Bytes at the end of a JPEG in which its end marker must lie; what follows the marker is legal trailing junk."""
 
@@ -30,7 +31,7 @@ def check_bytes(data: bytes, crc32: int) -> None:
         raise BadSample("zero bytes")
     if (found := zlib.crc32(data)) != crc32:
         raise BadSample(f"checksum {found:08x}, the index says {crc32:08x}: the bytes changed on disk")
-    if data.startswith(JPEG_MAGIC) and data.rfind(b"\xff\xd9", -TAIL) < 0:
+    if data.startswith(JPEG_MAGIC) and data.rfind(END_OF_IMAGE, -TAIL) < 0:
         raise BadSample("truncated JPEG: no end marker")
 
 

@@ -30,11 +30,13 @@ import timm
 import torch
 
 import distill.models  # noqa: F401 (registers the CIFAR architectures)
+from distill.config import RecipeError
 from distill.data.index import ShardIndex
 from distill.losses.regions import region_matrix
 from distill.models.build import create_teacher
 from distill.models.export import export_student
 from distill.protocols import Needs
+from pipelines.options import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPERATURE, LEARNING_RATE, MOMENTUM, DECAY = 4.0, 0.01, 0.9, 1e-4
@@ -156,8 +158,8 @@ def table(found: dict[str, dict[str, float]]) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line. Raises RecipeError."""
+    parser = Parser(description=__doc__ or "")
     parser.add_argument("--timm-train", type=Path, required=True, metavar="FILE", help="timm's train.py")
     parser.add_argument("--shards", type=Path, required=True, metavar="DIR", help="with train/ and val/, of shards/prepare.py")
     parser.add_argument("--teacher", default="resnet18", help="timm name (%(default)s)")
@@ -174,23 +176,22 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--our-options", type=str.split, default=[], metavar="TEXT", help="more options for ours")
     parser.add_argument("--timm-options", type=str.split, default=[], metavar="TEXT", help="more options for train.py")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there")
-    return parser.parse_args(argv)
+    asked = parser.parse_args(argv)
+    asked.timm_train, asked.shards = asked.timm_train.absolute(), asked.shards.absolute()
+    if not asked.timm_train.is_file():
+        raise RecipeError(f"--timm-train {asked.timm_train}: no such file; it is train.py of timm's repository")
+    if not 1 <= asked.short < asked.long:
+        raise RecipeError(f"--long {asked.long} must be more than --short {asked.short}, and that 1 at least")
+    return asked
 
 
 def main(argv: list[str] | None = None) -> int:
     """0 done, 2 a wrong request; a run that fails raises."""
-    asked = arguments(argv)
-    asked.timm_train, asked.shards = asked.timm_train.absolute(), asked.shards.absolute()
-    if not asked.timm_train.is_file():
-        print(f"error: --timm-train {asked.timm_train}: no such file; it is train.py of timm's repository", file=sys.stderr)
-        return 2
-    if asked.long <= asked.short or asked.short < 1:
-        print(f"error: --long {asked.long} must be more than --short {asked.short}, and that 1 at least", file=sys.stderr)
-        return 2
     try:
+        asked = arguments(argv)
         index = ShardIndex.open(asked.shards / "train")
     except ValueError as error:
-        print(f"error: --shards: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     images = index.num_samples // asked.batch * asked.batch
     with tempfile.TemporaryDirectory() as name:

@@ -40,6 +40,8 @@ class Setting:
     accumulate: int
     data: str
     """`shards`: the real loader; `memory`: batches that lie on the device."""
+    clock: str
+    """`wall`, or `cpu`: seconds of all threads of the process."""
     recipe: dict[str, Any]
 
 
@@ -245,7 +247,8 @@ def table(report: Report) -> str:
         f"{setting.teacher} -> {setting.student}, {' + '.join(setting.losses)}",
         f"{setting.device}, {setting.cores} cores, {setting.threads} threads, torch {setting.torch};"
         f" {setting.processes} process{'es' if setting.processes > 1 else ''} x {setting.micro_batch} images"
-        f" x {setting.accumulate}, {size} px, precision {setting.precision}{compiled}; data from {setting.data}",
+        f" x {setting.accumulate}, {size} px, precision {setting.precision}{compiled}; data from {setting.data}"
+        + ("" if setting.clock == "wall" else "; milliseconds are CPU time of all threads"),
         _warm_up_line(report.warm_up),
         "",
         f"{'part of the step':24s} {'ms':>10s} {'share':>7s} {'alone ms':>10s} {'ratio':>6s}",
@@ -257,8 +260,9 @@ def table(report: Report) -> str:
     low, high = min(step.all_ms), max(step.all_ms)
     lines += [
         "",
-        f"{step.images_per_second:.1f} images/s; {step.steps} steps from {low:.1f} to {high:.1f} ms, {step.unmarked_ms:.1f} ms"
-        " at the median without marks" + ("" if step.local_ms is None else f", {step.local_ms:.1f} ms without all-reduce"),
+        f"{step.images_per_second:.1f} images per {'second' if setting.clock == 'wall' else 'CPU second'};"
+        f" {step.steps} steps from {low:.1f} to {high:.1f} ms, {step.unmarked_ms:.1f} ms at the median without marks"
+        + ("" if step.local_ms is None else f", {step.local_ms:.1f} ms without all-reduce"),
         f"step without data wait / models alone: {ceiling.ratio:.3f} ({min(ceiling.ratios):.3f} to {max(ceiling.ratios):.3f})",
         *_machine_lines(report),
         f"memory: peak {memory.peak / 2**20:,.0f} MiB during {memory.peak_part}; most of it: {memory.owner},"

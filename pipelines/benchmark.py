@@ -5,7 +5,6 @@ accelerate launch pipelines/benchmark.py --help
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import statistics
@@ -49,6 +48,7 @@ from pipelines.ceiling import Alone, loader_rate, measure_machine, measure_netwo
 from pipelines.footprint import Arrivals, MemoryLine, contrasted, memory
 from pipelines.ledger import DATA, REST, Communication, Timeline, endless, make_steps, marked
 from pipelines.machine import build_accelerator, micro_batch_size
+from pipelines.options import Parser
 from pipelines.speedups import compile_report
 
 SETTLE = 3
@@ -77,25 +77,26 @@ class Asked(NamedTuple):
     warm_up: int
     rounds: int
     data: str
+    clock: str
     json: Path | None
     plot: Path | None
 
 
 def arguments(argv: Sequence[str]) -> Asked:
     """Our own options; all others are the recipe's. Raises RecipeError."""
-    parser = argparse.ArgumentParser(
-        prog="pipelines/benchmark.py",
-        usage="accelerate launch pipelines/benchmark.py [--recipe FILE] [--SECTION.FIELD VALUE] [options]",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "accelerate launch pipelines/benchmark.py [--recipe FILE] [--SECTION.FIELD VALUE] [options]"
+    parser = Parser(usage=usage, description=__doc__ or "", epilog=EPILOG)
     parser.add_argument("--steps", type=int, default=20, help="steps that are measured (%(default)s)")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before them (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of steps and pieces alone (%(default)s)")
     parser.add_argument(
         "--data", choices=("shards", "memory"), default="shards", help="memory: batches that lie on the device (%(default)s)"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: seconds of this process's threads, for a CPU that others use too; it sees no waiting (%(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the step there, as PNG, PDF or SVG")
@@ -104,6 +105,8 @@ def arguments(argv: Sequence[str]) -> Asked:
     for name, value, least in (("steps", ours.steps, 1), ("warm-up", ours.warm_up, 1), ("rounds", ours.rounds, 1)):
         if value < least:
             raise RecipeError(f"--{name}: {value} is less than {least}")
+    if ours.clock == "cpu" and (ours.data != "memory" or torch.cuda.is_available()):
+        raise RecipeError("--clock: cpu counts what all threads of this process do; it needs --data memory and no GPU")
     for name, path in (("json", ours.json), ("plot", ours.plot)):
         if path is not None and not path.absolute().parent.is_dir():
             raise RecipeError(f"--{name}: {path.absolute().parent} is no folder; make it first")
@@ -111,7 +114,7 @@ def arguments(argv: Sequence[str]) -> Asked:
         for file in request.imports:
             import_models(file)
     rounds = min(ours.rounds, ours.steps)
-    return Asked(measurable(request.recipe), ours.steps, ours.warm_up, rounds, ours.data, ours.json, ours.plot)
+    return Asked(measurable(request.recipe), ours.steps, ours.warm_up, rounds, ours.data, ours.clock, ours.json, ours.plot)
 
 
 def measurable(recipe: Recipe) -> Recipe:
@@ -140,7 +143,7 @@ class Bench:
         self.run.eval_loader.close()
         self.run.distiller.train()
         self.communication = Communication(self.run)
-        self.line = Timeline(self.accelerator.device)
+        self.line = Timeline(self.accelerator.device, time.process_time if asked.clock == "cpu" else None)
         self.stream = self._stream()
 
     def _build(self) -> tuple[Run, Models]:
@@ -273,6 +276,7 @@ def setting_of(bench: Bench) -> Setting:
         micro_batch=bench.batch,
         accumulate=recipe.train.accumulate,
         data=bench.asked.data,
+        clock=bench.asked.clock,
         recipe=as_dict(recipe),
     )
 
@@ -287,7 +291,6 @@ def cpu_name() -> str:
 def measure(asked: Asked) -> Report:
     """The whole benchmark; every process calls it, and each gets its own report."""
     bench = Bench(asked)
-    device = bench.accelerator.device
     warm_up = bench.warm_up()
     held, traffic = bench.footprint()
     alone = Alone(bench.recipe, bench.run, bench.models.student, bench.models.teacher, bench.batch)
@@ -299,8 +302,8 @@ def measure(asked: Asked) -> Report:
     setting = setting_of(bench)
     parts = parts_of(middle(steps), middle(pieces))
     ratios = [ratio(turn) for turn in rounds]
-    machine = measure_machine(device, setting.precision)
-    network = measure_network(device, traffic.gradient_bytes)
+    machine = measure_machine(bench.line, setting.precision)
+    network = measure_network(bench.line, traffic.gradient_bytes)
     ceiling = Ceiling(
         models_ms=sum(part.alone_ms or 0.0 for part in parts),
         ratio=statistics.median(ratios),

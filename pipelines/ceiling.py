@@ -6,7 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from itertools import islice, pairwise
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from distill.engine import Run
 from distill.models.backbone import Backbone
 from distill.optim import create_optimizer
 from distill.recipe import Recipe
-from pipelines.ledger import BACKWARD, FORWARD, OPTIMISER, REST, TEACHER, Timeline, endless, milliseconds, now
+from pipelines.ledger import BACKWARD, FORWARD, OPTIMISER, REST, TEACHER, Timeline, endless
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUEUED = 7
@@ -100,14 +100,14 @@ class Alone:
         return {TEACHER: teacher, FORWARD: forward, BACKWARD: counter.get_total_flops() / 2 - forward}
 
 
-def timed(function: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+def timed(function: Callable[[], object], line: Timeline, repeats: int = 7) -> float:
     """Median milliseconds of a call, after one that does not count."""
     function()
-    moments = [now(device)]
     for _ in range(repeats):
+        line.begin_step()
         function()
-        moments.append(now(device))
-    return statistics.median(milliseconds(a, b) for a, b in pairwise(moments))
+    line.end()
+    return statistics.median(sum(step.values()) for step in line.cut())
 
 
 class Machine(NamedTuple):
@@ -122,22 +122,23 @@ class Machine(NamedTuple):
     teraflops_float32: float
 
 
-def measure_machine(device: torch.device, precision: str) -> Machine:
+def measure_machine(line: Timeline, precision: str) -> Machine:
     """Sizes that no cache holds: 64 MiB on a CPU, 1 GiB on a GPU; matrices of 1,024 and 8,192 rows."""
+    device = line.device
     on_gpu = device.type == "cuda"
     block = torch.ones((2**30 if on_gpu else 2**26) // 4, device=device)
     target = torch.empty_like(block)
-    copied = 2 * block.nbytes / 1e6 / timed(lambda: target.copy_(block), device)
+    copied = 2 * block.nbytes / 1e6 / timed(lambda: target.copy_(block), line)
     sent = None
     if on_gpu:
         host = torch.ones(2**26, dtype=torch.uint8).pin_memory()
         there = torch.empty_like(host, device=device)
-        sent = host.nbytes / 1e6 / timed(lambda: there.copy_(host, non_blocking=True), device)
+        sent = host.nbytes / 1e6 / timed(lambda: there.copy_(host, non_blocking=True), line)
 
     def product(dtype: torch.dtype) -> float:
         side = 8192 if on_gpu else 1024
         a = torch.randn(side, side, device=device).to(dtype)
-        return 2 * side**3 / 1e9 / timed(lambda: a @ a, device)
+        return 2 * side**3 / 1e9 / timed(lambda: a @ a, line)
 
     return Machine(copied, sent, product(PRECISIONS[precision]), product(torch.float32))
 
@@ -163,13 +164,13 @@ class Network(NamedTuple):
     """Of an all-reduce of one number."""
 
 
-def measure_network(device: torch.device, gradient_bytes: int) -> Network | None:
+def measure_network(line: Timeline, gradient_bytes: int) -> Network | None:
     """None for one process. Every process calls it."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     world = dist.get_world_size()
-    flat, single = torch.ones(gradient_bytes // 4, device=device), torch.ones(1, device=device)
-    whole = timed(lambda: dist.all_reduce(flat), device)
-    latency = timed(lambda: dist.all_reduce(single), device)
+    flat, single = (torch.ones(size, device=line.device) for size in (gradient_bytes // 4, 1))
+    whole = timed(lambda: dist.all_reduce(flat), line)
+    latency = timed(lambda: dist.all_reduce(single), line)
     sent = 2 * (world - 1) / world * flat.nbytes
     return Network(1000 * sent / max(whole - latency, 0.01 * whole), latency)

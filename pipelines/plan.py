@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 from distill.config import RecipeError
 from pipelines.bench_report import Report
 from pipelines.ledger import ALL_REDUCE, BACKWARD, DATA
+from pipelines.options import Parser
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """Bytes after which DDP closes its first gradient bucket and every later one."""
@@ -225,7 +226,7 @@ def heading(report: Report, cluster: Cluster, epochs: float, images: int) -> str
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Raises RecipeError for numbers that no cluster has."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__ or "")
     parser.add_argument("--ledger", type=Path, required=True, metavar="FILE", help="of pipelines/benchmark.py --json")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
     parser.add_argument("--gpus", type=int, nargs="+", default=list(SIZES), metavar="N", help="sizes to plan (8 to 1,024)")

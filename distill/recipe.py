@@ -148,6 +148,7 @@ class Ema:
 class Report:
     log_every: Positive = _doc("optimiser steps between lines of metrics.jsonl", 50)
     trackers: tuple[str, ...] = _doc("Accelerate's trackers by name: tensorboard, wandb, ...", ("tensorboard",))
+    profile_steps: Count = _doc("steps whose trace (for a browser) is written to OUT/profile, after 6 others", 0)
     gradient_shares: bool = _doc(
         "log each loss term's share of the gradient norm (one more backward per term when logging)", False
     )

@@ -99,6 +99,14 @@ def make_parser(losses: Mapping[str, type]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--import", action="append", type=Path, default=[], metavar="FILE", help="Python file that registers models with timm"
     )
+    parser.add_argument(
+        "--profile",
+        dest="report.profile_steps",
+        action="store_const",
+        const="3",
+        default=argparse.SUPPRESS,
+        help="write a trace of three steps to OUT/profile (--report.profile_steps 3)",
+    )
     parser.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
     groups: dict[str, Any] = {}
     for key, kind, default, text in [*_recipe_fields(Recipe), *_loss_fields(losses)]:

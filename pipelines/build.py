@@ -357,7 +357,7 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> tuple[Run
         checkpoints=Checkpoints(Path(recipe.out) / "checkpoints", recipe.train.keep_checkpoints),
         average=average,
         around_backward=partial(unchanged_statistics, models.student.model) if checkpointing else nullcontext,
-        after_step=Observers(recipe, reporter),
+        after_step=Observers(recipe, reporter, rank, plan.last_step),
         name_samples=lambda ids: [splits.train.key(i) for i in ids],
     )
     return run, models

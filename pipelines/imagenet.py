@@ -51,6 +51,7 @@ from pipelines.build import (
 )
 from pipelines.folder import adapted, check_contents, check_recipe, claim, digest, write_manifest
 from pipelines.machine import build_accelerator, micro_batch_size
+from pipelines.memory import memory_explained
 from pipelines.preflight import check_teacher, expectation
 
 
@@ -196,7 +197,8 @@ def execute(request: Request, session: Session) -> dict[str, Any]:
         write_manifest(out, asked, accelerator, {"train_samples": splits.train.num_samples, **contents})
         if request.resume:
             go_on(run)
-        found = fit(run)
+        with memory_explained(recipe, run, models):
+            found = fit(run)
     session.watchdog.progress(run.counters.step, "building")
     found["bad_samples"] = bad_samples(run)
     summary = {**found, "teacher_top1": teacher.get("top1"), "student": recipe.student.name, "teacher": recipe.teacher.name}

@@ -273,3 +273,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(digits: Path, tmp_path:
     assert "NonFiniteError: step" in job.text()
     assert "rank 0" in job.text()
     assert all(line["loss/total"] == line["loss/total"] for line in metrics(out) if "loss/total" in line)
+
+
+def test_a_profile_is_a_trace_of_the_steps_that_were_asked_for(digits: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    job = finished(arguments(digits, out, "--report.profile_steps", "7"), tmp_path / "short.log", codes=2)
+    assert "report.profile_steps: needs 13 steps, 6 before the profile; the run has 12" in job.text()
+    finished(arguments(digits, out, "--profile"), tmp_path / "log")
+    trace = json.loads((out / "profile" / "trace-rank0.json").read_text())
+    steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep#")}
+    assert len(steps) == 3
+    assert any(event.get("name") == "aten::convolution_backward" for event in trace["traceEvents"])

@@ -41,15 +41,16 @@ def activation_bytes(backbone: Backbone) -> int:
     Measured with two images (BatchNorm wants more than one value per channel); statistics and generators stay as they were.
     """
     spec, device = backbone.input_spec, backbone.mean.device
-    own = {t.untyped_storage().data_ptr() for t in (*backbone.parameters(), *backbone.buffers())}
+    # the storage's own handle: a fake tensor has no address
+    own = {t.untyped_storage()._cdata for t in (*backbone.parameters(), *backbone.buffers())}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # a freed address would be given to another tensor
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)  # a freed handle would be given to another tensor
         return tensor
 
     def unpack(tensor: Tensor) -> Tensor:

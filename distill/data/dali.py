@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distill.data.dali_ops import add_layer
+from distill.data.borders import borders
+from distill.data.dali_ops import add_layer, resize, resize_with_borders
 from distill.data.faults import Quarantine
 from distill.data.header import image_size
 from distill.data.index import ShardIndex
@@ -89,12 +90,16 @@ def build_pipeline(plan: Plan, device: torch.device, num_threads: int) -> Any:
             jpeg_fancy_upsampling=True,
         )
         if plan.resizes:
-            filters = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
             size = source("resized", types.FLOAT, 1) if plan.slices else plan.size
-            images = fn.resize(images, size=size, interp_type=filters[plan.interpolation], antialias=True)
+            if plan.shows_borders:
+                images = resize_with_borders(modules, images, size, plan.interpolation, source)
+            else:
+                images = resize(modules, images, size, plan.interpolation)
         if plan.slices:
             anchor = source("anchor", types.INT32, 1)
             images = fn.slice(images, start=anchor, shape=plan.size, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
+        if plan.shows_borders:
+            images = fn.cast(images / source("shares", types.FLOAT, 3), dtype=types.UINT8)
         images = fn.flip(images, horizontal=source("flip", types.INT32, 0))
         for layer in range(plan.num_layers):
             operation = source(f"operation{layer}", types.INT32, 0)
@@ -119,6 +124,8 @@ def feed(pipeline: Any, plan: Plan, batch: HostBatch) -> None:
         pipeline.feed_input("resized", work.resized.astype(np.float32))
     if plan.slices:
         pipeline.feed_input("anchor", work.anchors.astype(np.int32))
+    if plan.shows_borders:
+        feed_borders(pipeline, plan, work)
     pipeline.feed_input("flip", work.flips)
     for layer in range(plan.num_layers):
         operations, arguments = work.operations[:, layer], work.arguments[:, layer]
@@ -128,6 +135,17 @@ def feed(pipeline: Any, plan: Plan, batch: HostBatch) -> None:
         pipeline.feed_input(f"matrix{layer}", matrices.astype(np.float32))
     pipeline.feed_input("labels", batch.labels)
     pipeline.feed_input("samples", batch.samples)
+
+
+def feed_borders(pipeline: Any, plan: Plan, work: Work) -> None:
+    """The inputs of `resize_with_borders`, and what its output is divided by."""
+    sources = work.windows[:, 2:]
+    found = borders(sources, work.resized, work.anchors, plan.size, plan.interpolation)
+    pipeline.feed_input("padded_start", (-found.margins).astype(np.int32))
+    pipeline.feed_input("padded_shape", (sources + 2 * found.margins).astype(np.int32))
+    pipeline.feed_input("image_start", found.margins.astype(np.float32))
+    pipeline.feed_input("image_end", (found.margins + sources).astype(np.float32))
+    pipeline.feed_input("shares", found.shares)
 
 
 class DaliStream:

@@ -192,18 +192,18 @@ def test_the_reference_evaluates_on_timms_pixels_exactly(shape, interpolation, m
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("shape", SPECS)
 def test_dali_evaluates_on_timms_pixels_within_rounding(shape, interpolation, make_split):
-    assert_close(timm_differences(DaliEvalLoader, make_split(), input_spec(*shape, interpolation)), interpolation)
+    difference = timm_differences(DaliEvalLoader, make_split(), input_spec(*shape, interpolation))
+    assert_close(difference, interpolation)
+    if interpolation == "bilinear":
+        assert difference.max() <= 1
 
 
 @needs_dali
 @pytest.mark.parametrize("shape", [(224, 224, 0.875), (224, 224, 0.95), (288, 288, 1.0)])
 def test_dali_evaluates_real_images_as_timm_does(shape, imagenet_index):
-    """At most 1 level for bilinear; without a centre crop the image's border is seen, and 0.02 % of pixels are off there."""
+    """At most 1 level for bilinear, also at the image's border, which is seen without a centre crop."""
     difference = timm_differences(DaliEvalLoader, imagenet_index, input_spec(*shape))
-    if shape[2] < 1:
-        assert difference.max() <= 1
-    assert difference[:, 1:-1, 1:-1].max() <= 1
-    assert (difference > 1).mean() <= 0.0002
+    assert difference.max() <= 1
     assert difference.mean() < 0.17
 
 

@@ -18,11 +18,15 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
+from pipelines.launcher import end_with_launcher
+
+if __name__ == "__main__":
+    end_with_launcher()
+
 import torch
 from accelerate.utils import gather_object
 
 from distill.config import RecipeError, as_dict
-from distill.engine import Run
 from distill.losses import LOSSES
 from distill.models.build import import_models
 from distill.protocols import Batch
@@ -43,11 +47,12 @@ from pipelines.bench_report import (
     plot,
     table,
 )
-from pipelines.build import Models, Splits, build, build_splits, check_mixing, requests
+from pipelines.build import Splits, build, build_splits, check_mixing, requests
 from pipelines.ceiling import Alone, loader_rate, measure_machine, measure_network
 from pipelines.footprint import Arrivals, MemoryLine, contrasted, memory
 from pipelines.ledger import DATA, REST, Communication, Timeline, endless, make_steps, marked
 from pipelines.machine import build_accelerator, micro_batch_size
+from pipelines.memory import memory_explained
 from pipelines.options import Parser
 from pipelines.speedups import compile_report
 
@@ -114,40 +119,36 @@ def arguments(argv: Sequence[str]) -> Asked:
         for file in request.imports:
             import_models(file)
     rounds = min(ours.rounds, ours.steps)
-    return Asked(measurable(request.recipe), ours.steps, ours.warm_up, rounds, ours.data, ours.clock, ours.json, ours.plot)
+    return Asked(request.recipe, ours.steps, ours.warm_up, rounds, ours.data, ours.clock, ours.json, ours.plot)
 
 
-def measurable(recipe: Recipe) -> Recipe:
-    """`recipe` without what is no part of a step that is not logged: trackers, a run's folder, weights from elsewhere."""
+def measurable(recipe: Recipe, out: str) -> Recipe:
+    """`recipe` without what is no part of a step that is not logged: trackers, profiles, weights from elsewhere."""
     teacher, student = recipe.teacher, recipe.student
     if teacher.weights in ("pretrained", "train"):
         teacher = dataclasses.replace(teacher, weights="random", class_map=None)
     if student.initial_weights == "pretrained":
         student = dataclasses.replace(student, initial_weights="random")
-    out = str(Path(tempfile.gettempdir()) / "no such run")
-    report = dataclasses.replace(recipe.report, log_every=10**9, trackers=(), gradient_shares=False)
+    report = dataclasses.replace(recipe.report, log_every=10**9, trackers=(), gradient_shares=False, profile_steps=0)
     return dataclasses.replace(recipe, out=out, teacher=teacher, student=student, report=report)
 
 
 class Bench:
     """A run and what measures it."""
 
-    def __init__(self, asked: Asked) -> None:
-        self.asked, self.recipe = asked, asked.recipe
+    def __init__(self, asked: Asked, out: str) -> None:
+        self.asked, self.recipe = asked, measurable(asked.recipe, out)
         self.accelerator = build_accelerator(self.recipe)
         self.batch = micro_batch_size(self.recipe, self.accelerator.num_processes)
         check_mixing(self.recipe, self.batch)
         with requests():
             self.splits: Splits = build_splits(self.recipe, self.accelerator)
-            self.run, self.models = self._build()
+            self.run, self.models = build(self.recipe, self.accelerator, self.splits)
         self.run.eval_loader.close()
         self.run.distiller.train()
         self.communication = Communication(self.run)
         self.line = Timeline(self.accelerator.device, time.process_time if asked.clock == "cpu" else None)
         self.stream = self._stream()
-
-    def _build(self) -> tuple[Run, Models]:
-        return build(self.recipe, self.accelerator, self.splits)
 
     def _stream(self) -> Iterator[Batch]:
         stream = endless(self.run.train_loader)
@@ -288,10 +289,11 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
-def measure(asked: Asked) -> Report:
-    """The whole benchmark; every process calls it, and each gets its own report."""
-    bench = Bench(asked)
-    warm_up = bench.warm_up()
+def measure(asked: Asked, out: str) -> Report:
+    """The whole benchmark; every process calls it, and each gets its own report. `out` is a folder for what a run leaves."""
+    bench = Bench(asked, out)
+    with memory_explained(bench.recipe, bench.run, bench.models):
+        warm_up = bench.warm_up()
     held, traffic = bench.footprint()
     alone = Alone(bench.recipe, bench.run, bench.models.student, bench.models.teacher, bench.batch)
     rounds = measure_rounds(bench, alone)
@@ -338,7 +340,8 @@ def main(argv: list[str] | None = None) -> int:
     is_main = int(os.environ.get("RANK", "0")) == 0
     try:
         asked = arguments(sys.argv[1:] if argv is None else argv)
-        report = measure(asked)
+        with tempfile.TemporaryDirectory() as out:
+            report = measure(asked, out)
     except RecipeError as error:
         if is_main:
             print(f"error: {error}", file=sys.stderr)

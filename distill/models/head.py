@@ -103,8 +103,9 @@ def perturbed(modules: Sequence[nn.Module], generator: torch.Generator) -> Itera
 
 
 def _spread(tensor: Tensor) -> float:
-    """Noise of about the size of a usual initialisation: 1 / sqrt(inputs) for weights, 0.1 for vectors."""
-    return float(tensor[0].numel()) ** -0.5 if tensor.ndim > 1 else 0.1
+    """Noise of about the size of a usual initialisation: 1 / sqrt(inputs) for weights, 0.1 for scales and biases."""
+    inputs = tensor[0].numel() if tensor.ndim else 1
+    return inputs**-0.5 if inputs > 1 else 0.1
 
 
 def _world(norm: nn.Module) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from distill.models.build import create_model
@@ -19,8 +19,8 @@ biases, LayerScales and small heads are what the architecture makes them."""
 def create_outline(name: str, **kwargs: Any) -> nn.Module:
     """The architecture as `create_model` makes it, its large parameters of one shape being one tensor of noise.
 
-    What layers do to shapes, grids and regions is that of the plain model; 6.7 billion parameters take 0.5 GiB. Count them with
-    `named_parameters(remove_duplicate=False)`. ValueError as in `create_model`.
+    What layers do to shapes, grids and regions is that of the plain model; 6.7 billion parameters take 0.5 GiB.
+    `count_parameters` counts them. ValueError as in `create_model`.
     """
     with _Uninitialised():
         model = create_model(name, **kwargs)
@@ -51,6 +51,7 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of the architecture, those that share a tensor each counted."""
-    counted: list[tuple[str, Tensor]] = list(model.named_parameters(remove_duplicate=False))
-    return sum(parameter.numel() for _, parameter in counted)
+    """Parameters of the architecture, made by `create_outline` or not: large ones that share a tensor are counted each."""
+    every = model.named_parameters(remove_duplicate=False)
+    large = sum(parameter.numel() for _, parameter in every if parameter.numel() >= LARGE)
+    return large + sum(parameter.numel() for parameter in model.parameters() if parameter.numel() < LARGE)

@@ -55,3 +55,12 @@ def test_noise_is_gone_after_the_block_and_variances_stay_positive_in_it() -> No
         assert model[1].running_var.min() > 0
         assert not torch.equal(model[1].running_var, before["1.running_var"])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(64,), (64, 1, 1), (1, 64, 1, 1)])
+def test_a_scale_gets_small_noise_whatever_its_shape(shape: tuple[int, ...]) -> None:
+    """Noise of 1 on LayerScales of shape [C, 1, 1] used to blow fastvit_mci2 up to infinity, and it was refused for that."""
+    scale = nn.Module()
+    scale.gamma = nn.Parameter(torch.full(shape, 1e-5))
+    with perturbed([scale], torch.Generator().manual_seed(0)):
+        assert 0 < float(scale.gamma.abs().max()) < 0.5

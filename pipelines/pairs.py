@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -147,4 +148,5 @@ def as_text(teacher: Description, student: Description, report: dict) -> str:
 
 
 if __name__ == "__main__":
+    logging.getLogger("distill.models.find").setLevel(logging.ERROR)  # report and table name the mechanism themselves
     sys.exit(main())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gc
-import logging
 import time
 from pathlib import Path
 
@@ -30,7 +29,6 @@ def check_all(pattern: str, out: Path, page: Path | None, needs: Needs) -> int:
     names = timm.list_models(pattern)
     if not names:
         raise ValueError(f"--pattern {pattern}: no architecture of timm matches; try '*resnet*'")
-    logging.getLogger("distill.models.find").setLevel(logging.ERROR)
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {row["name"] for row in read(out)}
     for number, name in enumerate(names, start=1):

@@ -18,6 +18,7 @@ from distill.checkpoint import Checkpoints, Snapshot
 from distill.control import Control, Interrupted
 from distill.distiller import Distiller
 from distill.evaluation import evaluate, known_bad_samples
+from distill.guard import Guard, Suspect
 from distill.metrics import Throughput
 from distill.optim import Schedule
 from distill.protocols import Batch, Loader, Losses, Progress
@@ -83,6 +84,7 @@ class Run:
     """The student that is evaluated: images -> output with `.logits`; shares the student's (or the average's) weights."""
     teacher: nn.Module | None
     optimizer: torch.optim.Optimizer
+    guard: Guard
     learning_rate: Schedule
     train_loader: Loader
     eval_loader: Loader
@@ -163,13 +165,16 @@ def train_epoch(run: Run) -> None:
         run.after_step()
         run.throughput.step(plan.global_batch_size)
         run.reporter.advance()
-        if counters.step % plan.log_every == 0 or counters.step == last:
+        logged, due = counters.step % plan.log_every == 0 or counters.step == last, _save_due(run)
+        if logged or due or stop:
+            settle(run)
+        if logged:
             log_step(run, values)
         if stop:
             save(run)
             run.checkpoints.wait()
             raise Interrupted(f"stopped at step {counters.step}, saved; the same command with --resume goes on")
-        if counters.step < last and _save_due(run):
+        if counters.step < last and due:
             save(run)
     run.throughput.pause()
     save(run)  # before the evaluation, which a resumed run makes again if it was not finished
@@ -208,11 +213,17 @@ def train_step(run: Run, batches: list[Batch]) -> tuple[dict[str, Tensor], bool]
             values[name] = values.get(name, 0) + value / plan.accumulate
     values["gradient_norm"] = _clip(run)
     run.watch(progress.step, "optimiser step")
-    verdict = run.control.agree(poisoned=_is_poisoned(run, values))
-    if verdict.poisoned:
-        _hold_back(run, values, batches)
+    suspect = Suspect(progress.step, values, [batch.sample_ids for batch in batches])
+    if run.guard.deferred:
+        held_back = run.guard.step(suspect)
+        verdict = run.control.agree()
     else:
-        run.optimizer.step()
+        verdict = run.control.agree(poisoned=run.guard.is_poisoned(values))
+        held_back = suspect if verdict.poisoned else None
+        if held_back is None:
+            run.optimizer.step()
+    if held_back is not None:
+        _hold_back(run, held_back)
     run.optimizer.zero_grad()
     if run.average is not None and not verdict.poisoned:
         run.average.update(run.unwrapped.plain_student, step=progress.step + 1)
@@ -231,28 +242,30 @@ def _clip(run: Run) -> Tensor:
     return torch.as_tensor(norm, device=run.accelerator.device).detach()
 
 
-def _is_poisoned(run: Run, values: dict[str, Tensor]) -> bool:
-    """Whether this process's loss, or the gradient, is not finite: the one read of the device in a step.
-
-    A finite loss with an overflown gradient is the business of fp16's scaler, if there is one: it skips the step itself
-    and lowers its scale.
-    """
-    total, norm = torch.stack([values["loss/total"], values["gradient_norm"].to(values["loss/total"])]).tolist()
-    return not (math.isfinite(total) and (math.isfinite(norm) or run.accelerator.scaler is not None))
+def settle(run: Run) -> None:
+    """Before anything is logged, saved or evaluated: whether the last step was made is known, and said if it was not."""
+    held_back = run.guard.settle()
+    if held_back is not None:
+        _hold_back(run, held_back)
 
 
-def _hold_back(run: Run, values: dict[str, Tensor], batches: list[Batch]) -> None:
+def _hold_back(run: Run, suspect: Suspect) -> None:
     """Counts a step that is not made and dumps what it saw; raises NonFiniteError where the plan allows no more of them."""
-    counters, rank = run.counters, run.accelerator.process_index
-    found = {name: value.item() for name, value in values.items()}
+    counters, rank, step = run.counters, run.accelerator.process_index, suspect.step
+    found = {name: value.item() for name, value in suspect.values.items()}
     bad = [name for name, value in found.items() if not math.isfinite(value)]
-    ids = torch.cat([batch.sample_ids for batch in batches]).tolist()
     dump = run.reporter.dump(
-        f"nonfinite-step{counters.step:08d}-rank{rank}.json",
-        {"step": counters.step, "rank": rank, "not_finite": bad, "values": found, "samples": run.name_samples(ids)},
+        f"nonfinite-step{step:08d}-rank{rank}.json",
+        {
+            "step": step,
+            "rank": rank,
+            "not_finite": bad,
+            "values": found,
+            "samples": run.name_samples(torch.cat(list(suspect.sample_ids)).tolist()),
+        },
     )
     counters.skipped_steps += 1
-    where = f"step {counters.step}, rank {rank}: {', '.join(bad) if bad else 'nothing here, but on another rank'} not finite"
+    where = f"step {step}, rank {rank}: {', '.join(bad) if bad else 'nothing here, but on another rank'} not finite"
     if counters.skipped_steps > run.plan.skip_nonfinite:
         raise NonFiniteError(
             f"{where}; the step was not made and the last checkpoint is intact; the batch is in {dump}; a lower learning"

@@ -11,6 +11,9 @@ from torch import nn
 
 from distill.protocols import Progress
 
+FUSED = ("sgd", "adam", "adamw")
+"""Optimisers whose step PyTorch has in one kernel, which can also hold a poisoned step back (`guard.py`): theirs on GPUs."""
+
 Schedule = Callable[[Progress], float]
 
 
@@ -49,6 +52,8 @@ def create_optimizer(
     if name not in list_optimizers():
         raise ValueError(f"optim.name: {name!r} is unknown to timm; allowed: {', '.join(list_optimizers())}")
     arguments = {"nesterov": False, **(options or {})} if name == "sgd" else dict(options or {})
+    if name in FUSED and all(p.device.type == "cuda" for p in module.parameters()):
+        arguments.setdefault("fused", True)
     groups = parameter_groups(module, weight_decay, decay_bias_and_norm)
     try:
         return create_optimizer_v2(

@@ -24,6 +24,7 @@ from distill.data.index import ShardIndex
 from distill.data.order import derive_seed
 from distill.distiller import Distiller
 from distill.engine import Plan, Run
+from distill.guard import Guard
 from distill.losses import LOSSES
 from distill.losses.regions import region_matrix
 from distill.mixing import BatchTransform, seed_all
@@ -348,6 +349,7 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> tuple[Run
         classifier=models.student.serving(Needs(), None if average is None else average.module).to(accelerator.device),
         teacher=models.teacher,
         optimizer=prepared_optimizer,
+        guard=Guard(prepared_optimizer, accelerator.scaler, partial(accelerator.reduce, reduction="sum")),
         learning_rate=learning_rate_schedule(peak=recipe.optim.learning_rate, **dataclasses.asdict(recipe.schedule)),
         train_loader=build_train_loader(recipe, splits, models, accelerator),
         eval_loader=build_eval_loader(recipe, splits.val, spec, accelerator),

@@ -1,14 +1,18 @@
 """The loop's guard on real objects in this process: a poisoned step is not made, is counted, and says what it saw."""
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from distill.control import Control
-from distill.engine import NonFiniteError, Run, train_epoch
+from distill.engine import Counters, NonFiniteError, Run, log_step, train_epoch, train_step
+from distill.guard import Guard
 from distill.losses import LOSSES
 from distill.protocols import Batch
 from pipelines.arguments import parse
@@ -81,6 +85,61 @@ def test_a_recipe_may_skip_some_such_steps_and_counts_them(run: Run):
     poison(run, 7)
     with pytest.raises(NonFiniteError, match="step 7"):
         train_epoch(run)
+
+
+FUSED = ["--optim.options", "{fused: true}", "--report.log_every", "50"]
+"""The guard learns of a step one step later."""
+
+
+@pytest.mark.parametrize("run", [[*FUSED, "--train.skip_nonfinite", "1", "--train.checkpoint_every", "4"]], indirect=True)
+def test_a_device_that_skips_the_step_itself_gives_the_weights_of_a_host_that_looked_first(run: Run):
+    begin = copy.deepcopy(run.distiller.state_dict())
+    ends = []
+    for deferred in (True, False):
+        assert run.guard.deferred or not deferred
+        run.guard.deferred = deferred
+        run.distiller.load_state_dict(begin)
+        run.optimizer.optimizer.state.clear()
+        run.counters = Counters()
+        poison(run, 2)
+        train_epoch(run)
+        assert run.counters.skipped_steps == 1
+        ends.append(weights(run))
+    assert torch.equal(*ends)
+    assert torch.isfinite(ends[0]).all()
+    dump = json.loads((run.reporter.folder / "nonfinite-step00000002-rank0.json").read_text())
+    order = [s for b in run.train_loader.epoch(0, start=2) for s in run.name_samples(b.sample_ids.tolist())]
+    assert dump["samples"] == order[:24]
+
+
+@pytest.mark.parametrize("run", [FUSED], indirect=True)
+def test_a_poisoned_step_is_known_before_anything_is_saved(run: Run):
+    poison(run, 5)  # the last of the epoch: nobody would ask one step later
+    with pytest.raises(NonFiniteError, match=r"step 5, rank 0: .*loss/sdd.* not finite"):
+        train_epoch(run)
+    assert not list((run.reporter.folder / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("run", [FUSED], indirect=True)
+def test_a_step_that_is_not_logged_never_waits_for_the_device(run: Run, monkeypatch: pytest.MonkeyPatch):
+    """Tensors without values: whoever reads one on the host gets an error. Their device is called cpu, since a backward pass on
+    one called cuda asks the driver; so the check of the labels is left out, which reads them on CPUs alone."""
+    monkeypatch.setattr("distill.losses.inputs._check_indices", lambda labels, classes: None)
+    batch = next(run.train_loader.epoch(0))
+    with FakeTensorMode() as fake:
+        tensors = [*run.distiller.parameters(), *run.distiller.buffers(), *run.teacher.parameters(), *run.teacher.buffers()]
+        distiller, teacher = copy.deepcopy((run.distiller, run.teacher), {id(t): fake.from_tensor(t) for t in tensors})
+        optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1, momentum=0.9, fused=True)
+        guard = Guard(optimizer, None, lambda tensor: tensor)
+        shapes = replace(run, distiller=distiller, teacher=teacher, optimizer=optimizer, guard=guard)
+        seen = Batch(fake.from_tensor(batch.images), fake.from_tensor(batch.labels), batch.sample_ids)
+        values, _ = train_step(shapes, [seen])
+        assert values["loss/total"].shape == ()
+        with pytest.raises(DataDependentOutputException):
+            log_step(shapes, values)
+        guard.deferred = False
+        with pytest.raises(DataDependentOutputException):
+            train_step(shapes, [seen])
 
 
 @pytest.mark.parametrize("run", [["--report.gradient_shares", "true", "--loss.kd.weight", "0"]], indirect=True)

@@ -1,0 +1,97 @@
+"""Keeps a step whose loss or gradient is not finite from being made, without making the host wait where it need not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Suspect(NamedTuple):
+    """A step that was not made, or may turn out not to have been."""
+
+    step: int
+    values: dict[str, Tensor]
+    sample_ids: Sequence[Tensor]
+    """Of its micro-batches."""
+
+
+class _Pending(NamedTuple):
+    suspect: Suspect
+    flag: Tensor
+    """On the host, once `copied` is done."""
+    copied: torch.cuda.Event | None
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimiser leaves weights and state alone where `found_inf` says so, on the device itself: PyTorch's fused
+    ones do, for the sake of fp16's scaler."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+    return bool(getattr(inner, "_step_supports_amp_scaling", False)) and all(g.get("fused") for g in inner.param_groups)
+
+
+class Guard:
+    """Judges each step once its gradient is there.
+
+    `immediate`: the host reads the loss and the gradient's norm before the optimiser steps, which makes it wait for the
+    device. `deferred`, with a fused optimiser and no scaler: the device itself skips the step, and the host learns of it one
+    step later, when that is known anyway. Either way a poisoned step is never made.
+    """
+
+    def __init__(self, optimizer: Any, scaler: Any, reduce: Callable[[Tensor], Tensor]) -> None:
+        self._optimizer = optimizer
+        self._scaler = scaler
+        self._reduce = reduce
+        """Sums a tensor over all processes, on the device."""
+        self.deferred = scaler is None and skips_on_device(optimizer)
+        self._pending: _Pending | None = None
+
+    def is_poisoned(self, values: dict[str, Tensor]) -> bool:
+        """Whether this process's loss, or the gradient, is not finite; waits for the device.
+
+        A finite loss with an overflown gradient is the business of fp16's scaler, if there is one: it skips the step itself
+        and lowers its scale.
+        """
+        total, norm = _judged(values).tolist()
+        return not (math.isfinite(total) and (math.isfinite(norm) or self._scaler is not None))
+
+    def step(self, suspect: Suspect) -> Suspect | None:
+        """Deferred: makes the step unless it is poisoned on any process. The step before this one, if that was."""
+        poisoned = (~torch.isfinite(_judged(suspect.values))).any().float()
+        poisoned = self._reduce(poisoned).clamp(max=1)
+        inner = getattr(self._optimizer, "optimizer", self._optimizer)
+        inner.found_inf = poisoned
+        try:
+            self._optimizer.step()
+        finally:
+            del inner.found_inf
+        before = self.settle()
+        self._pending = _Pending(suspect, *_on_its_way_to_the_host(poisoned))
+        return before
+
+    def settle(self) -> Suspect | None:
+        """The last step, if it was poisoned and nobody was told yet; waits for it."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        if pending.copied is not None:
+            pending.copied.synchronize()
+        return pending.suspect if pending.flag.item() else None
+
+
+def _on_its_way_to_the_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy in host memory, and what to wait for before it is read."""
+    if flag.device.type != "cuda":
+        return flag, None
+    copy = torch.empty((), pin_memory=True).copy_(flag, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return copy, copied
+
+
+def _judged(values: dict[str, Tensor]) -> Tensor:
+    """Loss and gradient norm, [2]."""
+    return torch.stack([values["loss/total"], values["gradient_norm"].to(values["loss/total"])])

@@ -3,12 +3,14 @@
 python pipelines/compare_class_tokens.py --images FOLDER   (FOLDER/{train,test}/CLASS/*.jpg at 32 px, such as CIFAR-10)
 
 A small ViT is trained on them. Prints one JSON object per line: for each definition the top-1 of its regions and how often they
-agree with the whole image; then the top-1 of a student after a short distillation with SDD over each definition, seed by seed.
+agree with the whole image; then the top-1 of a student after a short distillation with SDD over each definition, and by
+cross-entropy alone, seed by seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -33,7 +35,7 @@ from distill.protocols import Needs, Regions
 
 REGIONS = Regions(scales=(1, 2, 4))
 Data = tuple[Tensor, Tensor]
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}  # 4 x 4 tokens: one per smallest region
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,13 +44,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--teacher-epochs", type=int, default=12)
     parser.add_argument("--student-epochs", type=int, default=4)
-    parser.add_argument("--per-class", type=int, default=1250, help="training images of each class")
+    parser.add_argument("--per-class", type=int, default=5000, help="training images of each class, at most")
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args(argv)
-    train, test = (load(arguments.images / split, n) for split, n in (("train", arguments.per_class), ("test", 200)))
-    classes = int(train[1].max()) + 1
+    train, test = (load(arguments.images / split, n) for split, n in (("train", arguments.per_class), ("test", None)))
     torch.manual_seed(0)
-    model = create_model("vit_tiny_patch16_224", num_classes=classes, **VIT)
+    model = teacher_model(int(train[1].max()) + 1)
     plain = reading(model, "repeat")
     fit(plain.train(), train, arguments.teacher_epochs, 1e-3, lambda out, _, labels: F.cross_entropy(out.logits, labels))
     for mode in CLASS_TOKEN_MODES:
@@ -56,6 +57,18 @@ def main(argv: list[str] | None = None) -> None:
     for seed in range(arguments.seeds):
         for mode in CLASS_TOKEN_MODES:
             report(definition=mode, seed=seed, student_top1=distil(reading(model, mode).eval(), train, test, arguments, seed))
+        alone = distil(plain.eval(), train, test, arguments, seed, share=0.0)
+        report(definition="no teacher", seed=seed, student_top1=alone)
+
+
+def teacher_model(classes: int) -> nn.Module:
+    """A class-token ViT with a stem of three convolutions, which lets it learn from tens of thousands of images."""
+    model: Any = create_model("vit_tiny_patch16_224", num_classes=classes, **VIT)
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise((3, 48, 96, VIT["embed_dim"])):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+    model.patch_embed.proj = nn.Sequential(*layers)
+    return model
 
 
 def reading(model: nn.Module, mode: str) -> Backbone:
@@ -65,8 +78,8 @@ def reading(model: nn.Module, mode: str) -> Backbone:
     return Backbone(model, needs, pooling=region_matrix, input_spec=spec, class_tokens=mode)
 
 
-def load(folder: Path, per_class: int) -> Data:
-    """uint8 images [N, 3, 32, 32] and labels [N]: the first images of each class. ValueError where there are none."""
+def load(folder: Path, per_class: int | None) -> Data:
+    """uint8 images [N, 3, 32, 32] and labels [N]: the first images of each class, or all. ValueError where there are none."""
     images, labels = [], []
     for label, name in enumerate(sorted(path for path in folder.glob("*") if path.is_dir())):
         for file in sorted(name.iterdir())[:per_class]:
@@ -118,8 +131,8 @@ def measure(model: Backbone, data: Data) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in values.items()}
 
 
-def distil(teacher: Backbone, train: Any, test: Any, arguments: argparse.Namespace, seed: int) -> float:
-    """Top-1 of a CIFAR ResNet-8 distilled by cross-entropy and SDD-KD from these regions."""
+def distil(teacher: Backbone, train: Any, test: Any, arguments: argparse.Namespace, seed: int, share: float = 0.9) -> float:
+    """Top-1 of a CIFAR ResNet-8 distilled by cross-entropy and, with this share, SDD-KD from these regions."""
     torch.manual_seed(seed)
     sdd = LOSSES["sdd"](base="kd", scales=REGIONS.scales)
     student = create_student(
@@ -127,7 +140,7 @@ def distil(teacher: Backbone, train: Any, test: Any, arguments: argparse.Namespa
     )
 
     def loss(mine: Any, theirs: Any, labels: Tensor) -> Tensor:
-        return 0.1 * F.cross_entropy(mine.logits, labels) + 0.9 * sdd(mine, theirs, labels)[0]
+        return (1 - share) * F.cross_entropy(mine.logits, labels) + share * sdd(mine, theirs, labels)[0]
 
     fit(student, train, arguments.student_epochs, 3e-3, loss, teacher)
     return measure(student.eval(), test)["top1_whole"]

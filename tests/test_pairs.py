@@ -65,7 +65,7 @@ def test_class_token_definitions_are_compared_on_images_in_folders(tmp_path: Pat
                 Image.new("RGB", (32, 32), (colour, colour, number)).save(tmp_path / split / label / f"{number}.png")
     compare(["--images", str(tmp_path), "--teacher-epochs", "3", "--student-epochs", "1"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["definition"] for line in lines] == ["attend", "shift", "patch", "repeat"] * 2
+    assert [line["definition"] for line in lines] == [*["attend", "shift", "patch", "repeat"] * 2, "no teacher"]
     read, distilled = lines[:4], lines[4:]
     assert {line["top1_whole"] for line in read} == {1.0}  # dark and light are told apart at once
     assert read[3]["agreement_2x2"] == read[3]["agreement_4x4"] == 1.0

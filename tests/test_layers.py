@@ -15,13 +15,17 @@ ALLOWED = {
     "distill.optim": LEAVES,
     "distill.mixing": LEAVES,
     "distill.control": set(),
+    "distill.guard": set(),
     "distill.watchdog": set(),
     "distill.evaluation": LEAVES | {"distill.control", "distill.metrics", "distill.mixing"},
     "distill.checkpoint": set(),
     "distill.report": {"distill.checkpoint"},
     "distill.distiller": LEAVES | {"distill.optim"},
     "distill.engine": LEAVES
-    | {f"distill.{name}" for name in ("checkpoint", "control", "distiller", "evaluation", "metrics", "optim", "report")},
+    | {
+        f"distill.{name}"
+        for name in ("checkpoint", "control", "distiller", "evaluation", "guard", "metrics", "optim", "report")
+    },
     "distill.losses": LEAVES,
     "distill.data": LEAVES,
     "distill.models": LEAVES,

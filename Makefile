@@ -9,7 +9,7 @@ DIGITS := runs/digits
 export PYTHONUNBUFFERED := 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: run test lint setup chaos bench-losses clean
+.PHONY: run test lint setup chaos bench bench-losses clean
 
 setup: $(READY)
 
@@ -42,6 +42,10 @@ test: lint
 # minutes of random kills; `make test` has a short version
 chaos: $(READY)
 	$(BIN)/python -m tests.chaos --kills 20
+
+# ratios against the recorded ones, on a CPU; exit code 1 names what got worse
+bench: $(READY)
+	$(BIN)/python -m pipelines.bench_guard
 
 bench-losses: $(READY)
 	$(BIN)/python -m pipelines.bench_losses

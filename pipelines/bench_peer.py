@@ -7,13 +7,14 @@ side distils by plain KD plus cross-entropy with random-resized crops and flips,
 same folder, on the same number of worker threads (timm: processes) and compute threads, and evaluates once, at its end.
 
 Both sides run twice a turn, short and long. Whole run: images of the long run over all of its seconds, from the start of the
-process to its end. Steady: the images that the long run has more, over the seconds that it takes more. All by this
-process's clock.
+process to its end. Steady: the images that the long run has more, over the seconds that it takes more. Seconds are of this
+process's clock, and, for machines that others use too, core-seconds: user and system time of a run and all its children.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
@@ -54,30 +55,37 @@ report: {{trackers: []}}
 
 
 @dataclass(frozen=True)
-class Times:
-    """Wall seconds of a short and a long run of one side, and their images."""
+class Seconds:
+    """Of one run."""
 
-    short: float
-    long: float
+    wall: float
+    core: float
+
+
+@dataclass(frozen=True)
+class Times:
+    """A short and a long run of one side, and their images."""
+
+    short: Seconds
+    long: Seconds
     images_short: int
     images_long: int
 
-    @property
-    def whole(self) -> float:
+    def whole(self, clock: str) -> float:
         """Images per second of the long run, start and end included."""
-        return self.images_long / self.long
+        return self.images_long / getattr(self.long, clock)
 
-    @property
-    def steady(self) -> float:
+    def steady(self, clock: str) -> float:
         """Images per second between the lengths of both runs."""
-        return (self.images_long - self.images_short) / (self.long - self.short)
+        return (self.images_long - self.images_short) / (getattr(self.long, clock) - getattr(self.short, clock))
 
 
-def make_teacher(name: str, classes: int, folder: Path) -> None:
-    """Random weights as a folder that both sides load."""
+def make_teacher(name: str, classes: int, side: int, folder: Path) -> None:
+    """Random weights as a folder that both sides load; its config names the side of the images that it sees."""
     backbone = create_teacher(name, weights="random", num_classes=classes, needs=Needs(), pooling=region_matrix)
+    spec = replace(backbone.input_spec, height=side, width=side)
     names = [str(number) for number in range(classes)]
-    export_student(backbone.model, folder, input_spec=backbone.input_spec, class_names=names, metadata={})
+    export_student(backbone.model, folder, input_spec=spec, class_names=names, metadata={})
 
 
 def ours(asked: argparse.Namespace, teacher: Path, epochs: int, out: Path) -> list[str]:
@@ -102,22 +110,36 @@ def theirs(asked: argparse.Namespace, teacher: Path, classes: int, epochs: int, 
         *("--kd-model-name", f"local-dir:{teacher}", "--kd-temperature", str(TEMPERATURE), "--distill-loss-weight", "1"),
         *("--smoothing", "0", "--color-jitter", "0", "--train-interpolation", "bilinear", "--interpolation", "bilinear"),
         *("--opt", "momentum", "--lr", str(LEARNING_RATE), "--momentum", str(MOMENTUM), "--weight-decay", str(DECAY)),
-        *("--sched", "none", "--warmup-epochs", "0", "--epochs", str(epochs), "--val-interval", str(epochs)),
+        *(
+            "--sched",
+            "step",
+            "--decay-epochs",
+            "1000",
+            "--warmup-epochs",
+            "0",
+            "--epochs",
+            str(epochs),
+            "--val-interval",
+            str(epochs),
+        ),
         *("--batch-size", str(asked.batch), "--workers", str(asked.workers), "--device", asked.device),
         *(["--amp", "--amp-dtype", "bfloat16"] if asked.bf16 else []),
         *asked.timm_options,
     ]
 
 
-def seconds_of(command: list[str], threads: int, log: Path) -> float:
-    """Wall seconds of a process from its start to its end. Raises RuntimeError with its last lines where it fails."""
+def seconds_of(command: list[str], threads: int, log: Path) -> Seconds:
+    """What a process takes from its start to its end. Raises RuntimeError with its last lines where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     begin = time.perf_counter()
+    before = os.times()
     with log.open("w") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=log.parent).returncode
+    after = os.times()
     if code:
         raise RuntimeError(f"exit code {code} of {' '.join(command)}\n{log.read_text()[-2000:]}")
-    return time.perf_counter() - begin
+    core = after.children_user + after.children_system - before.children_user - before.children_system
+    return Seconds(time.perf_counter() - begin, core)
 
 
 def turn(asked: argparse.Namespace, number: int, images: int, classes: int, folder: Path) -> dict[str, Times]:
@@ -131,29 +153,33 @@ def turn(asked: argparse.Namespace, number: int, images: int, classes: int, fold
             command = ours(asked, teacher, epochs, out) if side == "ours" else theirs(asked, teacher, classes, epochs, out)
             taken.append(seconds_of(command, asked.threads, folder / f"{out.name}.log"))
         found[side] = Times(taken[0], taken[1], images * asked.short, images * asked.long)
-        print(f"turn {number + 1}, {side}: {taken[0]:.1f} s and {taken[1]:.1f} s", flush=True)
+        told = " and ".join(f"{each.wall:.1f} s ({each.core:.1f} core-seconds)" for each in taken)
+        print(f"turn {number + 1}, {side}: {told}", flush=True)
     return found
 
 
 def summary(turns: list[dict[str, Times]]) -> dict[str, dict[str, float]]:
     """Medians over the turns; the ratio is the median of the turns' own."""
     found = {}
-    for kind in ("whole", "steady"):
-        rates = {side: [getattr(each[side], kind) for each in turns] for side in ("ours", "timm")}
+    for kind, clock in itertools.product(("whole", "steady"), ("wall", "core")):
+        rates = {side: [getattr(each[side], kind)(clock) for each in turns] for side in ("ours", "timm")}
         ratios = [mine / other for mine, other in zip(rates["ours"], rates["timm"], strict=True)]
         medians = {side: statistics.median(values) for side, values in rates.items()}
-        found[kind] = {**medians, "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+        found[f"{kind}, {clock}"] = {
+            **medians,
+            "ratio": statistics.median(ratios),
+            "lowest": min(ratios),
+            "highest": max(ratios),
+        }
     return found
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
     """For people."""
-    lines = [f"{'images/s':32s} {'ours':>8s} {'timm':>8s} {'ratio':>7s}  of single turns"]
-    titles = {"whole": "whole run, start and end included", "steady": "steady, from short to long"}
-    for kind, title in titles.items():
-        row = found[kind]
+    lines = [f"{'images per second':22s} {'ours':>8s} {'timm':>8s} {'ratio':>7s}  of single turns"]
+    for kind, row in found.items():
         spread = f"{row['lowest']:.2f} to {row['highest']:.2f}"
-        lines.append(f"{title:32s} {row['ours']:8.1f} {row['timm']:8.1f} {row['ratio']:6.2f}x  {spread}")
+        lines.append(f"{kind + ' time':22s} {row['ours']:8.1f} {row['timm']:8.1f} {row['ratio']:6.2f}x  {spread}")
     return "\n".join(lines)
 
 
@@ -197,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "recipe.yaml").write_text(RECIPE)
-        make_teacher(asked.teacher, index.num_classes, folder / "teacher")
+        make_teacher(asked.teacher, index.num_classes, asked.side, folder / "teacher")
         turns = [turn(asked, number, images, index.num_classes, folder) for number in range(asked.turns)]
     found = summary(turns)
     print(table(found))

@@ -18,6 +18,8 @@ PERIOD = 0.5
 UNWATCHED = ("starting", "building")
 """Phases without a time limit: weights may have to come from far away."""
 
+STORE_SECONDS = 30.0
+"""The longest that a heartbeat waits for the store's answer."""
 SILENT = 5.0
 """A process not heard of for this long is taken for gone when somebody asks who is missing."""
 
@@ -72,12 +74,15 @@ class Watchdog:
         self._step, self._phase, self._since = step, phase, time.monotonic()
 
     def close(self) -> None:
-        """Ends the watch."""
+        """Ends the watch and its threads: one that is inside the store when the interpreter ends would abort the process."""
         self._ended.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(STORE_SECONDS + PERIOD)
 
     def _heart(self) -> None:
         store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())
-        store.set_timeout(timedelta(seconds=max(PERIOD, min(30.0, self.timeout))))
+        store.set_timeout(timedelta(seconds=max(PERIOD, min(STORE_SECONDS, self.timeout))))
         count = 0
         while not self._ended.wait(PERIOD):
             count += 1

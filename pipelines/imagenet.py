@@ -230,8 +230,10 @@ def main(argv: list[str] | None = None) -> int:
         accelerator = build_accelerator(request.recipe)
         timeout = 60 * request.recipe.train.timeout_minutes
         watchdog = Watchdog(accelerator.process_index, accelerator.num_processes, timeout).start()
-        execute(request, Session(accelerator, Control().listen(), watchdog))
-        watchdog.close()
+        try:
+            execute(request, Session(accelerator, Control().listen(), watchdog))
+        finally:
+            watchdog.close()
     except Interrupted as interruption:
         if accelerator is not None:
             accelerator.print(interruption)

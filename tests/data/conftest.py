@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from PIL import Image
 from distill.data.index import ShardIndex
 from shards.preparation import Options, prepare
 from shards.sources import folder_source
+from tests.data.planting import encoded
 
 SIZES = ((48, 64), (33, 57), (97, 41), (120, 121), (32, 32), (75, 200), (64, 64), (181, 90), (50, 51), (21, 19))
 REAL_IMAGES = Path(__file__).resolve().parents[2] / "../shared/data"
@@ -24,13 +24,6 @@ def picture(height: int, width: int, seed: int) -> Image.Image:
     coarse = Image.fromarray(rng.integers(0, 256, (height // 12 + 2, width // 12 + 2, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int64)
     return Image.fromarray(np.clip(smooth + rng.integers(-12, 13, smooth.shape), 0, 255).astype(np.uint8))
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
-    """The image as a file's bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def write_images(root: Path, count: int, sizes: tuple[tuple[int, int], ...] = SIZES) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -13,53 +12,15 @@ import torch
 
 from distill.data.dali import DaliEvalLoader, DaliTrainLoader
 from distill.data.faults import TooManyFaults
-from distill.data.index import RECORD, ShardIndex, ShardInfo, write_split
+from distill.data.index import ShardIndex
 from distill.data.reader import ShardLost
 from distill.data.reference import ReferenceEvalLoader, ReferenceTrainLoader
-from shards.writer import TarWriter
-from tests.data.conftest import encoded, picture
+from tests.data.conftest import picture
+from tests.data.planting import BAD, encoded, raw_split
 from tests.data.test_loaders import EVAL, TRAIN, evaluation, input_spec, needs_dali, same, train
 
 COUNT = 60
 BATCH = 12
-
-
-def raw_split(folder: Path, images: list[bytes], shards: int = 3) -> ShardIndex:
-    """A split of exactly these bytes, good or bad: preparation would not let the bad ones in."""
-    folder.mkdir()
-    rows, infos = [], []
-    for shard in range(shards):
-        name = f"train-{shard:04d}.tar"
-        members = range(shard, len(images), shards)
-        with (folder / name).open("wb") as file:
-            tar = TarWriter(file)
-            for number in members:
-                tar.add(f"k{number:03d}.cls", b"%d" % (number % 5))
-                offset = tar.add(f"k{number:03d}.jpg", images[number])
-                rows.append((offset, shard, len(images[number]), number % 5, zlib.crc32(images[number])))
-            sha = tar.finish()
-        infos.append(ShardInfo(name, len(members), tar.position, sha))
-    write_split(folder, infos, np.array(rows, RECORD), list("abcde"))
-    return ShardIndex.open(folder)
-
-
-def spoil(image: bytes) -> dict[str, bytes]:
-    """Every kind of bad image bytes: some fail the reader's cheap checks, some only the decoder."""
-    png = encoded(picture(50, 60, seed=0), "PNG")
-    return {
-        "half": image[: len(image) // 2],
-        "header only": image[:180],
-        "zero bytes": b"",
-        "garbage": np.random.default_rng(0).bytes(2000),
-        "html": b"<html><body>404 not found</body></html>",
-        "last 100 bytes missing": image[:-100],
-        "no end marker": image[:-2],
-        "no scan": image[: image.index(b"\xff\xda")] + b"\xff\xd9",
-        "half a PNG": png[: len(png) // 2],
-        "damaged PNG": png[:60] + bytes(40) + png[100:],
-        "two bytes": b"\xff\xd8",
-        "no frame": b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00\xff\xd9",
-    }
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +28,9 @@ def faulty(tmp_path_factory) -> tuple[ShardIndex, set[str]]:
     """60 images, 12 of them bad in all ways; the keys of the bad ones."""
     images = [encoded(picture(50 + n % 7, 60 + n % 5, seed=n), quality=90) for n in range(COUNT)]
     bad = {}
-    for place, (_, data) in enumerate(spoil(images[0]).items()):
+    for place, spoil in enumerate(BAD.values()):
         number = place * 5 + place % 3
-        images[number] = data
-        bad[f"k{number:03d}"] = data
+        bad[f"k{number:03d}"] = images[number] = spoil(images[0])
     return raw_split(tmp_path_factory.mktemp("faulty") / "split", images), set(bad)
 
 

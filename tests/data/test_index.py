@@ -117,8 +117,16 @@ def test_a_truncated_shard_is_refused_with_both_sizes(split):
 def test_a_shard_replaced_by_one_of_the_same_size_is_found_before_the_first_step(split):
     path = split / "train-0000.tar"
     path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(ValueError, match=r"train-0000.tar: its first image has checksum"):
+    with pytest.raises(ValueError, match=r"train-0000.tar: its first, middle and last image do not have the checksums"):
         ShardIndex.open(split).spot_check()
+
+
+def test_one_damaged_image_at_the_front_of_a_shard_does_not_keep_a_run_from_starting(split):
+    index = ShardIndex.open(split)
+    with index.shard_path(0).open("r+b") as file:
+        file.seek(int(index.records[0]["offset"]))
+        file.write(bytes(100))
+    ShardIndex.open(split).spot_check()
 
 
 def test_an_index_of_another_preparation_is_refused(split):

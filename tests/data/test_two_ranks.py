@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from distill.data.order import TrainOrder
-from tests.data.conftest import encoded, picture
-from tests.data.test_faults import raw_split, spoil
+from tests.data.conftest import picture
+from tests.data.planting import BAD, encoded, raw_split
 from tests.data.test_loaders import needs_dali
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,9 +36,8 @@ loader.close()
 def test_two_processes_lose_no_step_and_report_exactly_the_planted_faults(tmp_path):
     images = [encoded(picture(60 + n % 9, 70 - n % 5, seed=n), quality=80) for n in range(1000)]
     bad = {}
-    for place, data in enumerate(spoil(images[0]).values()):
-        images[place * 80 + 7] = data
-        bad[f"k{place * 80 + 7:03d}"] = data
+    for place, spoil in enumerate(BAD.values()):
+        bad[f"k{place * 80 + 7:03d}"] = images[place * 80 + 7] = spoil(images[0])
     index = raw_split(tmp_path / "split", images, shards=5)
     reports = [tmp_path / f"faults{rank}.jsonl" for rank in range(2)]
     lines = [[sys.executable, "-c", RANK, str(index.folder), str(rank), str(reports[rank])] for rank in range(2)]

@@ -27,10 +27,10 @@ BATCH = 12
 def faulty(tmp_path_factory) -> tuple[ShardIndex, set[str]]:
     """60 images, 12 of them bad in all ways; the keys of the bad ones."""
     images = [encoded(picture(50 + n % 7, 60 + n % 5, seed=n), quality=90) for n in range(COUNT)]
-    bad = {}
+    good, bad = images[0], {}
     for place, spoil in enumerate(BAD.values()):
         number = place * 5 + place % 3
-        bad[f"k{number:03d}"] = images[number] = spoil(images[0])
+        bad[f"k{number:03d}"] = images[number] = spoil(good)
     return raw_split(tmp_path_factory.mktemp("faulty") / "split", images), set(bad)
 
 

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from distill.data.digits import load_digits_split
 from shards.prepare import main as prepare
+
+# each of pytest's workers is one core's: threads of several that wait for each other in a busy loop cost five times the work
+torch.set_num_threads(1)
 
 TRAIN_IMAGES, VAL_IMAGES = 145, 37
 """Neither divides by what the tests split it into: 6 steps of 24 an epoch, and evaluation shares of unequal size."""

@@ -68,9 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _prepare(parsed: argparse.Namespace) -> int:
     if parsed.command == "digits" and parsed.shards is None:
         parsed.shards = DIGITS_SHARDS
+    if parsed.quality is not None and parsed.resize_short is None:
+        raise ValueError(f"--quality {parsed.quality}: only with --resize-short; the bytes of images are kept without it")
     started = time.monotonic()
     source = _source(parsed)
-    options = Options(**{name: getattr(parsed, name) for name in Options.__dataclass_fields__})
+    given = {name: getattr(parsed, name) for name in Options.__dataclass_fields__}
+    options = Options(**{name: value for name, value in given.items() if value is not None})
     if parsed.dry_run:
         _print_plan(source, parsed.out, options)
         return 0
@@ -157,6 +160,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _percent(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text}: must be between 1 and 100")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prepare.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -196,9 +206,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--resize-short", type=_positive, metavar="N", help="shrink larger training images; default: bytes are kept"
     )
-    command.add_argument(
-        "--quality", type=_positive, default=90, metavar="Q", help="JPEG quality of shrunk images (%(default)s)"
-    )
+    command.add_argument("--quality", type=_percent, metavar="Q", help=f"JPEG quality of shrunk images ({Options.quality})")
     command.add_argument("--limit", type=_positive, metavar="N", help="at most N images a split")
     command.add_argument("--dry-run", action="store_true", help="say what would be made, write nothing")
 

@@ -145,6 +145,11 @@ def test_a_folder_that_holds_something_else_is_not_overwritten(images, tmp_path)
         (("folder", "--out", "out"), "--source"),
         (("folder", "--source", "empty", "--out", "out", "--shards", "0"), "0: must be at least 1"),
         (("flowers", "--out", "out"), "invalid choice: 'flowers'"),
+        (
+            ("folder", "--source", "empty", "--out", "out", "--resize-short", "8", "--quality", "0"),
+            "0: must be between 1 and 100",
+        ),
+        (("folder", "--source", "empty", "--out", "out", "--quality", "80"), "--quality 80: only with --resize-short"),
     ],
 )
 def test_bad_requests_get_one_clear_line_and_exit_code_2(arguments, message, tmp_path):
@@ -186,3 +191,59 @@ def test_what_is_no_clean_image_is_quarantined_or_repaired_and_counted(images, t
     repaired = Image.open(io.BytesIO(data))
     assert repaired.format == "PNG"
     assert np.array_equal(np.asarray(repaired), np.asarray(Image.open(cmyk).convert("RGB")))
+
+
+def pixels_of(index: ShardIndex, sample: int) -> tuple[bytes, Image.Image]:
+    record = index.records[sample]
+    with index.shard_path(int(record["shard"])).open("rb") as file:
+        file.seek(int(record["offset"]))
+        data = file.read(int(record["size"]))
+    return data, Image.open(io.BytesIO(data))
+
+
+SIZES = {"wide": (60, 100), "tall": (100, 60), "small": (20, 90), "square": (64, 64)}
+"""Height and width of the images that are to be shrunk to a shorter side of 32: `small` is smaller already."""
+
+
+@pytest.fixture
+def large(tmp_path) -> Path:
+    root = tmp_path / "large"
+    for split in ("train", "val"):
+        (root / split / "a").mkdir(parents=True)
+        for number, (name, size) in enumerate(SIZES.items()):
+            smooth = Image.open(io.BytesIO(image_bytes(number, (4, 4), "PNG"))).resize(size[::-1], Image.Resampling.BICUBIC)
+            smooth.save(root / split / "a" / f"{name}.jpg", quality=95)
+    Image.open(root / "train/a/wide.jpg").convert("L").save(root / "train/a/grey.jpg", quality=90)
+    return root
+
+
+def test_larger_training_images_are_shrunk_on_request_and_those_of_val_are_not(large, tmp_path):
+    command("folder", "--source", large, "--out", tmp_path / "out", "--shards", 2, "--resize-short", 32, "--quality", 80)
+    train, val = ShardIndex.open(tmp_path / "out/train"), ShardIndex.open(tmp_path / "out/val")
+    sizes = {}
+    for sample in range(train.num_samples):
+        data, image = pixels_of(train, sample)
+        name = train.key(sample).removeprefix("a_")
+        sizes[name] = (image.height, image.width)
+        original = Image.open(large / f"train/a/{name}.jpg")
+        if name == "small":
+            assert data == (large / "train/a/small.jpg").read_bytes()
+        else:
+            expected = np.asarray(original.convert("RGB").resize(image.size, Image.Resampling.BICUBIC), float)
+            assert np.abs(np.asarray(image, float) - expected).mean() < 5
+    assert sizes == {"wide": (32, 53), "tall": (53, 32), "small": (20, 90), "square": (32, 32), "grey": (32, 53)}
+    for sample in range(val.num_samples):
+        assert pixels_of(val, sample)[0] == (large / f"val/a/{val.key(sample).removeprefix('a_')}.jpg").read_bytes()
+    assert json.loads((tmp_path / "out/train/manifest.json").read_text())["plan"]["resize_short"] == 32
+
+
+def test_shrunk_images_are_the_same_bytes_on_any_number_of_workers_and_smaller_at_lower_quality(large, tmp_path):
+    arguments = ("folder", "--source", large, "--shards", 3, "--resize-short", 32)
+    command(*arguments, "--out", tmp_path / "one")
+    command(*arguments, "--out", tmp_path / "two", "--workers", 2)
+    one, two = file_hashes(tmp_path / "one"), file_hashes(tmp_path / "two")
+    one.pop("_info.json"), two.pop("_info.json")
+    assert one == two
+    command(*arguments, "--out", tmp_path / "low", "--quality", 40)
+    high, low = (ShardIndex.open(tmp_path / name / "train").records["size"].sum() for name in ("one", "low"))
+    assert low < high

@@ -16,8 +16,8 @@ from distill.data.index import ShardIndex
 from distill.data.reader import ShardLost
 from distill.data.reference import ReferenceEvalLoader, ReferenceTrainLoader
 from tests.data.conftest import picture
-from tests.data.planting import BAD, encoded, raw_split
-from tests.data.test_loaders import EVAL, TRAIN, evaluation, input_spec, needs_dali, same, train
+from tests.data.planting import BAD, ODD, encoded, raw_split
+from tests.data.test_loaders import EVAL, TRAIN, evaluation, input_spec, needs_dali, same, timm_differences, train
 
 COUNT = 60
 BATCH = 12
@@ -166,3 +166,35 @@ def test_faults_do_not_change_the_pixels_of_other_samples(faulty):
             assert (image.int() - got[index.key(sample)].int()).abs().max() <= 1
     assert len(got) == COUNT - len(bad)
     reference.close()
+
+
+@needs_dali
+@pytest.mark.parametrize("kind", [name for name in ODD if name != "16-bit PNG"])
+def test_odd_images_are_evaluated_on_timms_pixels(kind, tmp_path):
+    """No rotation by EXIF, alpha dropped, CMYK and palettes as PIL reads them. 16-bit images are not among them: PIL clips
+    them where DALI scales, and preparation makes them 8-bit."""
+    index = raw_split(tmp_path / "split", [ODD[kind](picture(90, 70, seed=n)) for n in range(2)], shards=1)
+    assert timm_differences(DaliEvalLoader, index, input_spec(32, 32, 0.875)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", TRAIN)
+def test_a_state_is_small_the_same_on_every_rank_and_refused_where_it_does_not_fit(kind, faulty, tmp_path):
+    index, _ = faulty
+    ranks = [with_faults(kind, index, tmp_path / "faults", rank=rank, world=2) for rank in range(2)]
+    for loader in ranks:
+        list(loader.epoch(0))
+    union = sorted({sample for loader in ranks for sample in loader.bad_samples})
+    assert ranks[0].bad_samples != ranks[1].bad_samples
+    for loader in ranks:
+        loader.restore({**loader.state(), "bad_samples": union})
+    state = json.loads(json.dumps(ranks[0].state()))
+    assert state == ranks[1].state()
+    assert state == {"index": index.digest, "seed": 11, "global_batch_size": BATCH, "shuffle_block": 0, "bad_samples": union}
+    for name, other in (("index", "0" * 64), ("seed", 12), ("global_batch_size", 24)):
+        with pytest.raises(ValueError, match=rf"saved state is of another stream \({name} {other} there, {state[name]} here\)"):
+            ranks[0].restore({**state, name: other})
+    strict = with_faults(kind, index, tmp_path / "faults", rate=0.05)
+    with pytest.raises(TooManyFaults, match=rf"{len(union)} of 60 samples are bad, at most 3 .* by all processes together"):
+        strict.restore(state)
+    for loader in (*ranks, strict):
+        loader.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import tarfile
 from pathlib import Path, PurePosixPath
@@ -40,11 +41,12 @@ def _require(folder: Path, name: str) -> None:
 
 def _imagenet_train(archive: Path) -> tuple[list[Item], tuple[str, ...]]:
     with archive.open("rb") as file:
+        listed = os.fstat(file.fileno()).st_mtime_ns
         try:
             synsets = sorted(walk_tar(file))
             names = tuple(PurePosixPath(synset.name).stem for synset in synsets)
             items = [
-                _range_item(archive, member, label)
+                _range_item(archive, listed, member, label)
                 for label, synset in enumerate(synsets)
                 for member in sorted(walk_tar(file, synset.offset, synset.offset + synset.size))
             ]
@@ -58,6 +60,7 @@ def _imagenet_train(archive: Path) -> tuple[list[Item], tuple[str, ...]]:
 def _imagenet_val(archive: Path, devkit: Path, names: tuple[str, ...]) -> list[Item]:
     wnids, truth = _read_devkit(devkit)
     with archive.open("rb") as file:
+        listed = os.fstat(file.fileno()).st_mtime_ns
         try:
             members = sorted(walk_tar(file))
         except BrokenTar as error:
@@ -68,7 +71,7 @@ def _imagenet_val(archive: Path, devkit: Path, names: tuple[str, ...]) -> list[I
     unknown = sorted({wnids[number] for number in truth} - set(place))
     if unknown:
         raise ValueError(f"{archive}: {len(unknown)} classes that the training archive lacks: {', '.join(unknown[:5])}")
-    return [_range_item(archive, member, place[wnids[number]]) for member, number in zip(members, truth, strict=True)]
+    return [_range_item(archive, listed, member, place[wnids[number]]) for member, number in zip(members, truth, strict=True)]
 
 
 def _read_devkit(devkit: Path) -> tuple[dict[int, str], list[int]]:
@@ -87,9 +90,9 @@ def _read_devkit(devkit: Path) -> tuple[dict[int, str], list[int]]:
     return leaves, truth
 
 
-def _range_item(archive: Path, member: Member, label: int) -> Item:
+def _range_item(archive: Path, mtime_ns: int, member: Member, label: int) -> Item:
     key = clean_key(PurePosixPath(member.name).stem)
-    return Item(key, label, RangeRef(str(archive), member.offset, member.size, member.name))
+    return Item(key, label, RangeRef(str(archive), member.offset, member.size, member.name, mtime_ns))
 
 
 def cifar_source(archive: Path, classes: int) -> Source:
@@ -168,6 +171,7 @@ def _read_cub(archive: Path) -> tuple[dict[str, dict[str, str]], dict[str, Ref]]
     wanted = ("images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt")
     tables: dict[str, dict[str, str]] = {}
     images: dict[str, Ref] = {}
+    listed = archive.stat().st_mtime_ns
     try:
         with tarfile.open(archive) as tar:
             plain = archive.suffix == ".tar"
@@ -178,7 +182,7 @@ def _read_cub(archive: Path) -> tuple[dict[str, dict[str, str]], dict[str, Ref]]
                 elif member.isfile() and "images" in path.parts:
                     name = path.relative_to(*path.parts[: path.parts.index("images") + 1]).as_posix()
                     images[name] = (
-                        RangeRef(str(archive), member.offset_data, member.size, member.name)
+                        RangeRef(str(archive), member.offset_data, member.size, member.name, listed)
                         if plain
                         else BytesRef(_extracted(tar, member), member.name)
                     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -51,14 +52,19 @@ class RangeRef(NamedTuple):
     offset: int
     size: int
     member: str
+    mtime_ns: int
+    """Of the file, when it was listed."""
 
     def read(self) -> bytes:
-        """The part's bytes; raises OSError, or SourceChanged where the archive became shorter."""
+        """The part's bytes; raises OSError, or SourceChanged where the archive became shorter or was written to."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             data = file.read(self.size)
+            changed = os.fstat(file.fileno()).st_mtime_ns != self.mtime_ns
         if len(data) != self.size:
             raise SourceChanged(f"{self.path}: ends inside of {self.member}; the archive is truncated, fetch it again")
+        if changed:
+            raise SourceChanged(f"{self.path}: changed while it was prepared; start again")
         return data
 
     def name(self) -> str:
@@ -142,7 +148,7 @@ class Split:
             if isinstance(item.ref, FileRef):
                 sha.update(item.ref.mtime_ns.to_bytes(8, "little", signed=True))
             elif isinstance(item.ref, RangeRef) and item.ref.path not in archives:
-                archives[item.ref.path] = Path(item.ref.path).stat().st_mtime_ns
+                archives[item.ref.path] = item.ref.mtime_ns
         for path in sorted(archives):
             sha.update(archives[path].to_bytes(8, "little", signed=True))
         return sha.hexdigest()

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from distill.data.index import ShardIndex
-from shards.items import FileRef, Item, SourceChanged
+from shards.items import FileRef, Item, RangeRef, SourceChanged
 from shards.jobs import ShardJob
 from shards.writer import write_shard
 from tests.shards.preparing import ROOT, command, file_hashes, image_bytes
@@ -116,6 +116,17 @@ def test_a_file_that_changes_while_it_is_prepared_leaves_no_shard(tmp_path):
         write_shard(job)
     assert {entry.name for entry in tmp_path.iterdir()} == {"x.jpg", ".parts"}
     assert not list((tmp_path / ".parts").iterdir())
+
+
+def test_an_archive_that_changes_while_it_is_prepared_leaves_no_shard(tmp_path):
+    path = tmp_path / "archive.tar"
+    path.write_bytes(image_bytes(1))
+    (tmp_path / ".parts").mkdir()
+    ref = RangeRef(str(path), 0, path.stat().st_size, "x.jpg", path.stat().st_mtime_ns)
+    os.utime(path, ns=(0, ref.mtime_ns + 1))
+    with pytest.raises(SourceChanged, match=r"archive.tar: changed while it was prepared"):
+        write_shard(ShardJob(str(tmp_path), 0, "train-0000.tar", [Item("x", 0, ref)]))
+    assert {entry.name for entry in tmp_path.iterdir()} == {"archive.tar", ".parts"}
 
 
 def test_an_unreadable_source_file_is_an_error_with_its_name(tmp_path):

@@ -162,6 +162,14 @@ def test_bad_requests_get_one_clear_line_and_exit_code_2(arguments, message, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_limit_takes_a_random_part_of_each_split(images, tmp_path):
+    command("folder", "--source", images, "--out", tmp_path / "out", "--shard-size", 2, "--limit", 5)
+    train, val = ShardIndex.open(tmp_path / "out/train"), ShardIndex.open(tmp_path / "out/val")
+    assert ([shard.samples for shard in train.shards], val.num_samples) == ([1, 2, 2], 5)
+    assert len(set(train.labels.tolist())) > 1
+    assert train.num_classes == 3
+
+
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(images, tmp_path):
     done = command("folder", "--source", images, "--out", tmp_path / "out", "--shards", 2, "--dry-run")
     assert "train: 21 images of 3 classes would go into 2 shards" in done.stdout

@@ -29,6 +29,7 @@ from sklearn.datasets import load_sample_images
 from distill.config import RecipeError
 from pipelines.bench_data import OURS
 from pipelines.bench_losses import Case, cases, measure, memory_ratio
+from pipelines.bench_peer import make_teacher
 from pipelines.bench_report import Report
 from pipelines.options import Parser
 from shards.prepare import main as prepare
@@ -56,7 +57,7 @@ Ratios = dict[str, float]
 
 def loss_ratios(case: Case) -> Ratios:
     """Time and, where it can be told, memory of a loss over its straightforward version."""
-    figures = measure(case, torch.device("cpu"), threads=1, budget=2.0)
+    figures = measure(case, torch.device("cpu"), threads=1, budget=1.0)
     found = {f"{case.loss}: time": figures.ours_seconds / figures.reference_seconds}
     memory = memory_ratio(figures)
     return found if memory is None else {**found, f"{case.loss}: memory": memory}
@@ -65,16 +66,10 @@ def loss_ratios(case: Case) -> Ratios:
 def step_ratios(name: str, folder: Path) -> Ratios:
     """The step with these losses over its models alone."""
     file = folder / "ledger.json"
-    line = [sys.executable, str(ROOT / "pipelines" / "benchmark.py"), *PAIR, *STEPS[name], "--data.prepare", "none"]
-    line += [
-        "--train",
-        str(folder / "photos" / "train"),
-        "--val",
-        str(folder / "photos" / "val"),
-        "--teacher-weights",
-        "random",
-    ]
-    line += ["--data", "memory", "--clock", "cpu", "--steps", "8", "--rounds", "8", "--json", str(file)]
+    photos, steps = folder / "photos", ("--data", "memory", "--clock", "cpu", "--steps", "6", "--rounds", "6")
+    data = ("--train", str(photos / "train"), "--val", str(photos / "val"), "--data.prepare", "none")
+    line = [sys.executable, str(ROOT / "pipelines" / "benchmark.py"), *PAIR, "--teacher-weights", str(folder / "teacher")]
+    line += [*data, *STEPS[name], *steps, "--json", str(file)]
     run(line, folder)
     return {f"step, {name}: over its models": Report.read(file).ceiling.ratio}
 
@@ -180,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         make_photos(Path(name))
+        make_teacher("resnet18", 2, 64, Path(name) / "teacher")
         if asked.record:
             asked.file.write_text(json.dumps(record(Path(name)), indent=1) + "\n")
             return 0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distill.engine import Run
 from distill.losses.msdcrd import MSDCRD
-from pipelines.ledger import OUTSIDE, milliseconds, now, tensors_of
+from pipelines.ledger import OUTSIDE, TRANSFORM, milliseconds, now, tensors_of
 
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
@@ -46,7 +46,8 @@ class MemoryLine:
         self._part = OUTSIDE
         models = [m for m in (run.teacher, run.distiller) if m is not None]
         # weights are saved for the backward too, and are counted where they belong
-        self._seen = {_place(t) for model in models for t in (*model.parameters(), *model.buffers())}
+        self._weights = {_place(t) for model in models for t in (*model.parameters(), *model.buffers())}
+        self._seen = set(self._weights)
         self.saved: dict[str, int] = defaultdict(int)
         self.peaks: dict[str, int] = defaultdict(int)
 
@@ -54,6 +55,9 @@ class MemoryLine:
         """Closes the part before with its peak."""
         self.peaks[self._part] = max(self.peaks[self._part], read_peak(self._device))
         clear_peak(self._device)
+        if part == TRANSFORM:  # the next micro-batch: what the one before saved is gone, and its places are used again
+            self.saved.clear()
+            self._seen = set(self._weights)
         before, self._part = self._part, part
         return before
 

@@ -19,6 +19,7 @@ from distill.models.backbone import Backbone
 from distill.optim import create_optimizer
 from distill.recipe import Recipe
 from pipelines.ledger import BACKWARD, FORWARD, OPTIMISER, REST, TEACHER, Timeline, endless
+from pipelines.speedups import mark_step
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUEUED = 7
@@ -64,6 +65,7 @@ class Alone:
         """So many steps of only that work, micro-batches and all, marked on the line."""
         for _ in range(steps):
             line.begin_step()
+            mark_step()
             for _ in range(self._run.plan.accumulate):
                 self._micro_batch(line)
             line.enter(OPTIMISER)

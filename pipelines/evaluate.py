@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from distill.config import RecipeError
 from distill.data.index import ShardIndex
 from distill.engine import evaluate
+from distill.models.build import import_models
 from distill.recipe import Data, Recipe, Teacher, Train
 from pipelines.build import build_eval_loader, build_teacher, requests
 
@@ -47,6 +48,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", required=True, metavar="NAME", help="timm name")
     parser.add_argument(
         "--weights", default="pretrained", metavar="PATH", help="a file, a run's student/ folder, or `pretrained`"
+    )
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="Python file that registers models",
     )
     parser.add_argument("--val", required=True, metavar="DIR", help="folder of a prepared split")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per process (default 128)")
@@ -86,6 +96,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     with requests():
         check_ranges(arguments)
+        for file in arguments.imports:
+            import_models(file)
         index = ShardIndex.open(arguments.val)
         model = build_teacher(recipe, index.num_classes).to(accelerator.device)
         spec, side = model.input_spec, arguments.image_size

@@ -208,16 +208,6 @@ def execute(request: Request, session: Session) -> dict[str, Any]:
     return summary
 
 
-def import_user_models(file: Path) -> None:
-    """Runs a user's file; what it raises is the request's fault and is said with its place."""
-    try:
-        import_models(file)
-    except ValueError:
-        raise
-    except Exception as error:
-        raise RecipeError(f"--import {file}: {type(error).__name__}: {error}") from error
-
-
 def main(argv: list[str] | None = None) -> int:
     """Exit code of the request: 0 done, 1 failed (by the exception), 2 a wrong request, 75 stopped on request."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -226,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         request = parse(sys.argv[1:] if argv is None else argv, LOSSES)
         with requests():
             for file in request.imports:
-                import_user_models(file)
+                import_models(file)
         accelerator = build_accelerator(request.recipe)
         timeout = 60 * request.recipe.train.timeout_minutes
         watchdog = Watchdog(accelerator.process_index, accelerator.num_processes, timeout).start()

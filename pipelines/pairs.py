@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 
 from distill.losses.msdcrd import MSDCRD
 from distill.losses.regions import region_matrix
+from distill.models.build import import_models
 from distill.models.describe import Description, describe
 from distill.models.outline import create_outline
 from distill.protocols import Needs, Regions
@@ -36,6 +37,15 @@ def main(argv: list[str] | None = None) -> int:
     explain_parser.add_argument("teacher")
     explain_parser.add_argument("student")
     explain_parser.add_argument("--num-classes", type=int, default=1000)
+    explain_parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="Python file that registers models",
+    )
     explain_parser.add_argument("--json", action="store_true", help="print one JSON object")
     matrix_parser = commands.add_parser("matrix", help="check every architecture of timm; goes on where it stopped")
     matrix_parser.add_argument("--pattern", default="*", help="names to check, as in timm.list_models")
@@ -45,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command == "matrix":
             return check_all(arguments.pattern, arguments.out, arguments.page, Needs((REGIONS,)))
+        for file in arguments.imports:
+            import_models(file)
         return explain(arguments.teacher, arguments.student, arguments.num_classes, arguments.json)
     except ValueError as error:
         print(error, file=sys.stderr)

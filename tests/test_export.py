@@ -1,4 +1,4 @@
-"""`pipelines/export.py` on the student of a real run."""
+"""`pipelines/export.py` on the student of a real run, an architecture of the user's own file."""
 
 from __future__ import annotations
 
@@ -17,21 +17,52 @@ from pipelines.export import main
 from tests.processes import finished
 from tests.runs import arguments
 
+MY_MODELS = """
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from distill.models.cifar.resnet import thin
+
+default_cfgs = generate_default_cfgs({"my_resnet8": {"num_classes": 10, "input_size": (3, 32, 32), "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5), "interpolation": "bilinear", "crop_pct": 1.0, "classifier": "head.fc", "first_conv": "stem.0"}})
+
+@register_model
+def my_resnet8(pretrained=False, **kwargs):
+    return build_model_with_cfg(thin(8), "my_resnet8", pretrained, **kwargs)
+"""
+
 
 @pytest.fixture(scope="module")
-def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mine(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The option that makes `my_resnet8` a name like any other."""
+    file = tmp_path_factory.mktemp("mine") / "my_models.py"
+    file.write_text(MY_MODELS)
+    return ["--import", str(file)]
+
+
+@pytest.fixture(scope="module")
+def run(digits: Path, mine: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of one epoch."""
     folder = tmp_path_factory.mktemp("export")
-    alone = ["--teacher", "none", "--loss.sdd", "null", "--loss.msdcrd", "null", "--train.epochs", "1"]
-    finished(arguments(digits, folder / "run", *alone), folder / "log")
+    alone = [
+        "--student",
+        "my_resnet8",
+        "--teacher",
+        "none",
+        "--loss.sdd",
+        "null",
+        "--loss.msdcrd",
+        "null",
+        "--train.epochs",
+        "1",
+    ]
+    finished(arguments(digits, folder / "run", *alone, *mine), folder / "log")
     return folder / "run"
 
 
 def test_the_onnx_file_gives_the_students_logits_for_any_batch(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, mine: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "student.onnx"
-    assert main([str(run), "--out", str(file)]) == 0
+    assert main([str(run), "--out", str(file), *mine]) == 0
     line = capsys.readouterr().out
     assert "checked on 37 images" in line  # all validation scans of the run
     assert "same top-1 for 37" in line
@@ -47,15 +78,15 @@ def test_the_onnx_file_gives_the_students_logits_for_any_batch(
 
 
 def test_a_students_folder_is_checked_on_image_files(
-    run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, mine: list[str], digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, file = digits / "images" / "train", tmp_path / "student.onnx"
-    assert main([str(run / "student"), "--out", str(file), "--images", str(images)]) == 0
+    assert main([str(run / "student"), "--out", str(file), "--images", str(images), *mine]) == 0
     assert f"checked on 64 images of {images}" in capsys.readouterr().out
 
 
 def test_what_cannot_be_exported_or_pushed_is_one_line_and_exit_code_2(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path, mine: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
@@ -67,13 +98,13 @@ def test_what_cannot_be_exported_or_pushed_is_one_line_and_exit_code_2(
     assert main([str(run), "--out", file, "--push", "someone/student"]) == 2
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
-    assert main([str(run), "--out", file, "--push", "someone/student"]) == 2
+    assert main([str(run), "--out", file, "--push", "someone/student", *mine]) == 2
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nothing_of_that_name")
+    assert main([str(run), "--out", file, "--import", str(broken)]) == 2
     errors = capsys.readouterr().err.splitlines()
-    for line, words in zip(
-        errors,
-        ("there is no config.json", "no such folder", "make it first", "hf auth login", "offline mode is enabled"),
-        strict=True,
-    ):
+    reasons = ["there is no config.json", "no such folder", "make it first", "hf auth login", "offline mode is enabled"]
+    for line, words in zip(errors, [*reasons, f"--import {broken}: ModuleNotFoundError: No module"], strict=True):
         assert words in line
 
 

@@ -121,7 +121,10 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
 
 
 def import_models(path: str | Path) -> None:
-    """Runs a user's Python file that registers architectures in timm's registry, once. ValueError where there is none."""
+    """Runs a user's Python file that registers architectures in timm's registry, once.
+
+    ValueError where there is none, or with what it raises.
+    """
     file = Path(path).resolve()
     if not file.is_file():
         raise ValueError(f"{file}: no such file; give a Python file that registers models with timm's register_model")
@@ -135,9 +138,9 @@ def import_models(path: str | Path) -> None:
     sys.modules[name] = module  # timm's register_model looks its module up there
     try:
         found.loader.exec_module(module)
-    except BaseException:
+    except Exception as error:
         del sys.modules[name]
-        raise
+        raise ValueError(f"--import {path}: {type(error).__name__}: {error}") from error
 
 
 def check_name(name: str) -> None:

@@ -30,6 +30,7 @@ from distill.models.probe import (
 from distill.protocols import Regions
 
 logger = logging.getLogger(__name__)
+DEFINED = "%s reads class tokens: its regions' logits are defined by '%s', which no paper does"
 
 Origins = Sequence[tuple[Regions, int]]
 Factory = Callable[[Origins], nn.Module]
@@ -138,9 +139,11 @@ def _class_token_factory(
     if mode == "attend":
         verdict = check_attend(model, anatomy, pooling)
         if verdict.reason is None:
+            logger.info(DEFINED, name, mode)
             return (lambda origins: AttendHead(layout, _rows(layout, pooling, origins))), verdict.difference
         logger.warning("%s: class-token definition 'shift' instead of 'attend' (%s)", name, verdict.reason)
         mode = "shift"
+    logger.info(DEFINED, name, mode)
     # the whole image's shift is zero, so there is nothing to measure
     difference = 0.0 if mode == "shift" else None
     return (lambda origins: ClassTokenHead(layout, _matrices(layout, pooling, origins), mode)), difference

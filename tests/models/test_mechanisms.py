@@ -160,10 +160,13 @@ def test_class_token_definitions_are_what_they_say(mode: str) -> None:
     assert distinct == (mode != "repeat")
 
 
-def test_the_log_says_when_attend_is_not_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
+def test_the_log_says_which_definition_is_used_and_when_attend_is_not_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
         backbone("cait_xxs24_224", 64, EVERYTHING, img_size=64)
+        backbone("vit_tiny_patch16_224", 64, EVERYTHING, **VIT)
     assert "cait_xxs24_224: class-token definition 'shift' instead of 'attend'" in caplog.text
+    assert "cait_xxs24_224 reads class tokens: its regions' logits are defined by 'shift'" in caplog.text
+    assert "vit_tiny_patch16_224 reads class tokens: its regions' logits are defined by 'attend'" in caplog.text
 
 
 def test_an_unknown_class_token_definition_is_refused() -> None:

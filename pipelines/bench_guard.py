@@ -36,7 +36,7 @@ from shards.prepare import main as prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDED = ROOT / "pipelines" / "bench_ratios.json"
-LEAST_TOLERANCE = 0.15
+LEAST_TOLERANCE = 0.1
 """Of a ratio, however little it varied when it was recorded."""
 SPREADS = 2.0
 """Tolerance in multiples of the recorded spread."""

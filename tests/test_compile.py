@@ -1,5 +1,7 @@
 """`train.compile` by the main command: the losses of eager training."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from tests.processes import finished, start
 from tests.runs import arguments, metrics
 
 
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="inductor needs a C++ compiler")
 def test_a_compiled_pair_trains_with_the_losses_of_the_eager_one(digits: Path, tmp_path: Path):
     """Inductor for one small pair: it takes half a minute of a core. Other mechanisms, and two processes: tests/models."""
     few = ["--train.max_steps", "2", "--teacher", "cifar_resnet8", "--loss.msdcrd.stages", "last"]

@@ -100,6 +100,15 @@ def test_torchrun_starts_two_real_ranks(digits: Path, tmp_path: Path):
     assert json.loads((out / "summary.json").read_text())["steps"] == 2
 
 
+def is_importing(process: psutil.Process) -> bool:
+    """Whether it is one of ours and past its first line; a launcher has other, short-lived children."""
+    try:
+        ours = "pipelines/imagenet.py" in process.cmdline()
+        return ours and any("libtorch" in mapped.path for mapped in process.memory_maps())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+
+
 def test_processes_whose_launcher_dies_while_they_start_do_not_outlive_it(digits: Path, tmp_path: Path):
     """They would wait for a rendezvous that the launcher held, and keep the run's folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pipelines/imagenet.py"]
@@ -108,10 +117,8 @@ def test_processes_whose_launcher_dies_while_they_start_do_not_outlive_it(digits
     workers: list[psutil.Process] = []
     while len(workers) < 2:
         assert launcher.poll() is None
-        workers = [c for c in psutil.Process(launcher.pid).children() if "pipelines/imagenet.py" in c.cmdline()]
+        workers = [c for c in psutil.Process(launcher.pid).children() if is_importing(c)]
         time.sleep(0.01)
-    while not all(any("libtorch" in mapped.path for mapped in worker.memory_maps()) for worker in workers):
-        time.sleep(0.01)  # until both are at their imports
     launcher.kill()
     launcher.wait()
     _, alive = psutil.wait_procs(workers, timeout=60)

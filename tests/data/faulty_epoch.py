@@ -30,12 +30,12 @@ def originals(images: Path) -> tuple[list[bytes], list[int], list[str]]:
     return [path.read_bytes() for path in paths], [names.index(path.parent.name) for path in paths], names
 
 
-def plant(images: Path, folder: Path, count: int) -> dict[str, str]:
+def plant(images: Path, folder: Path, count: int, share: float = 0.01) -> dict[str, str]:
     """`folder/train` with faults and `folder/val` without; the kind of each planted fault by its key."""
     if count % BATCH:
         raise ValueError(f"{count} images: a multiple of {BATCH}, so that an epoch visits each")
     data, labels, names = originals(images)
-    bad = planted_split(folder / "train", data, labels, names, count, 0.01)
+    bad = planted_split(folder / "train", data, labels, names, count, share)
     raw_split(folder / "val", data[:VAL_IMAGES], 1, labels[:VAL_IMAGES], names)
     return bad
 

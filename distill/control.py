@@ -54,9 +54,15 @@ class Control:
 
     def agree(self, poisoned: bool = False) -> Verdict:
         """What any process has to say. A collective: every process calls it at the same points."""
+        return Verdict(*self._most(self.received, poisoned))
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so. A collective, as `agree`."""
+        return self._most(flag)[0]
+
+    def _most(self, *flags: bool) -> list[bool]:
         if self._group is None:
-            return Verdict(self.received, poisoned)
-        flags = torch.tensor([int(self.received), int(poisoned)])
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
-        stop, bad = flags.tolist()
-        return Verdict(bool(stop), bool(bad))
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.int64)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
+        return [bool(flag) for flag in found.tolist()]

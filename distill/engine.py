@@ -181,9 +181,14 @@ def train_epoch(run: Run) -> None:
 
 
 def _save_due(run: Run) -> bool:
+    """Whether a checkpoint is due, the same on every process: saving is a collective, and clocks differ."""
     plan = run.plan
-    by_step = plan.checkpoint_every and run.counters.step % plan.checkpoint_every == 0
-    return bool(by_step or (plan.checkpoint_minutes and run.checkpoints.seconds_since_save > 60 * plan.checkpoint_minutes))
+    if plan.checkpoint_every and run.counters.step % plan.checkpoint_every == 0:
+        return True
+    if not plan.checkpoint_minutes:
+        return False
+    overdue = run.checkpoints.seconds_since_save > 60 * plan.checkpoint_minutes
+    return run.control.any(run.accelerator.is_main_process and overdue)  # only the main process's clock starts anew at a save
 
 
 def train_step(run: Run, batches: list[Batch]) -> tuple[dict[str, Tensor], bool]:

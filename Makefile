@@ -9,7 +9,7 @@ DIGITS := runs/digits
 export PYTHONUNBUFFERED := 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: run test lint setup chaos bench bench-losses clean
+.PHONY: run test test-compile lint setup chaos bench bench-losses clean
 
 setup: $(READY)
 
@@ -38,6 +38,10 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# the main command under torch.compile's own backend; `make test` has every mechanism under a cheaper one
+test-compile: lint
+	TEST_COMPILE=1 $(BIN)/python -m pytest tests/test_compile.py
 
 # minutes of random kills; `make test` has a short version
 chaos: $(READY)

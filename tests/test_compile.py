@@ -10,6 +10,7 @@ from tests.processes import finished, start
 from tests.runs import arguments, metrics
 
 
+@pytest.mark.skipif(not os.environ.get("TEST_COMPILE"), reason="takes minutes of a core; `make test-compile` runs it")
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="inductor needs a C++ compiler")
 def test_a_compiled_pair_trains_with_the_losses_of_the_eager_one(digits: Path, tmp_path: Path):
     """Inductor for one small pair: it takes half a minute of a core. Other mechanisms, and two processes: tests/models."""

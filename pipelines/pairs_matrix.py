@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import csv
 import gc
+import logging
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 from distill.losses.regions import region_matrix
-from distill.models.describe import describe
-from distill.models.outline import create_outline
+from distill.models.describe import Description, describe
+from distill.models.outline import count_parameters, create_outline
+from distill.models.spec import input_spec_of
 from distill.protocols import Needs
+
+logger = logging.getLogger(__name__)
+
+EXPENSIVE = 2e13
+"""Parameters times pixels above which an architecture is checked on smaller images: some ten seconds of one core."""
+SMALLER = 224
+"""Pixels a side of those: whole patches of 14 and 16, whole cells of 32."""
 
 FIELDS = (
     "name", "class", "parameters_M", "input", "features", "grid", "stage_channels", "head_batchnorms", "mechanism",
@@ -56,16 +68,17 @@ def check(name: str, needs: Needs) -> dict[str, str]:
     try:
         model = create_outline(name, num_classes=10)
         row["class"] = type(model).__name__
-        found = describe(model, name, needs, region_matrix, count_flops=False)
+        found = describe_affordably(name, model, needs)
     except ValueError as error:
         row |= {"mechanism": "refused", "reason": str(error)}
     except Exception as error:  # one architecture must not end the check of a thousand; the row says what happened
         row |= {"mechanism": "failed", "reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     else:
         exact = found.whole_image_difference
+        own, checked = (f"{spec.height}x{spec.width}" for spec in (input_spec_of(model), found.input_spec))
         row |= {
-            "parameters_M": f"{found.parameters / 1e6:.2f}",
-            "input": f"{found.input_spec.height}x{found.input_spec.width}",
+            "parameters_M": f"{count_parameters(model) / 1e6:.2f}",
+            "input": own if checked == own else f"{own}, checked at {checked}",
             "features": found.features,
             "grid": f"{found.grid[0]}x{found.grid[1]}",
             "stage_channels": " ".join(map(str, found.stage_channels)),
@@ -75,6 +88,24 @@ def check(name: str, needs: Needs) -> dict[str, str]:
             "reason": found.refusal,
         }
     return row | {"seconds": f"{time.perf_counter() - start:.1f}"}
+
+
+def describe_affordably(name: str, model: nn.Module, needs: Needs) -> Description:
+    """The description at the model's own input, or on smaller images where that is `EXPENSIVE` and the model takes them."""
+    own = input_spec_of(model)
+    small = replace(own, height=min(own.height, SMALLER), width=min(own.width, SMALLER))
+    if small != own and count_parameters(model) * own.height * own.width > EXPENSIVE:
+        fixed: Any = model.pretrained_cfg
+        size = {"img_size": (small.height, small.width)} if fixed.get("fixed_input_size") else {}
+        try:
+            outline = create_outline(name, num_classes=10, **size)
+            found = describe(outline, name, needs, region_matrix, count_flops=False, input_spec=small)
+        except Exception:  # whatever it was about the smaller images, the check at its own size says the rest
+            logger.info("%s: not checked at %d px", name, SMALLER, exc_info=True)
+        else:
+            if not found.refusal:
+                return found
+    return describe(model, name, needs, region_matrix, count_flops=False)
 
 
 def read(out: Path) -> list[dict[str, str]]:
@@ -105,6 +136,19 @@ def summary(rows: list[dict[str, str]], total: int) -> str:
     return f"{len(rows)} of {total} architectures checked: {parts}; largest whole-image difference {worst:.1e}"
 
 
+def about_smaller(rows: list[dict[str, str]]) -> list[str]:
+    """What it means that some architectures were checked on smaller images; nothing where none was."""
+    count = sum("checked at" in row["input"] for row in rows)
+    if not count:
+        return []
+    return [
+        "",
+        f"{count} architectures of more than {EXPENSIVE:.0e} parameters x pixels were checked on images of {SMALLER} px, as",
+        "`input` says in the CSV; token models were built for that size. The same layers ran, and whether the head on regions",
+        "is the head on the image is a matter of its layers, not of the grid's size. Their grid in the CSV is that of 224 px.",
+    ]
+
+
 def as_page(rows: list[dict[str, str]], total: int) -> str:
     """The table as Markdown, one line per class of timm and mechanism, refused architectures one by one."""
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
@@ -115,6 +159,7 @@ def as_page(rows: list[dict[str, str]], total: int) -> str:
         "",
         f"timm {timm.__version__}. {summary(rows, total)}.",
         "Written by `python pipelines/pairs.py matrix --page`; one line per class, form of the features and mechanism.",
+        *about_smaller(rows),
         "",
         "| class | features | mechanism | architectures | largest difference | example |",
         "|---|---|---|---|---|---|",

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from distill.models.outline import count_parameters, create_outline
+from pipelines import pairs_matrix
 from pipelines.compare_class_tokens import main as compare
 from pipelines.pairs import main
 
@@ -63,13 +64,18 @@ def test_class_token_definitions_are_compared_on_images_in_folders(tmp_path: Pat
             (tmp_path / split / label).mkdir(parents=True)
             for number in range(count):
                 Image.new("RGB", (32, 32), (colour, colour, number)).save(tmp_path / split / label / f"{number}.png")
-    compare(["--images", str(tmp_path), "--teacher-epochs", "3", "--student-epochs", "1"])
+    command = ["--images", str(tmp_path), "--student-epochs", "1", "--teacher", str(tmp_path / "teacher.pth")]
+    compare([*command, "--teacher-epochs", "12"])
+    capsys.readouterr()
+    compare([*command, "--teacher-epochs", "0", "--seeds", "2"])  # with the teacher of the first
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["definition"] for line in lines] == [*["attend", "shift", "patch", "repeat"] * 2, "no teacher"]
-    read, distilled = lines[:4], lines[4:]
+    modes = ["attend", "shift", "patch", "repeat"]
+    assert [line["definition"] for line in lines] == [*modes, *[*modes, "no teacher"] * 3]
+    read, distilled, means = lines[:4], lines[4:14], lines[14:]
     assert {line["top1_whole"] for line in read} == {1.0}  # dark and light are told apart at once
     assert read[3]["agreement_2x2"] == read[3]["agreement_4x4"] == 1.0
-    assert all(0 <= line["student_top1"] <= 1 for line in distilled)
+    for number, line in enumerate(means):
+        assert line["mean_top1"] == sum(seed["student_top1"] for seed in distilled[number::5]) / 2
 
 
 def test_the_matrix_goes_on_where_it_stopped_and_writes_a_page(tmp_path: Path) -> None:
@@ -84,3 +90,20 @@ def test_the_matrix_goes_on_where_it_stopped_and_writes_a_page(tmp_path: Path) -
     assert all(float(row["whole_image_difference"]) < 1e-4 for row in rows)
     assert "cifar_resnet8:" not in second.stdout  # its row was there
     assert "4 of 4 architectures checked: pool 4" in page.read_text()
+
+
+def test_an_expensive_architecture_is_checked_on_smaller_images_and_the_table_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs_matrix, "EXPENSIVE", 1e9)  # 10,000 parameters at 316 px
+    table, page = tmp_path / "table.csv", tmp_path / "table.md"
+    for pattern in ("test_vit", "fastvit_t8", "vit_tiny_patch16_384"):
+        assert main(["matrix", "--pattern", pattern, "--out", str(table), "--page", str(page)]) == 0
+    with table.open(newline="") as file:
+        rows = {row["name"]: (row["input"], row["grid"], row["mechanism"]) for row in csv.DictReader(file)}
+    assert rows == {
+        "test_vit": ("160x160", "10x10", "token:attend"),  # nothing smaller to check it on
+        "fastvit_t8": ("256x256, checked at 224x224", "7x7", "pool"),
+        "vit_tiny_patch16_384": ("384x384, checked at 224x224", "14x14", "token:attend"),  # built for it
+    }
+    assert "1 architectures of more than" in page.read_text()

@@ -42,13 +42,21 @@ class Description:
     """Why there are no region logits; empty where there are."""
 
 
-def describe(model: nn.Module, name: str, needs: Needs, pooling: Pooling, *, count_flops: bool = True) -> Description:
+def describe(
+    model: nn.Module,
+    name: str,
+    needs: Needs,
+    pooling: Pooling,
+    *,
+    count_flops: bool = True,
+    input_spec: InputSpec | None = None,
+) -> Description:
     """The description of a timm model with any weights, or of its outline; `needs` asks for region logits.
 
-    BatchNorm statistics, LayerScale and zero-initialised layers carry noise meanwhile, so that they hide nothing. ValueError
-    where not even logits are to be had.
+    input_spec: another input than the one that its weights name, for a model that takes it. BatchNorm statistics, LayerScale
+    and zero-initialised layers carry noise meanwhile, so that they hide nothing. ValueError where not even logits are to be had.
     """
-    spec = input_spec_of(model)
+    spec = input_spec or input_spec_of(model)
     refusal = ""
     with perturbed(list(model.modules()), torch.Generator().manual_seed(0)):
         try:

@@ -60,6 +60,8 @@ class Plan(Protocol):
     """False where the resized image is the output: all `anchors` are then 0."""
     shows_borders: bool
     """True where the output may show the outermost lines of resized images, and PIL's are asked for."""
+    exact: bool
+    """False where images are resized and flipped and no more: another resizer than Pillow may then do both at once."""
     batch_size: int
     """The largest batch."""
     batches_per_epoch: int
@@ -103,6 +105,7 @@ class TrainPlan:
         self.fill = transform.fill
         self.resizes = transform.crop != "pad"
         self.slices = transform.crop == "pad"
+        self.exact = self.slices or self.num_layers > 0
         self.shows_borders = False  # twice the time for lines that differ by some levels: not where images are distorted anyway
         self.batch_size = global_batch_size // (accumulate * world_size)
         self.batches_per_epoch = self.order.steps_per_epoch * accumulate
@@ -150,6 +153,7 @@ class EvalPlan:
         self.fill = (0, 0, 0)
         self.resizes = True
         self.slices = True
+        self.exact = True
         # a filter that reaches two pixels far is renormalised in two lines on each side
         self.shows_borders = any(math.floor(side / spec.crop_fraction) - side < 4 for side in self.size)
         self.batch_size = batch_size

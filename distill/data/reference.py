@@ -71,7 +71,8 @@ def transform_image(image: Image.Image, work: Work, row: int, plan: Plan) -> np.
     if (resized_h, resized_w) != (height, width):
         image = image.resize((resized_w, resized_h), PIL_FILTERS[plan.interpolation])
     top, left = work.anchors[row].tolist()
-    image = image.crop((left, top, left + plan.size[1], top + plan.size[0]))
+    if (top, left, image.height, image.width) != (0, 0, *plan.size):
+        image = image.crop((left, top, left + plan.size[1], top + plan.size[0]))
     if work.flips[row]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for operation, argument in zip(work.operations[row].tolist(), work.arguments[row].tolist(), strict=True):

@@ -17,7 +17,7 @@ from distill.data.policy import parse_rand_augment
 from distill.data.reference import ReferenceTrainLoader
 from distill.data.stream import Position
 from tests.data.conftest import picture
-from tests.data.test_loaders import TRAIN, needs_dali, same, train
+from tests.data.test_loaders import TRAIN, GraphTrainLoader, needs_dali, same, train
 
 NAMES = {
     "AutoContrast": policy.AUTO_CONTRAST,
@@ -132,7 +132,7 @@ def test_every_number_of_an_image_is_used_once():
 
 
 @needs_dali
-def test_dali_and_pil_agree_on_every_operation(make_split):
+def test_the_graph_of_a_gpu_and_pil_agree_on_every_operation(make_split):
     """At most 2 levels, beside resizing's 1 level, which an operation may double.
 
     Lines where the image meets the fill, and the border that PIL does not sharpen, are left out. `equalize` is OpenCV's
@@ -140,7 +140,7 @@ def test_dali_and_pil_agree_on_every_operation(make_split):
     """
     index = make_split()
     options = {"crop": "resize", "rand_augment": "rand-m9-mstd3-n1-p1-inc1", "side": 48, "flip": 0.0}
-    one, other = (train(kind, index, **options) for kind in (DaliTrainLoader, ReferenceTrainLoader))
+    one, other = (train(kind, index, **options) for kind in (GraphTrainLoader, ReferenceTrainLoader))
     plain = train(ReferenceTrainLoader, index, crop="resize", side=48, flip=0.0)
     seen = set()
     for epoch in range(6):
@@ -160,6 +160,15 @@ def test_dali_and_pil_agree_on_every_operation(make_split):
     assert seen == set(NAMES.values())
     for loader in (one, other, plain):
         loader.close()
+
+
+@needs_dali
+@pytest.mark.parametrize("options", [{"rand_augment": "rand-m9-mstd0.5-inc1"}, {"color_jitter": 0.4}])
+def test_on_a_cpu_augmented_pixels_are_pils(options, make_split):
+    one, other = (train(kind, make_split(), **options) for kind in (DaliTrainLoader, ReferenceTrainLoader))
+    assert same(list(one.epoch(0)), list(other.epoch(0)))
+    one.close()
+    other.close()
 
 
 @pytest.mark.parametrize("options", [{"rand_augment": "rand-m9-mstd0.5-inc1"}, {"color_jitter": 0.4}])

@@ -31,6 +31,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             log_with=list(recipe.report.trackers) or None,
             project_dir=recipe.out,
             kwargs_handlers=[
+                # no static_graph: with accumulation its first step ends in an internal assertion of PyTorch's (a micro-batch
+                # under no_sync comes first), and what it saves, the search for unused parameters, is off anyway
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
                 InitProcessGroupKwargs(timeout=timeout),
             ],

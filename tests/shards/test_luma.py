@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from distill.data.reader import TAIL
 from shards.images import Clean, Unclean, clean_image
 from tests.data.conftest import picture
 from tests.data.planting import encoded
@@ -55,7 +56,7 @@ def test_what_is_kept_or_made_has_its_colours(resize_short):
     data = encoded(picture(60, 80, seed=1), quality=95, subsampling=0)
     kept = clean_image(data, resize_short)
     assert (kept == Clean(data, "jpg")) == (resize_short is None)
-    without_end = clean_image(data[:-2], resize_short)
-    for made in (kept, without_end):
+    with_junk_behind = clean_image(data + bytes(2 * TAIL), resize_short)
+    for made in (kept, with_junk_behind):
         colours = np.asarray(Image.open(io.BytesIO(made.data)).convert("RGB"), np.int64)
         assert np.ptp(colours, axis=2).mean() > 10

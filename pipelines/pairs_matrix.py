@@ -22,10 +22,10 @@ from distill.protocols import Needs
 
 logger = logging.getLogger(__name__)
 
-EXPENSIVE = 2e13
-"""Parameters times pixels above which an architecture is checked on smaller images: some ten seconds of one core."""
-SMALLER = 224
-"""Pixels a side of those: whole patches of 14 and 16, whole cells of 32."""
+EXPENSIVE = 1e13
+"""Parameters times pixels above which an architecture is checked on smaller images: some five seconds of one core."""
+SMALLER = (112, 224)
+"""Pixels a side of those, the first that works: whole patches of 14 and 16, the second also whole cells of 32."""
 
 FIELDS = (
     "name", "class", "parameters_M", "input", "features", "grid", "stage_channels", "head_batchnorms", "mechanism",
@@ -93,15 +93,16 @@ def check(name: str, needs: Needs) -> dict[str, str]:
 def describe_affordably(name: str, model: nn.Module, needs: Needs) -> Description:
     """The description at the model's own input, or on smaller images where that is `EXPENSIVE` and the model takes them."""
     own = input_spec_of(model)
-    small = replace(own, height=min(own.height, SMALLER), width=min(own.width, SMALLER))
-    if small != own and count_parameters(model) * own.height * own.width > EXPENSIVE:
-        fixed: Any = model.pretrained_cfg
+    fixed: Any = model.pretrained_cfg
+    affordable = count_parameters(model) * own.height * own.width <= EXPENSIVE
+    for side in () if affordable else SMALLER:
+        small = replace(own, height=min(own.height, side), width=min(own.width, side))
         size = {"img_size": (small.height, small.width)} if fixed.get("fixed_input_size") else {}
         try:
             outline = create_outline(name, num_classes=10, **size)
             found = describe(outline, name, needs, region_matrix, count_flops=False, input_spec=small)
         except Exception:  # whatever it was about the smaller images, the check at its own size says the rest
-            logger.info("%s: not checked at %d px", name, SMALLER, exc_info=True)
+            logger.info("%s: not checked at %d px", name, side, exc_info=True)
         else:
             if not found.refusal:
                 return found
@@ -143,9 +144,9 @@ def about_smaller(rows: list[dict[str, str]]) -> list[str]:
         return []
     return [
         "",
-        f"{count} architectures of more than {EXPENSIVE:.0e} parameters x pixels were checked on images of {SMALLER} px, as",
-        "`input` says in the CSV; token models were built for that size. The same layers ran, and whether the head on regions",
-        "is the head on the image is a matter of its layers, not of the grid's size. Their grid in the CSV is that of 224 px.",
+        f"{count} architectures of more than {EXPENSIVE:.0e} parameters x pixels were checked on smaller images, as `input`",
+        "says in the CSV; token models were built for that size. The same layers ran, and whether the head on regions is the",
+        "head on the image is a matter of its layers, not of the grid's size. Their grid in the CSV is that of these images.",
     ]
 
 

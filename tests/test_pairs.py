@@ -97,13 +97,13 @@ def test_an_expensive_architecture_is_checked_on_smaller_images_and_the_table_sa
 ) -> None:
     monkeypatch.setattr(pairs_matrix, "EXPENSIVE", 1e9)  # 10,000 parameters at 316 px
     table, page = tmp_path / "table.csv", tmp_path / "table.md"
-    for pattern in ("test_vit", "fastvit_t8", "vit_tiny_patch16_384"):
+    for pattern in ("crossvit_9_240", "fastvit_t8", "vit_tiny_patch16_384"):
         assert main(["matrix", "--pattern", pattern, "--out", str(table), "--page", str(page)]) == 0
     with table.open(newline="") as file:
         rows = {row["name"]: (row["input"], row["grid"], row["mechanism"]) for row in csv.DictReader(file)}
     assert rows == {
-        "test_vit": ("160x160", "10x10", "token:attend"),  # nothing smaller to check it on
-        "fastvit_t8": ("256x256, checked at 224x224", "7x7", "pool"),
-        "vit_tiny_patch16_384": ("384x384, checked at 224x224", "14x14", "token:attend"),  # built for it
+        "crossvit_9_240": ("240x240", "14x14", "token:shift"),  # takes neither
+        "fastvit_t8": ("256x256, checked at 112x112", "4x4", "pool"),
+        "vit_tiny_patch16_384": ("384x384, checked at 112x112", "7x7", "token:attend"),  # built for it
     }
     assert "1 architectures of more than" in page.read_text()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 from torch import Tensor, nn
@@ -18,17 +18,26 @@ class Distiller(nn.Module):
     is 0 is still computed: its projector must take part in every step for DDP, and its value is wanted in the log.
     """
 
-    def __init__(self, student: nn.Module, criteria: Mapping[str, nn.Module], weights: Mapping[str, Schedule]) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        criteria: Mapping[str, nn.Module],
+        weights: Mapping[str, Schedule],
+        before_losses: Callable[[], None] = lambda: None,
+    ) -> None:
+        """before_losses: called when the student's forward pass is launched and the teacher's outputs are about to be read."""
         super().__init__()
         if criteria.keys() != weights.keys():
             raise ValueError(f"criteria {sorted(criteria)} and weights {sorted(weights)} differ; each term needs both")
         self.student = student
         self.criteria = nn.ModuleDict(criteria)
         self.weights = dict(weights)
+        self.before_losses = before_losses
 
     def forward(self, images: Tensor, labels: Tensor, teacher: ModelOutput | None, progress: Progress) -> Losses:
         """images float [B, 3, H, W] in [0, 1]; labels int64 [B] or float [B, K] -> `Losses`."""
         output = self.student(images)
+        self.before_losses()
         terms: dict[str, Tensor] = {}
         statistics: dict[str, Tensor] = {}
         for name, criterion in self.criteria.items():

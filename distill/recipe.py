@@ -75,6 +75,12 @@ class Teacher:
     expected_top1: Annotated[float, Field(ge=0, le=100)] | None = _doc("stop before training if the measured one is off", None)
     published: str | None = _doc("timm's results-imagenet.csv: names expected_top1 of its pretrained weights on ImageNet", None)
     tolerance: NonNegative = _doc("how far off the expected top-1 the teacher may be, in percent points", 1.0)
+    precision: Literal["auto", "bf16", "int8", "fp8"] = _doc(
+        "of its weights; auto: as the student's; int8, fp8: of its Linear layers, the others in bf16 (extra `quantize`)", "auto"
+    )
+    least_agreement: Annotated[float, Field(ge=0, le=100)] = _doc(
+        "int8, fp8: percent of the validation images on which its top-1 is the bf16 teacher's, else it is refused", 99.5
+    )
     model_kwargs: dict[str, Any] = _doc("more arguments for timm.create_model", {})
 
 
@@ -98,11 +104,14 @@ class Train:
     global_batch_size: Positive = _doc("images per optimiser step, over all processes and accumulated micro-batches", 256)
     accumulate: Positive = _doc("micro-batches per optimiser step", 1)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _doc("auto: what the launcher says", "auto")
-    channels_last: bool = _doc("memory format of models and images", True)
+    channels_last: Literal["auto", True, False] = _doc(
+        "memory format of models and images; auto: for each model what is faster here, measured before the first step", True
+    )
     compile: Literal["none", "student", "teacher", "both"] = _doc(
         "models that torch.compile compiles, at the first step: minutes that train.timeout_minutes counts", "none"
     )
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = _doc("of torch.compile", "default")
+    overlap_teacher: bool = _doc("on a GPU: the teacher's forward pass beside the student's, where memory allows", False)
     clip_gradient_norm: NonNegative = _doc("largest norm of the gradient, 0 is off", 0.0)
     evaluate_every: Positive = _doc("epochs between evaluations; the last epoch is always evaluated", 1)
     evaluate_batch_size: Count = _doc("images per process in evaluation; 0: as in training", 0)

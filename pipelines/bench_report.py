@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from distill.config import RecipeError
 from pipelines.ledger import ALL_REDUCE, AVERAGE, BACKWARD, DATA, FORWARD, OPTIMISER, REST, TEACHER, TRANSFORM
 
-FORMAT = 1
+FORMAT = 2
 MODELS = (TEACHER, FORWARD, BACKWARD, OPTIMISER)
 """The parts that the ceiling has too."""
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -31,7 +31,9 @@ class Setting:
     processes: int
     precision: str
     compiled: str
-    channels_last: bool
+    channels_last: list[str]
+    """The models in that memory format."""
+    teacher_precision: str
     teacher: str
     student: str
     losses: list[str]

@@ -55,6 +55,7 @@ from pipelines.machine import build_accelerator, micro_batch_size
 from pipelines.memory import memory_explained
 from pipelines.options import Parser
 from pipelines.speedups import compile_report
+from pipelines.teacher import lower_teacher
 
 SETTLE = 3
 """Steps after each pause that use up what the loader made ready in it."""
@@ -144,6 +145,7 @@ class Bench:
         with requests():
             self.splits: Splits = build_splits(self.recipe, self.accelerator)
             self.run, self.models = build(self.recipe, self.accelerator, self.splits)
+        lower_teacher(self.recipe, self.models, self.accelerator)  # with random weights there is nothing to agree with
         self.run.eval_loader.close()
         self.run.distiller.train()
         self.communication = Communication(self.run)
@@ -271,7 +273,8 @@ def setting_of(bench: Bench) -> Setting:
         processes=bench.accelerator.num_processes,
         precision=bench.accelerator.mixed_precision,
         compiled=recipe.train.compile,
-        channels_last=recipe.train.channels_last,
+        channels_last=bench.models.formats.names(),
+        teacher_precision=recipe.teacher.precision,
         teacher=recipe.teacher.name,
         student=recipe.student.name,
         losses=list(recipe.loss),
@@ -297,7 +300,7 @@ def measure(asked: Asked, out: str) -> Report:
     with memory_explained(bench.recipe, bench.run, bench.models):
         warm_up = bench.warm_up()
     held, traffic = bench.footprint()
-    alone = Alone(bench.recipe, bench.run, bench.models.student, bench.models.teacher, bench.batch)
+    alone = Alone(bench.recipe, bench.run, bench.models, bench.batch)
     rounds = measure_rounds(bench, alone)
     steps = [step for turn in rounds for step in turn.steps]
     unmarked = [ms for turn in rounds for ms in turn.unmarked]

@@ -32,13 +32,15 @@ from distill.models.backbone import Backbone
 from distill.models.batchnorm import set_batchnorm
 from distill.models.build import create_student, create_teacher
 from distill.models.memory import set_activation_checkpointing, unchanged_statistics
+from distill.models.served import ServedTeacher
 from distill.models.weights import load_weights
 from distill.optim import create_optimizer, learning_rate_schedule, weight_schedule
 from distill.protocols import InputSpec, Loader, Needs
 from distill.recipe import Recipe
 from distill.report import Reporter
+from pipelines.formats import Chooser, Formats, as_asked, choose_formats, memory_format
 from pipelines.machine import micro_batch_size, num_threads
-from pipelines.speedups import Observers, compile_backbones, mark_step
+from pipelines.speedups import Observers, check_precision, compile_backbones, mark_step, teacher_stream
 
 
 @contextmanager
@@ -65,6 +67,9 @@ class Models(NamedTuple):
     student: Backbone
     teacher: Backbone | None
     criteria: dict[str, nn.Module]
+    formats: Formats
+    served: ServedTeacher | None
+    """The teacher as the steps call it."""
 
 
 def build_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
@@ -128,8 +133,9 @@ def needs_of(criteria: Mapping[str, nn.Module]) -> tuple[Needs, Needs]:
     return student, teacher
 
 
-def build_models(recipe: Recipe, num_classes: int, device: torch.device) -> Models:
-    """Student, teacher and criteria. Raises ValueError with one line where the pair cannot serve the losses."""
+def build_models(recipe: Recipe, num_classes: int, device: torch.device, choose: Chooser = as_asked) -> Models:
+    """Student, teacher and criteria; `choose` says which memory format each model gets. Raises ValueError with one line where
+    the pair cannot serve the losses."""
     name = recipe.student.name
     if recipe.student.initial_weights == "pretrained" and ":" not in name and not is_model_pretrained(name):
         raise RecipeError(f"student.initial_weights: timm publishes no weights for {name}; use random or a path")
@@ -155,11 +161,17 @@ def build_models(recipe: Recipe, num_classes: int, device: torch.device) -> Mode
     if teacher is not None:
         teacher = teacher.serving(teacher_needs)
     student = set_batchnorm(student, recipe.student.batchnorm)
-    memory_format = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
     for module in (student, teacher, *criteria.values()):
         if module is not None:
-            module.to(device).to(memory_format=memory_format)
-    return Models(student, teacher, criteria)
+            module.to(device)
+    formats = choose(recipe, student, teacher)
+    for module in (student, *criteria.values()):
+        module.to(memory_format=memory_format(formats.student))
+    if teacher is None:
+        return Models(student, None, criteria, formats, None)
+    teacher.to(memory_format=memory_format(formats.teacher))
+    served = ServedTeacher(teacher, memory_format(formats.teacher), teacher_stream(recipe, device))
+    return Models(student, teacher, criteria, formats, served)
 
 
 def build_teacher(recipe: Recipe, num_classes: int) -> Backbone:
@@ -249,7 +261,9 @@ def build_eval_loader(recipe: Recipe, index: ShardIndex, spec: InputSpec, accele
     )
 
 
-def build_transform(recipe: Recipe, num_classes: int, spec: InputSpec, device: torch.device) -> BatchTransform:
+def build_transform(
+    recipe: Recipe, num_classes: int, spec: InputSpec, device: torch.device, channels_last: bool
+) -> BatchTransform:
     """What happens to a batch on the device before the models see it."""
     augment = recipe.augment
     return BatchTransform(
@@ -257,7 +271,7 @@ def build_transform(recipe: Recipe, num_classes: int, spec: InputSpec, device: t
         mean=spec.mean,
         std=spec.std,
         device=device,
-        channels_last=recipe.train.channels_last,
+        channels_last=channels_last,
         mixup=augment.mixup,
         cutmix=augment.cutmix,
         mix_probability=augment.mix_probability,
@@ -286,11 +300,12 @@ def build_plan(recipe: Recipe, num_samples: int) -> Plan:
     )
 
 
-def rehearse(recipe: Recipe, num_classes: int) -> None:
+def rehearse(recipe: Recipe, num_classes: int, device: torch.device) -> None:
     """Builds everything that the main run needs but the teacher's weights, and throws it away: what is wrong with a request is
     said before days are spent on training its teacher."""
     rehearsed = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, weights="random"))
     models = build_models(rehearsed, num_classes, torch.device("cpu"))
+    check_precision(recipe.teacher, models.teacher, device)
     build_optimizer(rehearsed, build_distiller(rehearsed, models))
 
 
@@ -311,7 +326,8 @@ def build_optimizer(recipe: Recipe, distiller: Distiller) -> torch.optim.Optimiz
 def build_distiller(recipe: Recipe, models: Models) -> Distiller:
     """The module that DDP will wrap."""
     schedules = {name: weight_schedule(**dataclasses.asdict(term_schedule(entry)[0])) for name, entry in recipe.loss.items()}
-    return Distiller(models.student, models.criteria, schedules)
+    join = () if models.served is None else (models.served.join,)
+    return Distiller(models.student, models.criteria, schedules, *join)
 
 
 def build(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> tuple[Run, Models]:
@@ -322,7 +338,12 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> tuple[Run
     at the first call. Restoring comes after.
     """
     seed_all(derive_seed(recipe.seed, "initialisation"))
-    models = build_models(recipe, splits.train.num_classes, accelerator.device)
+    batch = micro_batch_size(recipe, accelerator.num_processes)
+    choose = partial(choose_formats, accelerator=accelerator, batch=batch)
+    models = build_models(recipe, splits.train.num_classes, accelerator.device, choose)
+    check_precision(recipe.teacher, models.teacher, accelerator.device)
+    if recipe.train.overlap_teacher and accelerator.device.type != "cuda":
+        accelerator.print("train.overlap_teacher: no effect here, it needs a GPU")
     ema = recipe.ema
     average = ModelEmaV3(models.student.model, decay=ema.decay, use_warmup=ema.warmup) if ema.enabled else None
     distiller = build_distiller(recipe, models)
@@ -347,13 +368,13 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> tuple[Run
         plan=plan,
         distiller=prepared,
         classifier=models.student.serving(Needs(), None if average is None else average.module).to(accelerator.device),
-        teacher=models.teacher,
+        teacher=models.served,
         optimizer=prepared_optimizer,
         guard=Guard(prepared_optimizer, accelerator.scaler, partial(accelerator.reduce, reduction="sum")),
         learning_rate=learning_rate_schedule(peak=recipe.optim.learning_rate, **dataclasses.asdict(recipe.schedule)),
         train_loader=build_train_loader(recipe, splits, models, accelerator),
         eval_loader=build_eval_loader(recipe, splits.val, spec, accelerator),
-        transform=build_transform(recipe, splits.train.num_classes, spec, accelerator.device),
+        transform=build_transform(recipe, splits.train.num_classes, spec, accelerator.device, models.formats.student),
         seed_step=begin_step,
         reporter=reporter,
         checkpoints=Checkpoints(Path(recipe.out) / "checkpoints", recipe.train.keep_checkpoints),

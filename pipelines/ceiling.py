@@ -18,6 +18,8 @@ from distill.engine import Run
 from distill.models.backbone import Backbone
 from distill.optim import create_optimizer
 from distill.recipe import Recipe
+from pipelines.build import Models
+from pipelines.formats import memory_format
 from pipelines.ledger import BACKWARD, FORWARD, OPTIMISER, REST, TEACHER, Timeline, endless
 from pipelines.speedups import mark_step
 
@@ -26,18 +28,23 @@ QUEUED = 7
 """Batches that a loader may have ready before anybody asks: those are not its speed."""
 
 
+INT8_PRODUCT = {torch.ops.aten._int_mm: lambda a, b, **_: 2 * a[0] * a[1] * b[1]}
+"""Operations of a product that PyTorch's counter does not know, from the shapes [M, K] and [K, N]."""
+
+
 class Alone:
     """Teacher forward, student forward, backward and optimiser on random tensors: plain timm models without regions or losses,
     under the run's precision, memory format and compiler."""
 
-    def __init__(self, recipe: Recipe, run: Run, student: Backbone, teacher: Backbone | None, batch: int) -> None:
+    def __init__(self, recipe: Recipe, run: Run, models: Models, batch: int) -> None:
         self._run = run
-        self._student = self._ready(copy.deepcopy(student.model).train(), recipe, "student")
-        self._images = self._pixels(recipe, student, batch)
+        self._served = models.served
+        self._student = self._ready(copy.deepcopy(models.student.model).train(), recipe, "student")
+        self._images = self._pixels(models.student, batch, models.formats.student)
         self._teacher, self._teacher_images = None, self._images
-        if teacher is not None:
-            self._teacher = self._ready(copy.deepcopy(teacher.model).eval(), recipe, "teacher")
-            self._teacher_images = self._pixels(recipe, teacher, batch)
+        if models.teacher is not None:
+            self._teacher = self._ready(copy.deepcopy(models.teacher.model).eval(), recipe, "teacher")
+            self._teacher_images = self._pixels(models.teacher, batch, models.formats.teacher)
         self._gradient: Tensor | None = None
         optim = recipe.optim
         self._optimizer = create_optimizer(
@@ -56,10 +63,10 @@ class Alone:
             model.compile(mode=recipe.train.compile_mode, dynamic=False)
         return model
 
-    def _pixels(self, recipe: Recipe, model: Backbone, batch: int) -> Tensor:
+    def _pixels(self, model: Backbone, batch: int, channels_last: bool) -> Tensor:
         spec = model.input_spec
         images = torch.randn(batch, 3, spec.height, spec.width, device=self._run.accelerator.device)
-        return images.contiguous(memory_format=torch.channels_last) if recipe.train.channels_last else images
+        return images.contiguous(memory_format=memory_format(channels_last))
 
     def make_steps(self, steps: int, line: Timeline) -> None:
         """So many steps of only that work, micro-batches and all, marked on the line."""
@@ -76,9 +83,9 @@ class Alone:
 
     def _micro_batch(self, line: Timeline) -> None:
         autocast = self._run.accelerator.autocast
-        if self._teacher is not None:
+        if self._teacher is not None and self._served is not None:
             line.enter(TEACHER)
-            with torch.no_grad(), autocast():
+            with torch.no_grad(), autocast(), self._served.precision(self._run.accelerator.device):
                 self._teacher(self._teacher_images)
         line.enter(FORWARD)
         with autocast():
@@ -90,9 +97,10 @@ class Alone:
 
     def flops_per_image(self) -> dict[str, float]:
         """Floating-point operations of the three passes, counted by PyTorch on two images."""
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            if self._teacher is not None:
-                copy.deepcopy(self._teacher)(self._teacher_images[:2])
+        with FlopCounterMode(display=False, custom_mapping=INT8_PRODUCT) as counter, torch.no_grad():
+            if self._teacher is not None and self._served is not None:
+                with self._served.precision(self._run.accelerator.device):
+                    copy.deepcopy(self._teacher)(self._teacher_images[:2])
         teacher = counter.get_total_flops() / 2
         student = copy.deepcopy(self._student)  # a copy is not compiled, and has its own BatchNorm statistics
         with FlopCounterMode(display=False) as counter:

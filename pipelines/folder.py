@@ -38,7 +38,9 @@ MAY_CHANGE = (
     "teacher.expected_top1",
     "teacher.published",
     "teacher.tolerance",
+    "teacher.least_agreement",
     "train.accumulate",
+    "train.overlap_teacher",
     "train.max_steps",
     "train.evaluate_batch_size",
     "train.checkpoint_every",
@@ -137,6 +139,12 @@ def check_contents(folder: Path, contents: Mapping[str, Any]) -> None:
                 f"--resume: {folder} was made with other {name} ({before[name]}) than would be used now ({value});"
                 " give what it was made with, or another --out"
             )
+
+
+def recorded(folder: Path, name: str) -> Any:
+    """What the manifest of the run in `folder` says of `name`; None where there is neither."""
+    manifest = folder / "manifest.json"
+    return json.loads(manifest.read_text()).get(name) if manifest.is_file() else None
 
 
 def digest(model: nn.Module | None) -> str | None:

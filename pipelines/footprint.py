@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from distill.engine import Run
 from distill.losses.msdcrd import MSDCRD
@@ -46,7 +47,7 @@ class MemoryLine:
         self._part = OUTSIDE
         models = [m for m in (run.teacher, run.distiller) if m is not None]
         # weights are saved for the backward too, and are counted where they belong
-        self._weights = {_place(t) for model in models for t in (*model.parameters(), *model.buffers())}
+        self._weights = {_place(t) for model in models for t in _state(model)}
         self._seen = set(self._weights)
         self.saved: dict[str, int] = defaultdict(int)
         self.peaks: dict[str, int] = defaultdict(int)
@@ -110,8 +111,17 @@ def memory(run: Run, line: MemoryLine) -> Memory:
 
 
 def _state(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+    for tensor in (*module.parameters(), *module.buffers()):
+        yield from _stored(tensor)
+
+
+def _stored(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold memory: a quantised one is made of several and has none itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _stored(getattr(tensor, name))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

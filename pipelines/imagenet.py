@@ -27,13 +27,11 @@ from accelerate import Accelerator
 from distill.checkpoint import CheckpointError
 from distill.config import RecipeError, as_dict
 from distill.control import EXIT_CODE, Control, Interrupted
-from distill.data.index import ShardIndex
-from distill.engine import NonFiniteError, Run, fit, pulse, restore
-from distill.evaluation import evaluate, known_bad_samples
+from distill.engine import NonFiniteError, Run, fit, restore
+from distill.evaluation import known_bad_samples
 from distill.losses import LOSSES
 from distill.models.build import import_models
 from distill.models.export import export_student
-from distill.protocols import Needs
 from distill.recipe import Recipe
 from distill.watchdog import Watchdog
 from pipelines.arguments import Request, parse
@@ -41,7 +39,6 @@ from pipelines.build import (
     Models,
     Splits,
     build,
-    build_eval_loader,
     build_plan,
     build_splits,
     check_mixing,
@@ -50,9 +47,10 @@ from pipelines.build import (
     requests,
 )
 from pipelines.folder import adapted, check_contents, check_recipe, claim, digest, write_manifest
+from pipelines.formats import MANIFEST
 from pipelines.machine import build_accelerator, micro_batch_size
 from pipelines.memory import memory_explained
-from pipelines.preflight import check_teacher, expectation
+from pipelines.teacher import prepare_teacher
 
 
 class Session(NamedTuple):
@@ -89,28 +87,9 @@ def with_trained_teacher(recipe: Recipe, splits: Splits, session: Session) -> Re
     check_recipe(Path(first.out), first)
     if not (Path(first.out) / "summary.json").is_file():
         with requests():
-            rehearse(recipe, splits.train.num_classes)
+            rehearse(recipe, splits.train.num_classes, session.accelerator.device)
         execute(Request(first, resume=True, imports=[]), session)
     return dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, weights=str(Path(first.out) / "student")))
-
-
-def measure_teacher(recipe: Recipe, run: Run, models: Models, val: ShardIndex) -> dict[str, float]:
-    """The teacher's own numbers on the validation shards, fed its own way."""
-    if models.teacher is None or not recipe.teacher.evaluate:
-        return {}
-    with requests():
-        expected = expectation(recipe.teacher, models.teacher.input_spec, val.class_names, val.num_samples)
-    run.watch(0, "evaluating")
-    loader = run.eval_loader
-    if models.teacher.input_spec != eval_spec(recipe, models.student):
-        loader = build_eval_loader(recipe, val, models.teacher.input_spec, run.accelerator)
-    teacher = models.teacher.serving(Needs()).to(run.accelerator.device)
-    found = evaluate(teacher, loader, run.accelerator, lambda: pulse(run))
-    if loader is not run.eval_loader:
-        loader.close()
-    compared = check_teacher(recipe.teacher.name, found["top1"], expected)
-    run.reporter.say(f"teacher {recipe.teacher.name}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}; {compared}")
-    return found
 
 
 def start_trackers(recipe: Recipe, accelerator: Accelerator) -> None:
@@ -193,8 +172,9 @@ def execute(request: Request, session: Session) -> dict[str, Any]:
     check_contents(out, contents)
     start_trackers(recipe, accelerator)
     with peers_named(session.watchdog):
-        teacher = measure_teacher(recipe, run, models, splits.val)
-        write_manifest(out, asked, accelerator, {"train_samples": splits.train.num_samples, **contents})
+        teacher = prepare_teacher(recipe, run, models, splits.val)
+        formats = {MANIFEST: models.formats._asdict()}
+        write_manifest(out, asked, accelerator, {"train_samples": splits.train.num_samples, **formats, **contents})
         if request.resume:
             go_on(run)
         with memory_explained(recipe, run, models):

@@ -184,7 +184,10 @@ def marked(run: Run, line: Line, communication: Communication) -> Iterator[None]
     distiller.student = Marked(student, line, FORWARD, BACKWARD)
     for name, criterion in criteria.items():
         distiller.criteria[name] = Marked(criterion, line, loss_part(name), loss_part(name, backward=True))
-    run.teacher = None if teacher is None else Marked(teacher, line, TEACHER)
+    join = distiller.before_losses
+    if teacher is not None:
+        run.teacher = Marked(teacher, line, TEACHER)
+        distiller.before_losses = within(line, TEACHER, join)  # beside the student's, what is left of it when that is through
     run.transform = within(line, TRANSFORM, transform)
     # instance attributes hide the methods, and go again below
     accelerator.backward = within(line, REST, accelerator.backward)
@@ -201,6 +204,7 @@ def marked(run: Run, line: Line, communication: Communication) -> Iterator[None]
     finally:
         communication.line = None
         distiller.student, run.teacher, run.transform = student, teacher, transform
+        distiller.before_losses = join
         for name, criterion in criteria.items():
             distiller.criteria[name] = criterion
         del accelerator.backward

@@ -11,7 +11,8 @@ from torch.profiler import profile, schedule
 
 from distill.config import RecipeError
 from distill.models.backbone import Backbone
-from distill.recipe import Recipe
+from distill.models.quantize import check_quantisable
+from distill.recipe import Recipe, Teacher
 from distill.report import Reporter
 
 
@@ -26,6 +27,32 @@ def compile_backbones(recipe: Recipe, student: Backbone, teacher: Backbone | Non
         if backbone is not None and recipe.train.compile in (name, "both"):
             # every training batch has one shape; a general one would be slower
             backbone.compile(mode=recipe.train.compile_mode, dynamic=False)
+
+
+def check_precision(teacher: Teacher, backbone: Backbone | None, device: torch.device) -> None:
+    """Raises RecipeError with one line where this teacher cannot be had in the precision that the recipe asks for."""
+    if backbone is None:
+        return
+    try:
+        check_quantisable(teacher.name, backbone.model, teacher.precision, device)
+    except ValueError as error:
+        raise RecipeError(f"teacher.precision: {teacher.precision!r} {error}") from None
+
+
+def teacher_stream(recipe: Recipe, device: torch.device) -> torch.cuda.Stream | None:
+    """The stream of the teacher's forward pass where it runs beside the student's; None: everything is in one.
+
+    RecipeError where both models would be replayed from CUDA graphs, which share memory on the promise that they take turns.
+    """
+    train = recipe.train
+    if not train.overlap_teacher:
+        return None
+    if train.compile == "both" and train.compile_mode != "default":
+        raise RecipeError(
+            f"train.overlap_teacher: {train.compile_mode} makes CUDA graphs of both models, which may not run at once;"
+            " say compile_mode default, or compile one model"
+        )
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def compile_report() -> str:

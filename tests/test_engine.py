@@ -144,6 +144,21 @@ def test_a_step_that_is_not_logged_never_waits_for_the_device(run: Run, monkeypa
             train_step(shapes, [seen])
 
 
+@pytest.mark.parametrize("run", [["--train.overlap_teacher", "true"]], indirect=True)
+def test_the_teachers_outputs_are_asked_for_after_the_students_forward_and_before_the_losses(run: Run):
+    """Where they come from another stream, this is the moment that its work is waited for."""
+    order = []
+    distiller = run.unwrapped
+    run.teacher.register_forward_hook(lambda *_: order.append("teacher"))
+    distiller.student.register_forward_hook(lambda *_: order.append("student"))
+    distiller.criteria["sdd"].register_forward_pre_hook(lambda *_: order.append("loss"))
+    assert distiller.before_losses == run.teacher.join
+    join = distiller.before_losses
+    distiller.before_losses = lambda: (order.append("join"), join())
+    train_step(run, [next(run.train_loader.epoch(0))])
+    assert order == ["teacher", "student", "join", "loss"]
+
+
 @pytest.mark.parametrize("run", [["--report.gradient_shares", "true", "--loss.kd.weight", "0"]], indirect=True)
 def test_terms_combine_by_weight_and_each_ones_share_of_the_gradient_is_logged(run: Run):
     train_epoch(run)

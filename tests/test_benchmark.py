@@ -35,6 +35,7 @@ def folder(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a benchmark of one process leaves: accumulation, an average of the weights, all three kinds of losses, a picture."""
     folder = tmp_path_factory.mktemp("ledger")
     more = ["--train.accumulate", "2", "--ema.enabled", "true", "--plot", str(folder / "step.png")]
+    more += ["--teacher.precision", "bf16"]
     measured(arguments(digits, *more), folder / "ledger.json")
     return folder
 
@@ -106,6 +107,7 @@ def test_the_report_survives_json_and_becomes_a_table_and_a_picture(folder: Path
     assert all(part.name in shown for part in report.parts)
     assert report.bottleneck in shown
     assert f"{report.warm_up.steps} steps" in shown
+    assert "precision no (teacher bf16); channels_last: student and teacher;" in shown
     assert shown in (folder / "ledger.log").read_text()
     with Image.open(folder / "step.png") as picture:
         pixels = picture.convert("RGB")
@@ -184,6 +186,25 @@ def test_the_bottleneck_is_one_sentence_with_an_option(report: Report, more: dic
     found = bottleneck(with_parts(report, **more), report.setting, ceiling)
     assert "\n" not in found
     assert [word for word in words if word not in found] == []
+
+
+def test_where_only_the_models_cost_the_next_unused_option_is_named(report: Report):
+    """One after the other, until none is left; the teacher is the largest part."""
+    teacher, student = Part(TEACHER, 60.0, 0.6, 60.0), Part(FORWARD, 40.0, 0.4, 40.0)
+    used: dict = {"precision": "no", "compiled": "none", "teacher_precision": "auto", "on_gpu": True}
+    train = {**report.setting.recipe["train"], "channels_last": True, "overlap_teacher": False}
+    steps = [
+        ("--train.mixed_precision bf16", {"precision": "bf16"}, {}),
+        ("--train.compile both", {"compiled": "both"}, {}),
+        ("--train.channels_last auto", {}, {"channels_last": "auto"}),
+        ("--teacher.precision bf16", {"teacher_precision": "int8"}, {}),
+        ("--train.overlap_teacher true", {}, {"overlap_teacher": True}),
+        ("only smaller images", {}, {}),
+    ]
+    for option, settings, options in steps:
+        setting = replace(report.setting, **used, recipe={**report.setting.recipe, "train": train})
+        assert option in bottleneck([teacher, student], setting, report.ceiling)
+        used, train = {**used, **settings}, {**train, **options}
 
 
 @pytest.mark.parametrize(

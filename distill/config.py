@@ -37,6 +37,15 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """As PyYAML's, but a key that is given twice is an error: the first value would be lost without a word."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice; drop one", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
@@ -88,12 +97,24 @@ def _at(tree: Any, path: Sequence[Any]) -> Any:
     return tree
 
 
-def _explain(error: Any, prefix: str, names: Sequence[str]) -> str:
-    where = ".".join([*([prefix] if prefix else []), *(str(p) for p in error["loc"])])
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{where}: unknown key, {_nearest(str(error['loc'][-1]), names)}"
-    shown = json.dumps(error["input"], default=str)
-    return f"{where}: {shown}: {error['msg'][0].lower()}{error['msg'][1:]}"
+UNION_MEMBER = re.compile(r"(?:literal|tuple|list|dict)\[.*|constrained-.*|int|float|str|bool|none")
+"""How pydantic names the type that it tried, inside of the place of the error: `stages.tuple[int, ...]`."""
+
+
+def _explain(errors: Sequence[Any], prefix: str, names_at: typing.Callable) -> list[str]:
+    """One line for each place: where several types are allowed, pydantic has an error for each of them."""
+    found: dict[str, list[str]] = {}
+    for error in errors:
+        parts = [str(part) for part in error["loc"]]
+        if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            where = ".".join([prefix, *parts] if prefix else parts)
+            found[f"{where}: unknown key, "] = [_nearest(parts[-1], names_at(error["loc"][:-1]))]
+            continue
+        parts = [part for place, part in enumerate(parts) if place == 0 or not UNION_MEMBER.fullmatch(part)]
+        where = ".".join([prefix, *parts] if prefix else parts)
+        message = f"{error['msg'][0].lower()}{error['msg'][1:]}"
+        found.setdefault(f"{where}: {json.dumps(error['input'], default=str)}: ", []).append(message)
+    return [where + ", or ".join(messages) for where, messages in found.items()]
 
 
 def _validate(adapter: TypeAdapter, data: Any, prefix: str, names_at: typing.Callable) -> tuple[Any, list[str]]:
@@ -101,7 +122,7 @@ def _validate(adapter: TypeAdapter, data: Any, prefix: str, names_at: typing.Cal
     try:
         return adapter.validate_json(json.dumps(data, default=str), strict=True), []
     except ValidationError as error:
-        return None, [_explain(e, prefix, names_at(e["loc"][:-1])) for e in error.errors()]
+        return None, _explain(error.errors(), prefix, names_at)
 
 
 def _recipe_names(path: Sequence[Any]) -> list[str]:

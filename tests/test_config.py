@@ -50,6 +50,10 @@ def test_all_problems_are_reported_together_with_the_nearest_name():
         ({"loss": {}}, "loss: no loss is left"),
         ({"loss": [1]}, "loss: [1]"),
         ({"student": "resnet18"}, "student"),
+        (
+            {"loss.msdcrd.stages": "foo"},
+            """loss.msdcrd.stages: "foo": input should be 'last' or 'all', or input should be a valid array""",
+        ),
     ],
 )
 def test_a_wrong_value_or_combination_is_named_with_its_rule(overrides: dict, expected: str):
@@ -69,6 +73,13 @@ def test_no_is_a_precision_and_not_false():
 def test_yaml_cannot_construct_objects():
     with pytest.raises(Exception, match="could not determine a constructor"):
         parse_yaml("!!python/object/apply:os.system ['true']")
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("train:\n  epochs: 3\n  epochs: 5\n")
+    with pytest.raises(RecipeError, match=r"twice.yaml: .*'epochs' is given twice; drop one .*line 3"):
+        load_recipe(path, {}, LOSSES)
 
 
 def test_overrides_add_change_and_drop():

@@ -48,7 +48,7 @@ from pipelines.bench_report import (
     table,
 )
 from pipelines.build import Splits, build, build_splits, check_mixing, requests
-from pipelines.ceiling import Alone, loader_rate, measure_machine, measure_network
+from pipelines.ceiling import Alone, flops_per_image, loader_rate, measure_machine, measure_network
 from pipelines.footprint import Arrivals, MemoryLine, contrasted, memory
 from pipelines.ledger import DATA, REST, Communication, Timeline, endless, make_steps, marked
 from pipelines.machine import build_accelerator, micro_batch_size
@@ -145,6 +145,8 @@ class Bench:
         with requests():
             self.splits: Splits = build_splits(self.recipe, self.accelerator)
             self.run, self.models = build(self.recipe, self.accelerator, self.splits)
+        teacher, device = self.models.teacher, self.accelerator.device
+        self.teacher_flops = 0.0 if teacher is None else flops_per_image(teacher.model, teacher.input_spec, device)
         lower_teacher(self.recipe, self.models, self.accelerator)  # with random weights there is nothing to agree with
         self.run.eval_loader.close()
         self.run.distiller.train()
@@ -300,7 +302,7 @@ def measure(asked: Asked, out: str) -> Report:
     with memory_explained(bench.recipe, bench.run, bench.models):
         warm_up = bench.warm_up()
     held, traffic = bench.footprint()
-    alone = Alone(bench.recipe, bench.run, bench.models, bench.batch)
+    alone = Alone(bench.recipe, bench.run, bench.models, bench.batch, bench.teacher_flops)
     rounds = measure_rounds(bench, alone)
     steps = [step for turn in rounds for step in turn.steps]
     unmarked = [ms for turn in rounds for ms in turn.unmarked]

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill.engine import Run
 from distill.models.backbone import Backbone
 from distill.optim import create_optimizer
+from distill.protocols import InputSpec
 from distill.recipe import Recipe
 from pipelines.build import Models
 from pipelines.formats import memory_format
@@ -28,16 +29,13 @@ QUEUED = 7
 """Batches that a loader may have ready before anybody asks: those are not its speed."""
 
 
-INT8_PRODUCT = {torch.ops.aten._int_mm: lambda a, b, **_: 2 * a[0] * a[1] * b[1]}
-"""Operations of a product that PyTorch's counter does not know, from the shapes [M, K] and [K, N]."""
-
-
 class Alone:
     """Teacher forward, student forward, backward and optimiser on random tensors: plain timm models without regions or losses,
     under the run's precision, memory format and compiler."""
 
-    def __init__(self, recipe: Recipe, run: Run, models: Models, batch: int) -> None:
+    def __init__(self, recipe: Recipe, run: Run, models: Models, batch: int, teacher_flops: float) -> None:
         self._run = run
+        self._teacher_flops = teacher_flops
         self._served = models.served
         self._student = self._ready(copy.deepcopy(models.student.model).train(), recipe, "student")
         self._images = self._pixels(models.student, batch, models.formats.student)
@@ -97,17 +95,19 @@ class Alone:
 
     def flops_per_image(self) -> dict[str, float]:
         """Floating-point operations of the three passes, counted by PyTorch on two images."""
-        with FlopCounterMode(display=False, custom_mapping=INT8_PRODUCT) as counter, torch.no_grad():
-            if self._teacher is not None and self._served is not None:
-                with self._served.precision(self._run.accelerator.device):
-                    copy.deepcopy(self._teacher)(self._teacher_images[:2])
-        teacher = counter.get_total_flops() / 2
         student = copy.deepcopy(self._student)  # a copy is not compiled, and has its own BatchNorm statistics
         with FlopCounterMode(display=False) as counter:
             logits = student(self._images[:2])
             forward = counter.get_total_flops() / 2
             logits.sum().backward()
-        return {TEACHER: teacher, FORWARD: forward, BACKWARD: counter.get_total_flops() / 2 - forward}
+        return {TEACHER: self._teacher_flops, FORWARD: forward, BACKWARD: counter.get_total_flops() / 2 - forward}
+
+
+def flops_per_image(model: nn.Module, spec: InputSpec, device: torch.device) -> float:
+    """Floating-point operations of a forward pass, counted by PyTorch on two images; it does not see into quantised layers."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(2, 3, spec.height, spec.width, device=device))
+    return counter.get_total_flops() / 2
 
 
 def timed(function: Callable[[], object], line: Timeline, repeats: int = 7) -> float:

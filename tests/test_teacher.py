@@ -68,20 +68,17 @@ def test_bf16_weights_give_exactly_what_bf16_autocast_gives(name: str, kwargs: d
 @pytest.mark.parametrize(
     ("name", "precision", "words"),
     [
-        ("cifar_resnet14", "fp8", ("'fp8'", "8.9", "cpu")),
+        ("vit_tiny_patch16_224", "fp8", ("'fp8'", "8.9", "cpu")),
+        # its only Linear layer has ten outputs
+        ("cifar_resnet14", "int8", ("'int8'", "would quantise nothing", "multiples of 8", "bf16")),
         pytest.param(
-            "cifar_resnet14",
-            "int8",
-            ("'int8'", "distill[quantize]"),
+            *("vit_tiny_patch16_224", "int8", ("'int8'", "not installed", "distill[quantize]")),
             marks=pytest.mark.skipif(TORCHAO, reason="torchao is installed"),
         ),
-        ("cifar_resnet14 without its head", "int8", ("'int8'", "would quantise nothing", "bf16")),
     ],
 )
 def test_a_precision_that_cannot_be_had_is_refused_in_one_line(name: str, precision: str, words: tuple[str, ...]):
-    teacher = backbone("cifar_resnet14", 32, Needs())
-    if "without" in name:
-        teacher.model.reset_classifier(0)
+    teacher = backbone(name, 32, Needs(), **(VIT if name.startswith("vit") else {}))
     with pytest.raises(RecipeError) as refused:
         check_precision(Teacher(name=name, precision=precision), teacher, CPU)
     message = str(refused.value)
@@ -132,7 +129,8 @@ def test_int8_reaches_the_linear_layers_and_the_regions(digits: Path):
         before = served(images)
     found = served.lower("int8", CPU)
     assert found is not None
-    assert (found.layers, found.of_layers) == (9, 10)  # four in each of two blocks and the head; the patches' is a convolution
+    # four in each of two blocks; not the head, which has ten outputs, nor the patches' convolution
+    assert (found.layers, found.of_layers) == (8, 10)
     assert 0.9 < found.share < 1
     with torch.no_grad():
         after = served(images)
@@ -148,7 +146,7 @@ def test_an_int8_teacher_trains_once_its_agreement_is_known(digits: Path, tmp_pa
     vit = ["--teacher", "vit_tiny_patch16_224", "--teacher.model_kwargs", "{img_size: 32, patch_size: 8, depth: 2}"]
     asked = [*vit, "--teacher.precision", "int8", "--train.max_steps", "2", "--loss.msdcrd", "null"]
     job = finished(arguments(digits, tmp_path / "run", *asked, "--teacher.least_agreement", "50"), tmp_path / "log")
-    assert "int8 in its Linear layers, 9 of 10 layers" in job.text()
+    assert "int8 in its Linear layers, 8 of 10 layers" in job.text()
     assert "top-1 agreement of int8 with the teacher in bf16" in job.text()
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss/total" in line] == [1, 2]
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-EIGHT_BITS = ("int8", "fp8")
+EIGHT_BITS = {"int8": 8, "fp8": 16}
+"""Precisions of torchao's, and what both sizes of a layer are multiples of where a GPU's products take it."""
 _CAST = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
@@ -43,7 +44,9 @@ def check_quantisable(name: str, model: nn.Module, precision: str, device: torch
     if precision == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         raise ValueError(f"needs a GPU of compute capability 8.9 or more, this is {device}; take int8 or bf16")
     if not _linear_layers(model, precision):
-        raise ValueError(f"would quantise nothing: {name} has no Linear layer that torchao takes; take bf16")
+        raise ValueError(
+            f"would quantise nothing: {name} has no Linear layer whose sizes are multiples of {EIGHT_BITS[precision]}; take bf16"
+        )
     if importlib.util.find_spec("torchao") is None:
         raise ValueError("needs torchao, which is not installed; pip install 'distill[quantize]', or take bf16")
 
@@ -77,8 +80,9 @@ def quantize(model: nn.Module, precision: str) -> Quantized:
 
 
 def _linear_layers(model: nn.Module, precision: str) -> dict[str, nn.Linear]:
-    """The layers that are quantised; float8 products want sizes that are multiples of 16, and torchao leaves out the others."""
-    step = 16 if precision == "fp8" else 1
+    """The layers that are quantised: of sizes that the products of few bits take on GPUs. torchao leaves others alone (float8),
+    or sends them through the host in every call (int8)."""
+    step = EIGHT_BITS[precision]
     return {
         name: module
         for name, module in model.named_modules()

@@ -1,12 +1,13 @@
 """The regression guard of `make bench`: ratios on a CPU against the recorded ones, and the name of what got worse.
 
-    python -m pipelines.bench_guard [--record]
+    python -m pipelines.bench_guard [--record] [--only TEXT]
 
 Every figure is a ratio of two things measured in turn on the same machine, by CPU time, smaller is better: each loss over its
 straightforward version (time and memory), the step over its models alone, and the data path over its reference and over the
 webdataset package. What seems worse is measured again before it is called so. `--record` measures everything several times and
-writes the medians, with tolerances that follow from their spread, to pipelines/bench_ratios.json. Exit codes: 0 nothing got
-worse, 1 something did, 2 the request was wrong.
+writes the medians, with tolerances that follow from their spread, to pipelines/bench_ratios.json. `--only TEXT` measures what
+has TEXT in its name and leaves the records of all else as they are. Exit codes: 0 nothing got worse, 1 something did, 2 the
+request was wrong.
 """
 
 from __future__ import annotations
@@ -110,18 +111,22 @@ def make_photos(folder: Path) -> None:
         raise RuntimeError("the photographs could not be made into shards")
 
 
-def measurements(folder: Path) -> list[Callable[[], Ratios]]:
-    """Everything that is measured, piece by piece."""
-    losses = [lambda case=case: loss_ratios(case) for case in cases(quick=True)]
-    steps = [lambda name=name: step_ratios(name, folder) for name in STEPS]
-    return [*losses, *steps, lambda: data_ratios(folder)]
+def measurements(folder: Path, only: str = "") -> list[Callable[[], Ratios]]:
+    """Everything that is measured and has `only` in its name, piece by piece. RecipeError where nothing has."""
+    losses = {case.loss: lambda case=case: loss_ratios(case) for case in cases(quick=True)}
+    steps = {f"step, {name}": lambda name=name: step_ratios(name, folder) for name in STEPS}
+    pieces: dict[str, Callable[[], Ratios]] = {**losses, **steps, "data path": lambda: data_ratios(folder)}
+    chosen = [piece for name, piece in pieces.items() if only in name]
+    if not chosen:
+        raise RecipeError(f"--only {only}: nothing has this in its name; there are {', '.join(pieces)}")
+    return chosen
 
 
-def record(folder: Path) -> dict[str, Any]:
+def record(pieces: Sequence[Callable[[], Ratios]]) -> dict[str, Any]:
     """Medians and tolerances of several passes."""
     found: dict[str, list[float]] = {}
     for number in range(RECORDINGS):
-        for piece in measurements(folder):
+        for piece in pieces:
             for name, ratio in piece().items():
                 found.setdefault(name, []).append(ratio)
                 print(f"{number + 1} of {RECORDINGS}: {name} {ratio:.3f}", flush=True)
@@ -134,7 +139,7 @@ def record(folder: Path) -> dict[str, Any]:
             "tolerance": round(max(LEAST_TOLERANCE, SPREADS * spread), 2),
             "seen": values,
         }
-    return {"torch": torch.__version__, "recordings": RECORDINGS, "ratios": ratios}
+    return ratios
 
 
 def worse(found: Ratios, recorded: dict[str, Any]) -> list[str]:
@@ -164,11 +169,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 nothing got worse, 1 something did, 2 a wrong request."""
     parser = Parser(description=__doc__ or "")
     parser.add_argument("--record", action="store_true", help=f"measure {RECORDINGS} times and write the file")
+    parser.add_argument("--only", default="", metavar="TEXT", help="measure what has this in its name, such as 'data path'")
     parser.add_argument("--file", type=Path, default=RECORDED, help="of recorded ratios (%(default)s)")
     try:
         asked = parser.parse_args(argv)
         if not asked.record and not asked.file.is_file():
             raise RecipeError(f"--file {asked.file}: no such file; --record makes it")
+        measurements(Path(), asked.only)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -176,10 +183,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         make_photos(Path(name))
         make_teacher("resnet18", 2, 64, Path(name) / "teacher")
+        recorded = json.loads(asked.file.read_text())["ratios"] if asked.file.is_file() else {}
+        pieces = measurements(Path(name), asked.only)
         if asked.record:
-            asked.file.write_text(json.dumps(record(Path(name)), indent=1) + "\n")
+            kept = recorded if asked.only else {}
+            written = {"torch": torch.__version__, "recordings": RECORDINGS, "ratios": {**kept, **record(pieces)}}
+            asked.file.write_text(json.dumps(written, indent=1) + "\n")
             return 0
-        found, bad = compare(measurements(Path(name)), json.loads(asked.file.read_text())["ratios"])
+        found, bad = compare(pieces, recorded)
     print("worse than recorded: " + ", ".join(bad) if bad else f"nothing of {len(found)} ratios is worse than recorded")
     return 1 if bad else 0
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from timm.models import get_pretrained_cfg, is_model, list_models, list_pretrained
 from torch import nn
 
@@ -20,7 +21,8 @@ from distill.models.spec import input_spec_of
 from distill.models.weights import classes_in, load_weights, read_class_map, read_config, read_weights
 from distill.protocols import InputSpec, Needs
 
-REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")
+LOCAL = "local-dir:"
+REMOTE = ("hf-hub:", "hf_hub:", LOCAL)
 
 
 def create_student(
@@ -105,7 +107,9 @@ def _spec_at(model: nn.Module, size: int | tuple[int, int] | None) -> InputSpec:
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """`timm.create_model`, with one clear line (ValueError) for an unknown name or an argument it does not take."""
+    """`timm.create_model`, with one clear line (ValueError) for an unknown name, files or a connection that fail, or arguments
+    that it does not take.
+    """
     check_name(name)
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     while True:
@@ -118,6 +122,11 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
             if kwargs[refused] != 0:
                 raise ValueError(f"{refused} {kwargs[refused]}: {name} does not take it; leave it out") from error
             del kwargs[refused]  # 0 is what an architecture without such a rate does anyway
+        except (OSError, RuntimeError, AssertionError, SafetensorError) as error:
+            fetched = name.startswith(REMOTE) or kwargs.get("pretrained")
+            remedy = "check name, files and connection" if fetched else f"check its arguments {kwargs}"
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{name}: timm cannot make it ({first}); {remedy}") from error
 
 
 def import_models(path: str | Path) -> None:
@@ -144,13 +153,15 @@ def import_models(path: str | Path) -> None:
 
 
 def check_name(name: str) -> None:
-    """ValueError with the nearest names where timm knows no such architecture or no such tag of it."""
-    if name.startswith(REMOTE):
+    """ValueError with the nearest names where timm knows no such architecture or no such tag of it, or has no such folder."""
+    if name.startswith(LOCAL):
+        name = str(read_config(name.removeprefix(LOCAL))["architecture"])
+    elif name.startswith(REMOTE):
         return
     architecture, _, tag = name.partition(".")
     if not is_model(architecture):
         near = difflib.get_close_matches(architecture, list_models(), n=3, cutoff=0.6)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has them all"
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has them all, --import adds your own"
         raise ValueError(f"{name}: no architecture of timm; {hint}")
     if tag and name not in _tagged(architecture):
         tags = ", ".join(_tagged(architecture)) or "none"
@@ -164,8 +175,9 @@ def _tagged(architecture: str) -> list[str]:
 
 def _is_fixed(name: str) -> bool:
     """Whether timm builds this architecture for one input size, and so takes `img_size`."""
-    if name.startswith("local-dir:"):
-        return bool(read_config(name.removeprefix("local-dir:"))["pretrained_cfg"].get("fixed_input_size"))
+    if name.startswith(LOCAL):
+        config = read_config(name.removeprefix(LOCAL))
+        return bool(config.get("pretrained_cfg", config).get("fixed_input_size"))
     check_name(name)
     if name.startswith(REMOTE):
         return False

@@ -54,7 +54,7 @@ def describe(
     """The description of a timm model with any weights, or of its outline; `needs` asks for region logits.
 
     input_spec: another input than the one that its weights name, for a model that takes it. BatchNorm statistics, LayerScale
-    and zero-initialised layers carry noise meanwhile, so that they hide nothing. ValueError where not even logits are to be had.
+    and zero-initialised layers carry noise meanwhile, so that they hide nothing. ValueError where there are not even logits.
     """
     spec = input_spec or input_spec_of(model)
     refusal = ""

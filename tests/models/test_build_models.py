@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -59,6 +60,32 @@ def test_published_weights_for_other_classes_are_refused_before_anything_is_fetc
         teacher(name, weights="pretrained")
 
 
+@pytest.mark.parametrize("name", ["hf-hub:nobody/nothing", "hf_hub:nobody/nothing", "test_vit.r160_in1k"])
+def test_what_cannot_be_fetched_is_refused_with_the_reason(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=rf"{name}: timm cannot make it \(.*\); check name, files and connection"):
+        teacher(name, weights="pretrained", num_classes=1000)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "config.json: no such file; a model's folder has"),
+        ({"num_classes": 10}, "config.json: names no architecture"),
+        ({"architecture": "my_unknown_net"}, "my_unknown_net: no architecture of timm; .*--import adds your own"),
+        ({"architecture": "resnet18", "num_classes": 10, "pretrained_cfg": {}}, "No suitable checkpoints found"),
+    ],
+)
+def test_a_local_folder_that_is_none_is_refused_with_the_reason(
+    tmp_path: Path, config: dict[str, object] | None, message: str
+) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        teacher(f"local-dir:{tmp_path}", weights="pretrained")
+
+
 def test_the_refusal_names_weights_that_would_fit() -> None:
     with pytest.raises(
         ValueError, match=r"weights for 21841 classes, the data have 1000; take .*tiny_vit_5m_224.dist_in22k_ft_in1k"
@@ -70,6 +97,11 @@ def test_an_argument_that_the_architecture_does_not_take_is_refused_unless_it_is
     with pytest.raises(ValueError, match=r"drop_path_rate 0.1: densenet121 does not take it; leave it out"):
         create_model("densenet121", drop_path_rate=0.1)
     assert create_model("densenet121", drop_path_rate=0.0).num_classes == 1000
+
+
+def test_arguments_that_make_no_model_are_named() -> None:
+    with pytest.raises(ValueError, match=r"test_vit: timm cannot make it \(.*\); check its arguments .*'num_heads': 7"):
+        create_model("test_vit", num_heads=7)
 
 
 def test_the_input_is_that_of_the_instance() -> None:

@@ -44,9 +44,8 @@ def check_quantisable(name: str, model: nn.Module, precision: str, device: torch
     if precision == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         raise ValueError(f"needs a GPU of compute capability 8.9 or more, this is {device}; take int8 or bf16")
     if not _linear_layers(model, precision):
-        raise ValueError(
-            f"would quantise nothing: {name} has no Linear layer whose sizes are multiples of {EIGHT_BITS[precision]}; take bf16"
-        )
+        step = EIGHT_BITS[precision]
+        raise ValueError(f"would quantise nothing: {name} has no Linear layer of sizes that are multiples of {step}; take bf16")
     if importlib.util.find_spec("torchao") is None:
         raise ValueError("needs torchao, which is not installed; pip install 'distill[quantize]', or take bf16")
 

@@ -51,7 +51,7 @@ from pipelines.build import Splits, build, build_splits, check_mixing, requests
 from pipelines.ceiling import Alone, flops_per_image, loader_rate, measure_machine, measure_network
 from pipelines.footprint import Arrivals, MemoryLine, contrasted, memory
 from pipelines.ledger import DATA, REST, Communication, Timeline, endless, make_steps, marked
-from pipelines.machine import build_accelerator, micro_batch_size
+from pipelines.machine import build_accelerator, keep_freed_memory, micro_batch_size
 from pipelines.memory import memory_explained
 from pipelines.options import Parser
 from pipelines.speedups import compile_report
@@ -347,6 +347,8 @@ def main(argv: list[str] | None = None) -> int:
     is_main = int(os.environ.get("RANK", "0")) == 0
     try:
         asked = arguments(sys.argv[1:] if argv is None else argv)
+        if not torch.cuda.is_available():
+            keep_freed_memory()
         with tempfile.TemporaryDirectory() as out:
             report = measure(asked, out)
     except RecipeError as error:

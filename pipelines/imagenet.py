@@ -48,7 +48,7 @@ from pipelines.build import (
 )
 from pipelines.folder import adapted, check_contents, check_recipe, claim, digest, write_manifest
 from pipelines.formats import MANIFEST
-from pipelines.machine import build_accelerator, micro_batch_size
+from pipelines.machine import build_accelerator, keep_freed_memory, micro_batch_size
 from pipelines.memory import memory_explained
 from pipelines.teacher import prepare_teacher
 
@@ -198,6 +198,8 @@ def main(argv: list[str] | None = None) -> int:
             for file in request.imports:
                 import_models(file)
         accelerator = build_accelerator(request.recipe)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         timeout = 60 * request.recipe.train.timeout_minutes
         watchdog = Watchdog(accelerator.process_index, accelerator.num_processes, timeout).start()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from datetime import timedelta
 
@@ -11,6 +12,9 @@ from accelerate.tracking import get_available_trackers
 
 from distill.config import RecipeError
 from distill.recipe import Recipe
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
@@ -51,6 +55,24 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         accelerator.native_amp = True
         accelerator.scaler = torch.amp.GradScaler("cpu")
     return accelerator
+
+
+def keep_freed_memory() -> bool:
+    """For training on a CPU: memory that tensors give back stays with the process, for those of the next step.
+
+    glibc hands large blocks back to the system at once and gets them again page by page, zeroed: 5 to 9 % of a step here, for
+    8 to 20 % more resident memory. False where nothing was changed: another C library, or an allocator that the user chose
+    (MALLOC_*, GLIBC_TUNABLES or LD_PRELOAD in the environment).
+    """
+    if any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    # an old glibc refuses thresholds above 32 MiB
+    raised = any(mallopt(M_MMAP_THRESHOLD, size) for size in (1 << 30, 1 << 25))
+    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1)) and raised
 
 
 def micro_batch_size(recipe: Recipe, world_size: int) -> int:

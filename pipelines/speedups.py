@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def compile_report() -> str:
 
 def mark_step() -> None:
     """Tells CUDA graphs (`compile_mode: reduce-overhead`) that what the last step made may be overwritten."""
-    torch.compiler.cudagraph_mark_step_begin()
+    if "torch._inductor.cudagraph_trees" in sys.modules:  # who has no graphs does not wait 2 s for the import
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 WARM_UP = 6

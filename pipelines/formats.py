@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,22 +59,28 @@ def choose_formats(
     the main process measures. A collective where the recipe says `auto`."""
     if recipe.train.channels_last != "auto":
         return as_asked(recipe, student, teacher)
-    said = [""]
-    decision: list[Formats | None] = [None]
+    decision: list[tuple[Formats, str] | None] = [None]
     if accelerator.is_main_process:
         before = recorded(Path(recipe.out), MANIFEST)
-        if before is not None:
-            decision, said = [Formats(**before)], ["as the run began"]
-        else:
-            ours = Faster(accelerator, student, batch, backward=True)
-            theirs = None if teacher is None else Faster(accelerator, teacher, batch, backward=False)
-            decision = [Formats(ours.channels_last, ours.channels_last if theirs is None else theirs.channels_last)]
-            said = ["; ".join(f"{name} {found}" for name, found in (("student", ours), ("teacher", theirs)) if found)]
+        measured = partial(measure_formats, accelerator, student, teacher, batch)
+        decision = [measured() if before is None else (Formats(**before), "as the run began")]
     broadcast_object_list(decision)
-    [found] = decision
-    assert found is not None
-    accelerator.print(f"channels_last: {' and '.join(found.names()) or 'no model'} ({said[0]})")
+    assert decision[0] is not None
+    found, said = decision[0]
+    accelerator.print(f"channels_last: {' and '.join(found.names()) or 'no model'} ({said})")
     return found
+
+
+def measure_formats(accelerator: Accelerator, student: Backbone, teacher: Backbone | None, batch: int) -> tuple[Formats, str]:
+    """The faster formats and the figures; channels_last where a batch does not fit: the first step will say what would."""
+    try:
+        ours = Faster(accelerator, student, batch, backward=True)
+        if teacher is None:
+            return Formats(ours.channels_last, ours.channels_last), f"student {ours}"
+        theirs = Faster(accelerator, teacher, batch, backward=False)
+    except torch.OutOfMemoryError:
+        return Formats(True, True), "not measured, a batch does not fit into the memory"
+    return Formats(ours.channels_last, theirs.channels_last), f"student {ours}; teacher {theirs}"
 
 
 class Faster:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +38,21 @@ def check_bytes(data: bytes, crc32: int) -> None:
         raise BadSample("truncated JPEG: no end marker")
 
 
+def files_allowed(shards: int) -> int:
+    """How many of so many shards may stay open; the system's limit, often 1,024 files, is raised for them where it can be.
+
+    ImageNet-1k has 1,025 shards, and a shuffled epoch reads them all at once. Where the limit is hard, a quarter of it: the
+    other split's reader, sockets and libraries want theirs.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or shards <= soft // 4:
+        return shards
+    if hard == resource.RLIM_INFINITY or soft + shards <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft + shards, hard))
+        return shards
+    return soft // 4
+
+
 class SampleReader:
     """Reads samples of one split with pread, so any number of threads may share it. `close` releases the files.
 
@@ -45,6 +63,7 @@ class SampleReader:
         self._index = index
         self._records = np.asarray(index.records)  # a view of the same memory; np.memmap's own indexing is ten times as slow
         self._files: dict[int, int] = {}
+        self._most = files_allowed(len(index.shards))
         self._lock = threading.Lock()
 
     def read(self, sample: int) -> np.ndarray:
@@ -64,14 +83,15 @@ class SampleReader:
         Costs some microseconds a sample where they are in memory already. Raises ShardLost where a shard is gone.
         """
         for offset, shard, size, _, _ in self._records[np.sort(samples)].tolist():
-            os.posix_fadvise(self._descriptor(shard), offset, size, os.POSIX_FADV_WILLNEED)
+            with self._opened(shard) as descriptor:
+                os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
-        descriptor = self._descriptor(shard)
-        try:
-            data = os.pread(descriptor, size, offset)
-        except OSError as error:
-            raise self._lost(shard, error) from error
+        with self._opened(shard) as descriptor:
+            try:
+                data = os.pread(descriptor, size, offset)
+            except OSError as error:
+                raise self._lost(shard, error) from error
         if len(data) != size:
             raise ShardLost(
                 f"{self._index.shard_path(shard)}: {size} bytes at offset {offset} asked for, {len(data)} there: "
@@ -79,17 +99,25 @@ class SampleReader:
             )
         return data
 
-    def _descriptor(self, shard: int) -> int:
+    @contextmanager
+    def _opened(self, shard: int) -> Iterator[int]:
         with self._lock:
-            if shard not in self._files:
+            descriptor = self._files.get(shard)
+            kept = descriptor is not None or len(self._files) < self._most
+            if descriptor is None:
                 try:
-                    opened = os.open(self._index.shard_path(shard), os.O_RDONLY)
+                    descriptor = os.open(self._index.shard_path(shard), os.O_RDONLY)
                 except OSError as error:
                     raise self._lost(shard, error) from error
                 # samples are read in shuffled order: what lies behind one is not wanted next
-                os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_RANDOM)
-                self._files[shard] = opened
-            return self._files[shard]
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+                if kept:
+                    self._files[shard] = descriptor
+        try:
+            yield descriptor
+        finally:
+            if not kept:
+                os.close(descriptor)
 
     def _lost(self, shard: int, error: OSError) -> ShardLost:
         path = self._index.shard_path(shard)

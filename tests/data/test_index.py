@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from distill.data.header import image_size
 from distill.data.index import RECORD, ShardIndex, ShardInfo, write_split
 from distill.data.reader import BadSample, SampleReader, ShardLost
 from distill.data.reference import decode, read_sample
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -161,3 +165,28 @@ def test_a_shard_that_shrinks_after_the_start_is_an_error_with_its_name_not_a_cr
     sample = int(np.flatnonzero(index.records["shard"] == 1)[0])
     with pytest.raises(ShardLost, match=r"train-0001.tar: cannot be read any more \(No such file"):
         reader.read(sample)
+
+
+def read_all(folder: Path, files: int, hard: int) -> str:
+    """What a process prints that reads every sample where it may open so many files, and `hard` at most."""
+    script = (
+        "import os, resource, sys\n"
+        "from distill.data.index import ShardIndex\n"
+        "from distill.data.reader import SampleReader\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {hard}))\n"
+        "index = ShardIndex.open(sys.argv[1])\n"
+        "reader = SampleReader(index)\n"
+        "for sample in range(index.num_samples): reader.read(sample)\n"
+        "print(len(os.listdir('/proc/self/fd')) > 30)\n"
+        "reader.close()\n"
+        "print(len(os.listdir('/proc/self/fd')) < 20)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_more_shards_than_a_process_may_open_are_read(make_split):
+    """ImageNet has 1,025 shards and many systems allow 1,024 open files: the run used to stop in its first epoch."""
+    folder = make_split(count=40, shards=40).folder
+    assert read_all(folder, files=30, hard=4096).split() == ["True", "True"]
+    assert read_all(folder, files=30, hard=30).split() == ["False", "True"]

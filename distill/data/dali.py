@@ -13,7 +13,7 @@ import io
 import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -33,6 +33,7 @@ from distill.data.index import ShardIndex
 from distill.data.loaders import eval_loader, stream_state, take_over, train_loader
 from distill.data.plan import Plan, Work, gather
 from distill.data.policy import affine_matrices
+from distill.data.prefetch import prefetched
 from distill.data.reader import BadSample, SampleReader
 from distill.data.reference import decode, transform_image
 from distill.data.stream import Position, PositionStream, next_position
@@ -46,6 +47,8 @@ AHEAD = 4
 """Batches read ahead of DALI."""
 RECOVERIES = 8
 """Failed runs on one batch before the loader gives up; each finds all culprits that PIL finds."""
+NO_SAMPLE = -1
+"""Stands, with a black pixel, for a batch of evaluation of which nothing is left: DALI takes no empty one."""
 READERS = 4
 """Threads that read, a batch each, after the disk was told of all samples of the batch."""
 
@@ -197,7 +200,8 @@ class DaliStream:
                 self._recover(str(error))
                 continue
             _, batch = self._in_flight.popleft()
-            return self._copied(outputs) if self._pool is None else self._transformed(outputs, batch.work, self._pool)
+            made = self._copied(outputs) if self._pool is None else self._transformed(outputs, batch.work, self._pool)
+            return made if batch.samples[0] != NO_SAMPLE else Batch(*(each[:0] for each in made))
         raise RuntimeError(f"DALI failed {RECOVERIES} times on epoch {position.epoch}, micro-batch {position.micro}")
 
     def close(self) -> None:
@@ -231,6 +235,9 @@ class DaliStream:
             self._started = True
 
     def _drain(self) -> None:
+        if not self._started:  # fed, but an error came before the first run: outputs would never come
+            self._in_flight.clear()
+            self._build()
         while self._in_flight:
             self._in_flight.popleft()
             try:
@@ -246,12 +253,13 @@ class DaliStream:
 
         A new pipeline, because what DALI promises of one that failed is only that it is invalid.
         """
-        position, batch = self._in_flight.popleft()
-        repaired = self._repaired(position, batch, error)
-        self._in_flight.appendleft((position, repaired))
+        (position, batch), *others = self._in_flight
+        self._in_flight.clear()  # before anything is raised: what is in flight is what the pipeline was fed with
         self._build()
-        for _, each in self._in_flight:
-            feed(self._pipeline, self._plan, each, self._pool is not None)
+        repaired = self._repaired(position, batch, error)
+        for each in ((position, repaired), *others):
+            self._in_flight.append(each)
+            feed(self._pipeline, self._plan, each[1], self._pool is not None)
         self._start()
 
     def _repaired(self, position: Position, batch: HostBatch, error: str) -> HostBatch:
@@ -313,9 +321,12 @@ class DaliStream:
                     resize_and_flip(windows.at(row), pixels[row], bool(work.flips[row]), self._plan.interpolation)
 
         shares = [range(first, len(windows), self._num_threads) for first in range(min(self._num_threads, len(windows)))]
-        deque(pool.map(transform, shares), maxlen=0)  # raises what a thread raised
         ids, target = (torch.from_numpy(np.array(each.as_tensor())) for each in (samples, labels))
+        futures = [pool.submit(transform, rows) for rows in shares]
+        wait(futures)  # also where one raised: the others read DALI's memory
         self._pipeline.release_outputs()
+        for future in futures:
+            future.result()  # raises what a thread raised
         return Batch(torch.from_numpy(pixels), target, ids)
 
     def _read(self, position: Position) -> HostBatch:
@@ -328,6 +339,9 @@ class DaliStream:
 
         self._reader.announce(self._plan.samples(position))
         loaded, samples = gather(self._plan, position, self._quarantine, read)
+        if not loaded:
+            work = self._plan.work(position, np.ones((1, 2), np.int64))
+            return HostBatch([png_bytes(Image.new("RGB", (1, 1)))], work, np.zeros(1, np.int64), np.array([NO_SAMPLE]))
         work = self._plan.work(position, np.array([size for _, size in loaded], np.int64))
         labels = self._index.records["label"][samples].astype(np.int64)
         return HostBatch([data for data, _ in loaded], work, labels, samples)
@@ -335,8 +349,13 @@ class DaliStream:
 
 def as_png(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """An image that PIL decodes and DALI does not (GIF, AVIF), in a format that both do; the pixels are the same."""
+    return png_bytes(decode(data.tobytes()))
+
+
+def png_bytes(image: Image.Image) -> NDArray[np.uint8]:
+    """uint8 [size]: the image as a PNG file."""
     encoded = io.BytesIO()
-    decode(data.tobytes()).save(encoded, "PNG")
+    image.save(encoded, "PNG")
     return np.frombuffer(encoded.getvalue(), np.uint8)
 
 
@@ -381,7 +400,10 @@ class DaliLoader:
         self.quarantine = quarantine
         self._index = index
         self._plan = plan
+        self._device = device
         self._stream = DaliStream(index, plan, quarantine, device, num_threads, decode_only)
+        # Pillow's part, too, is done while the batch before is being used
+        self._ahead = PositionStream(self._stream.take, plan.batches_per_epoch, depth=1, workers=1) if decode_only else None
 
     @property
     def bad_samples(self) -> list[int]:
@@ -398,11 +420,14 @@ class DaliLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The micro-batches of this epoch from number `start` on."""
-        for micro in range(start, self.batches_per_epoch):
-            yield self._stream.take(Position(epoch, micro))
+        take = self._stream.take if self._ahead is None else self._ahead.take
+        positions = (Position(epoch, micro) for micro in range(start, self.batches_per_epoch))
+        yield from prefetched(map(take, positions), self._device)
 
     def close(self) -> None:
         """Gives files, threads and device memory back; calling it twice is harmless."""
+        if self._ahead is not None:
+            self._ahead.close()
         self._stream.close()
 
 

@@ -23,7 +23,7 @@ class Quarantine:
     """The bad samples of one split as this process knows them; may be told from several threads.
 
     `max_bad_rate` is the share of the split's samples that may be bad before the run stops: `ceil(rate * num_samples)` of
-    them are allowed. Every newly found sample becomes one JSON line in `report` (if given) and in the log.
+    them are allowed, never all. Every newly found sample becomes one JSON line in `report` (if given) and in the log.
     """
 
     def __init__(self, index: ShardIndex, max_bad_rate: float, rank: int = 0, report: Path | None = None) -> None:
@@ -32,7 +32,8 @@ class Quarantine:
         self.found_here = 0
         """Samples that this process found bad itself, to be summed over the processes."""
         self._index = index
-        self._allowed = math.ceil(max_bad_rate * index.num_samples)
+        # never all of them: nothing would be left to put in their place
+        self._allowed = min(math.ceil(max_bad_rate * index.num_samples), max(0, index.num_samples - 1))
         self._rate = max_bad_rate
         self._rank = rank
         self._report = report
@@ -51,8 +52,7 @@ class Quarantine:
         """Adds samples that are known to be bad: from a checkpoint or from another process. Raises TooManyFaults."""
         with self._lock:
             self._bad.update(samples)
-            count = len(self._bad)
-        self._check(count, "by all processes together")
+        self.check("by all processes together")
 
     def add(self, sample: int, reason: str, position: Position) -> None:
         """Reports a bad sample, unless it is known. Raises TooManyFaults above the limit."""
@@ -61,11 +61,12 @@ class Quarantine:
                 return
             self._bad.add(sample)
             self.found_here += 1
-            count = len(self._bad)
             self._write(self._line(sample, reason, position))
-        self._check(count, f"the last: {reason}")
+        self.check(f"the last: {reason}")
 
-    def _check(self, count: int, last: str) -> None:
+    def check(self, last: str = "as was said before") -> None:
+        """Raises TooManyFaults where more samples are bad than are allowed."""
+        count = len(self._bad)
         if count > self._allowed:
             where = f"; they are listed in {self._report}" if self._report else ""
             raise TooManyFaults(

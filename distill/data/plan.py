@@ -187,7 +187,7 @@ def gather(
     """What `read` gives for each sample of the batch, and which samples these are after bad ones were replaced.
 
     `read` raises BadSample for a bad sample, which is then quarantined and replaced (in training) or left out (in
-    evaluation). Raises TooManyFaults, and BadSample where nothing of the batch is left.
+    evaluation, where nothing may be left). Raises TooManyFaults.
     """
     loaded: list[Loaded] = []
     samples: list[int] = []
@@ -196,7 +196,9 @@ def gather(
         for attempt in itertools.count():
             if sample is None:
                 break
-            if sample not in quarantine:
+            if sample in quarantine:
+                quarantine.check()  # where every sample is bad, a search for a good one would not end
+            else:
                 try:
                     loaded.append(read(sample))
                 except BadSample as error:
@@ -205,6 +207,4 @@ def gather(
                     samples.append(sample)
                     break
             sample = plan.substitute(position, row, attempt)
-    if not samples:
-        raise BadSample(f"epoch {position.epoch}, micro-batch {position.micro}: every sample of the batch is bad")
     return loaded, np.array(samples, np.int64)

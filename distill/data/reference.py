@@ -24,6 +24,7 @@ from distill.data.index import TAR_BLOCK, ShardIndex
 from distill.data.loaders import eval_loader, stream_state, take_over, train_loader
 from distill.data.pil_ops import apply_operation
 from distill.data.plan import Plan, Work, gather
+from distill.data.prefetch import prefetched
 from distill.data.reader import BadSample, ShardLost, check_bytes
 from distill.data.stream import Position, PositionStream
 from distill.protocols import Batch
@@ -109,9 +110,8 @@ class ReferenceLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The micro-batches of this epoch from number `start` on."""
-        for micro in range(start, self.batches_per_epoch):
-            batch = self._stream.take(Position(epoch, micro))
-            yield Batch(batch.images.to(self._device), batch.labels.to(self._device), batch.sample_ids)
+        positions = (Position(epoch, micro) for micro in range(start, self.batches_per_epoch))
+        yield from prefetched(map(self._stream.take, positions), self._device)
 
     def close(self) -> None:
         """Stops the threads; calling it twice is harmless."""
@@ -126,6 +126,9 @@ class ReferenceLoader:
             return ahead[sample].result() if sample in ahead else self._decode(sample)
 
         images, samples = gather(self._plan, position, self.quarantine, read)
+        if not images:
+            none = torch.zeros(0, dtype=torch.int64)
+            return Batch(torch.zeros((0, *self._plan.size, 3), dtype=torch.uint8), none, none)
         work = self._plan.work(position, np.array([(image.height, image.width) for image in images], np.int64))
         rows = range(len(images))
         pixels = list(self._pool.map(lambda row: transform_image(images[row], work, row, self._plan), rows))

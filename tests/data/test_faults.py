@@ -121,6 +121,51 @@ def test_evaluation_leaves_bad_samples_out_and_counts_every_other_once(kind, fau
         loader.close()
 
 
+@pytest.mark.parametrize("kind", EVAL)
+@pytest.mark.parametrize("spoiled", [BAD["garbage"], BAD["no scan"]])
+def test_a_batch_of_evaluation_of_which_nothing_is_left_is_empty(kind, spoiled, tmp_path):
+    """It used to end the run: the last batch of a split is short, and one bad image may be all of it."""
+    images = [encoded(picture(40, 44, seed=n)) for n in range(9)]
+    images[8] = spoiled(images[0])
+    index = raw_split(tmp_path / "split", images, shards=1)
+    loader = evaluation(kind, index, spec=input_spec(32, 32, 0.875), batch=4)
+    for epoch in range(2):
+        batches = list(loader.epoch(epoch))
+        assert [batch.sample_ids.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], []]
+        assert (batches[2].images.shape, batches[2].labels.shape) == ((0, 32, 32, 3), (0,))
+    assert loader.bad_samples == [8]
+    loader.close()
+
+
+@pytest.mark.parametrize("kind", TRAIN)
+def test_a_split_without_a_good_image_stops_the_run_whatever_rate_is_allowed(kind, tmp_path):
+    """It used to look for a stand-in for ever."""
+    index = raw_split(tmp_path / "split", [BAD["two bytes"](b"")] * 24)
+    loader = with_faults(kind, index, tmp_path / "faults.jsonl", rate=1.0)
+    with pytest.raises(TooManyFaults, match=r"24 of 24 samples are bad, at most 23"):
+        list(loader.epoch(0))
+    loader.close()
+
+
+@pytest.mark.parametrize("kind", TRAIN)
+def test_after_an_error_a_loader_gives_the_batches_of_any_position(kind, tmp_path):
+    """DALI's queue used to keep what was fed before the error, and other batches came out."""
+    index = raw_split(tmp_path / "split", [encoded(picture(40, 44, seed=n)) for n in range(48)], shards=48)
+    clean = train(kind, index)
+    wanted = list(clean.epoch(0))
+    clean.close()
+    loader = train(kind, index)
+    path = index.shard_path(int(index.records["shard"][wanted[1].sample_ids[0]]))
+    content = path.read_bytes()
+    path.write_bytes(content[:600])
+    with pytest.raises(ShardLost):
+        list(loader.epoch(0))
+    assert same([next(loader.epoch(0, 3))], wanted[3:])
+    path.write_bytes(content)
+    assert same(list(loader.epoch(0)), wanted)
+    loader.close()
+
+
 @needs_dali
 def test_what_only_dali_cannot_decode_is_decoded_by_pil(tmp_path):
     """GIF and AVIF: no sample is lost, and none is quarantined."""

@@ -14,6 +14,8 @@ from distill.data.reader import END_OF_IMAGE, TAIL
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats whose bytes are kept; every other readable format becomes a PNG with the same pixels."""
 EXIF_ORIENTATION = 0x0112
+PNG_DEPTH = 24
+"""Where a PNG file has its bits per channel."""
 
 
 class Unclean(ValueError):
@@ -40,6 +42,15 @@ def clean_image(data: bytes, resize_short: int | None = None, quality: int = 90)
         raise Unclean("zero bytes")
     whole = data.rfind(END_OF_IMAGE, -TAIL) >= 0
     image, kind = _decode(data, pixels=resize_short is not None or not whole)
+    if image.mode == "F" or (image.mode == "I" and kind == "TIFF"):
+        raise Unclean(f"32-bit pixels ({kind}): nothing says which of their values are black and white")
+    try:
+        return _cleaned(data, image, kind, whole, resize_short, quality)
+    except (OSError, ValueError) as error:  # longer than 65,500 pixels, or colours that have no way to RGB
+        raise Unclean(f"cannot be encoded: {type(error).__name__}: {error}"[:200]) from error
+
+
+def _cleaned(data: bytes, image: Image.Image, kind: str, whole: bool, resize_short: int | None, quality: int) -> Clean:
     notes = _notes(image, kind)
     if resize_short is not None and min(image.size) > resize_short:
         return Clean(_shrunk(image, resize_short, quality), "jpg", notes)
@@ -47,7 +58,7 @@ def clean_image(data: bytes, resize_short: int | None = None, quality: int = 90)
         return Clean(_as_png(image), "png", (*notes, f"{kind} re-encoded as PNG"))
     if image.mode == "CMYK":
         return Clean(_as_png(image), "png", (*notes, "CMYK re-encoded as RGB PNG"))
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I") or (kind == "PNG" and data[PNG_DEPTH] == 16):  # PIL and DALI round 16-bit colours differently
         return Clean(_as_png(image), "png", (*notes, "16-bit re-encoded as 8-bit PNG"))
     if EXTENSIONS[kind] == "jpg" and not whole:
         return Clean(_as_png(image), "png", (*notes, "JPEG without an end marker near its end re-encoded as PNG"))

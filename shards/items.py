@@ -32,7 +32,10 @@ class FileRef(NamedTuple):
     def read(self) -> bytes:
         """The file's bytes; raises OSError, or SourceChanged where size or time differ from the listing."""
         path = Path(self.path)
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError as error:  # that of a failing disk does not say which file it was
+            raise OSError(error.errno, error.strerror, self.path) from error
         stat = path.stat()
         if (len(data), stat.st_mtime_ns) != (self.size, self.mtime_ns):
             raise SourceChanged(
@@ -59,7 +62,10 @@ class RangeRef(NamedTuple):
         """The part's bytes; raises OSError, or SourceChanged where the archive became shorter or was written to."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            data = file.read(self.size)
+            try:
+                data = file.read(self.size)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self.path) from error
             changed = os.fstat(file.fileno()).st_mtime_ns != self.mtime_ns
         if len(data) != self.size:
             raise SourceChanged(f"{self.path}: ends inside of {self.member}; the archive is truncated, fetch it again")
@@ -131,7 +137,7 @@ class Split:
 
     def digest(self) -> str:
         """Hex sha256 of what is to be prepared: keys, labels, sizes and names, not the files' times."""
-        sha = hashlib.sha256("\n".join(self.class_names).encode())
+        sha = hashlib.sha256("\n".join(self.class_names).encode(errors="surrogateescape"))
         for item in self.items:
             sha.update(f"\n{item.key} {item.label} ".encode())
             if isinstance(item.ref, (FileRef, RangeRef)):
@@ -167,20 +173,22 @@ def clean_key(text: str) -> str:
     """A key that every WebDataset reader takes: letters, digits, `_`, `-`; at most `KEY_LENGTH` of them."""
     key = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-") or "sample"
     if len(key) > KEY_LENGTH:
-        key = f"{key[: KEY_LENGTH - 13]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        key = f"{key[: KEY_LENGTH - 13]}-{hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:12]}"
     return key
 
 
 def unique_keys(texts: Iterable[str]) -> list[str]:
     """`clean_key` of each text, with `-2`, `-3`, ... behind a key that came before."""
     seen: set[str] = set()
+    last: dict[str, int] = {}  # names in other scripts have few different keys: not counted up from 2 each time
     keys = []
     for text in texts:
         base = key = clean_key(text)
-        number = 1
+        number = last.get(base, 1)
         while key in seen:
             number += 1
             key = f"{base}-{number}"
+        last[base] = number
         seen.add(key)
         keys.append(key)
     return keys

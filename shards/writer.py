@@ -136,4 +136,4 @@ def tidy(folder: Path) -> None:
 
 
 def _lines(entries: Iterable[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode(errors="backslashreplace")

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 
 from distill.data.index import RECORD, ShardInfo, member_key
+from distill.data.reader import BadSample, check_bytes
 from shards.images import Unclean, clean_image
 from shards.jobs import IndexJob, ShardResult, read_marker, write_marker
 from shards.tarwalk import BrokenTar, Member, walk_tar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MOST_CLASSES = 1_000_000
+"""Where nobody says how many there are: a larger label is no class number, and the class map would fill the memory."""
 SPLIT_WORDS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "val"}
 
 
@@ -30,22 +33,36 @@ def find_splits(source: Path) -> dict[str, list[Path]]:
         raise ValueError(f"{source}: not a folder; --source takes the folder that holds the shards")
     for name in ("_info.json", "info.json"):
         if (source / name).is_file():
-            splits = json.loads((source / name).read_text())["splits"]
-            return {
-                SPLIT_WORDS.get(split, split): [source / file for file in content["filenames"]]
-                for split, content in splits.items()
-            }
+            try:
+                content = json.loads((source / name).read_text())["splits"]
+                return _renamed({split: [source / file for file in content[split]["filenames"]] for split in content}, source)
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{source / name}: no splits with their filenames in it ({error!r}); mend or remove it"
+                ) from error
     shards = sorted(source.rglob("*.tar"))
     if not shards:
         raise ValueError(f"{source}: no .tar files in it")
     found: dict[str, list[Path]] = {}
     for shard in shards:
         words = re.split(r"[^a-z]+", str(shard.relative_to(source)).lower())
-        split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")
+        split = next((word for word in words if word in SPLIT_WORDS), "")
         found.setdefault(split, []).append(shard)
     if "" in found and len(found) > 1:
         raise ValueError(f"{found[''][0]}: its name says no split, those of other shards do; add an _info.json")
-    return {split or "train": paths for split, paths in found.items()}
+    return _renamed({split or "train": paths for split, paths in found.items()}, source)
+
+
+def _renamed(found: dict[str, list[Path]], source: Path) -> dict[str, list[Path]]:
+    """With our names of the splits; ValueError where two become one."""
+    splits: dict[str, list[Path]] = {}
+    for word, paths in found.items():
+        name = SPLIT_WORDS.get(word, word)
+        if name in splits:
+            both = " and ".join(sorted(other for other in found if SPLIT_WORDS.get(other, other) == name))
+            raise ValueError(f"{source}: has {both}, any of which could become {name}; leave one, or name it in an _info.json")
+        splits[name] = paths
+    return splits
 
 
 def index_shard(job: IndexJob) -> ShardResult:
@@ -66,32 +83,40 @@ def index_shard(job: IndexJob) -> ShardResult:
             sha.update(block)
         size = file.tell()
         try:
-            samples = _samples(list(walk_tar(file)))
+            samples, repeated = _samples(list(walk_tar(file)))
         except BrokenTar as error:
             raise BrokenTar(f"{path}: {error}; fetch the shard again") from error
         for key, members in samples.items():
             told: dict[str, Any] = {"key": key, "source": job.path}
             try:
-                image, label = _image_member(members), _label(file, members, job.json_label)
+                image, label = _image_member(members), _label(file, members, job)
                 data = _content(file, image)
-                notes.extend({**told, "label": label, "note": note} for note in clean_image(data).notes)
-            except Unclean as error:
+                clean = clean_image(data)
+                crc32 = zlib.crc32(data)
+                check_bytes(data, crc32)  # what the reader will ask of it
+            except (Unclean, BadSample) as error:
                 quarantine.append({**told, "reason": str(error)})
                 continue
-            rows.append((image.offset, job.number, image.size, label, zlib.crc32(data)))
+            kept = "" if clean.data is data else "; not here, the shard stays as it is"
+            notes.extend({**told, "label": label, "note": note + kept} for note in clean.notes)
+            rows.append((image.offset, job.number, image.size, label, crc32))
+    quarantine += [{"key": key, "source": job.path, "reason": "another sample before it has this key"} for key in repeated]
     shard = ShardInfo(job.name, len(rows), size, sha.hexdigest())
-    result = ShardResult(job.number, shard, size, len(samples), quarantine, notes)
+    result = ShardResult(job.number, shard, size, len(samples) + len(repeated), quarantine, notes)
     write_marker(job, result, np.array(rows, RECORD))
     return result
 
 
-def _samples(members: Sequence[Member]) -> dict[str, dict[str, Member]]:
-    """Members by key and extension, in the order in which the keys appear."""
+def _samples(members: Sequence[Member]) -> tuple[dict[str, dict[str, Member]], list[str]]:
+    """Members by key and extension, in the order in which the keys appear; and the keys of images whose key came before."""
     samples: dict[str, dict[str, Member]] = {}
+    repeated = []
     for member in members:
         key = member_key(member.name)
-        samples.setdefault(key, {})[member.name[len(key) + 1 :].lower()] = member
-    return samples
+        extension = member.name[len(key) + 1 :].lower()
+        if samples.setdefault(key, {}).setdefault(extension, member) is not member and extension in IMAGE_EXTENSIONS:
+            repeated.append(key)
+    return samples, repeated
 
 
 def _image_member(members: dict[str, Member]) -> Member:
@@ -101,7 +126,8 @@ def _image_member(members: dict[str, Member]) -> Member:
     raise Unclean(f"no image: the sample has {', '.join(sorted(members))}")
 
 
-def _label(file: Any, members: dict[str, Member], json_label: str | None) -> int:
+def _label(file: Any, members: dict[str, Member], job: IndexJob) -> int:
+    json_label = job.json_label
     extension = "cls" if json_label is None else "json"
     if extension not in members:
         raise Unclean(f"no label: the sample has {', '.join(sorted(members))}")
@@ -113,6 +139,9 @@ def _label(file: Any, members: dict[str, Member], json_label: str | None) -> int
             raise Unclean("its .json cannot be read") from error
     if not str(text).isascii() or not str(text).isdigit():
         raise Unclean(f"label {text!r} is no class number")
+    most = MOST_CLASSES if job.num_classes is None else job.num_classes
+    if len(str(text)) > len(str(MOST_CLASSES)) or int(str(text)) >= most:
+        raise Unclean(f"label {str(text)[:20]}: there are {most} classes at most")
     return int(str(text))
 
 

@@ -40,6 +40,8 @@ class IndexJob:
     path: str
     json_label: str | None
     """The field of the sample's .json that holds the label; None for the .cls file."""
+    num_classes: int | None = None
+    """None where nobody says how many there are."""
 
 
 Job = ShardJob | IndexJob

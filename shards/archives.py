@@ -6,6 +6,8 @@ import io
 import os
 import pickle
 import tarfile
+import zlib
+from gzip import BadGzipFile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,6 +19,8 @@ from shards.tarwalk import BrokenTar, Member, walk_tar
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+UNREADABLE = (tarfile.TarError, EOFError, zlib.error, BadGzipFile)
+"""What a damaged or truncated archive raises, by where the damage is."""
 
 
 def imagenet_source(folder: Path) -> Source:
@@ -68,6 +72,8 @@ def _imagenet_val(archive: Path, devkit: Path, names: tuple[str, ...]) -> list[I
     if len(members) != len(truth):
         raise ValueError(f"{archive}: {len(members)} images, the devkit's ground truth has {len(truth)} lines")
     place = {name: label for label, name in enumerate(names)}
+    if strange := sorted({number for number in truth if number not in wnids}):
+        raise ValueError(f"{devkit}: the ground truth has class {strange[0]}, which meta.mat has not; fetch the archive again")
     unknown = sorted({wnids[number] for number in truth} - set(place))
     if unknown:
         raise ValueError(f"{archive}: {len(unknown)} classes that the training archive lacks: {', '.join(unknown[:5])}")
@@ -76,6 +82,13 @@ def _imagenet_val(archive: Path, devkit: Path, names: tuple[str, ...]) -> list[I
 
 def _read_devkit(devkit: Path) -> tuple[dict[int, str], list[int]]:
     """The WordNet id of each ILSVRC id, leaves only, and the ILSVRC ids of the validation images in order of their names."""
+    try:
+        return _parse_devkit(devkit)
+    except UNREADABLE as error:
+        raise ValueError(f"{devkit}: not readable ({error}); fetch the archive again") from error
+
+
+def _parse_devkit(devkit: Path) -> tuple[dict[int, str], list[int]]:
     from scipy.io import loadmat
 
     with tarfile.open(devkit) as tar:
@@ -131,7 +144,7 @@ def _unpickled(archive: Path, names: list[str]) -> dict[str, dict[str, Any]]:
                 if member.isfile() and name in names:
                     content = _PlainUnpickler(io.BytesIO(_extracted(tar, member)), encoding="bytes").load()
                     found[name] = {_text(key): value for key, value in content.items()}
-    except (tarfile.TarError, EOFError, pickle.UnpicklingError) as error:
+    except (*UNREADABLE, pickle.UnpicklingError) as error:
         raise ValueError(f"{archive}: not readable ({error}); fetch the archive again") from error
     if missing := [name for name in names if name not in found]:
         raise ValueError(f"{archive}: {', '.join(missing)} not in it; is it the python version of this data set?")
@@ -186,7 +199,7 @@ def _read_cub(archive: Path) -> tuple[dict[str, dict[str, str]], dict[str, Ref]]
                         if plain
                         else BytesRef(_extracted(tar, member), member.name)
                     )
-    except (tarfile.TarError, EOFError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{archive}: not readable ({error}); fetch the archive again") from error
     if missing := [name for name in wanted if name not in tables]:
         raise ValueError(f"{archive}: {', '.join(missing)} not in it; is it CUB-200-2011?")

@@ -62,8 +62,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def json_bytes(value: object) -> bytes:
-    """Readable JSON whose bytes depend on the value alone."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    """Readable JSON whose bytes depend on the value alone; the bytes of a file name that is no UTF-8 are escaped."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def write_split(
@@ -132,7 +132,20 @@ class ShardIndex:
         """The index without a look at the shards, for checks that report every defect. Raises ValueError as `open` does."""
         path = Path(folder)
         manifest = _read_manifest(path)
-        return cls(path, manifest, _map_records(path, manifest))
+        try:
+            index = cls(path, manifest, _map_records(path, manifest))
+            held = sum(shard.samples for shard in index.shards), index.num_classes
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path / MANIFEST}: damaged ({type(error).__name__}: {error}); prepare the split again"
+            ) from error
+        said = manifest["num_samples"], manifest.get("num_classes")
+        if held != said:
+            raise ValueError(
+                f"{path / MANIFEST}: damaged: {said[0]} samples of {said[1]} classes, its lists have {held[0]} of {held[1]}; "
+                "prepare the split again"
+            )
+        return index
 
     @property
     def num_samples(self) -> int:
@@ -191,12 +204,12 @@ class ShardIndex:
                 size = path.stat().st_size
             except OSError as error:
                 raise ValueError(
-                    f"{path}: shard is missing ({error.strerror}); copy it again or prepare {self.folder} again"
+                    f"{path}: shard is missing ({error.strerror}); copy it again, or remove {self.folder} and prepare it again"
                 ) from error
             if size != shard.bytes:
                 raise ValueError(
                     f"{path}: shard has {size} bytes, the manifest says {shard.bytes}; "
-                    f"copy it again or prepare {self.folder} again"
+                    f"copy it again, or remove {self.folder} and prepare it again"
                 )
 
 
@@ -219,10 +232,11 @@ def _read_manifest(folder: Path) -> Mapping[str, Any]:
             else "prepare it, or let an unfinished preparation finish, with `python shards/prepare.py`"
         )
         raise ValueError(f"{folder}: no {MANIFEST} in it, so this is no finished split; {hint}") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{folder / MANIFEST}: not readable as JSON ({error}); prepare the split again") from error
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{folder / MANIFEST}: format {manifest.get('format')}, this version reads {FORMAT}; prepare again")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{folder / MANIFEST}: format {found}, this version reads {FORMAT}; prepare again")
     return manifest
 
 

@@ -124,7 +124,11 @@ def index_existing(
             "num_shards": len(names),
             "class_names": None if class_names is None else sha256(repr(list(class_names)).encode()).hexdigest(),
         }
-        jobs = [IndexJob(str(folder), number, names[number], str(path), json_label) for number, path in enumerate(splits[name])]
+        classes = None if class_names is None else len(class_names)
+        jobs = [
+            IndexJob(str(folder), number, names[number], str(path), json_label, classes)
+            for number, path in enumerate(splits[name])
+        ]
         works.append(SplitWork(name, folder, plan, jobs, class_names, root=str(source.resolve())))
     with _locked(out):
         return [_complete(work, run, progress) for work in works]
@@ -175,7 +179,7 @@ def _complete(work: SplitWork, run: Runner, progress: bool) -> SplitSummary:
         tidy(folder)
         return _summary(work.name, folder, made=0)
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
-    _claim(folder, work.plan)
+    _claim(folder, work)
     found = {job.number: read_marker(job) for job in work.jobs}
     there = [result for result in found.values() if result is not None]
     missing = [job for job in work.jobs if found[job.number] is None]
@@ -233,13 +237,18 @@ def _short(value: object) -> str:
     return text if len(text) <= 20 else f"{text[:12]}..."
 
 
-def _claim(folder: Path, plan: dict[str, Any]) -> None:
+def _claim(folder: Path, work: SplitWork) -> None:
     """Writes down what is being made here, or checks that an unfinished preparation was making the same."""
     path = folder / PARTS / PLAN
     if path.exists():
-        _check_same_plan(json.loads(path.read_text()), plan, folder)
-    else:
-        write_atomically(path, json_bytes(plan))
+        _check_same_plan(json.loads(path.read_text()), work.plan, folder)
+        return
+    foreign = [job.name for job in work.jobs if isinstance(job, ShardJob) and (folder / job.name).exists()]
+    if foreign:
+        raise Refused(
+            f"{folder / foreign[0]}: is there, and no preparation says that it made it; give another --out, or remove it"
+        )
+    write_atomically(path, json_bytes(work.plan))
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 from functools import partial
@@ -18,9 +19,9 @@ from shards.engine import Runner, WorkersLost, run_jobs, run_jobs_on_ray
 from shards.items import Source, SourceChanged
 from shards.preparation import Options, SplitSummary, index_existing, prepare, split_folders, split_jobs
 from shards.show import describe, write_sheet
-from shards.sources import digits_source, folder_source
+from shards.sources import VAL_NAMES, digits_source, folder_source
 from shards.tarwalk import BrokenTar
-from shards.verify import find_split_folders, verify_split
+from shards.verify import find_split_folders, unfinished_splits, verify_split
 
 EPILOG = """examples:
   python shards/prepare.py digits --out data/digits
@@ -92,7 +93,15 @@ def _source(parsed: argparse.Namespace) -> Source:
         case "cub200":
             return cub200_source(parsed.source)
         case _:
+            _refuse_inside(parsed.source, parsed.out)
             return folder_source(parsed.source)
+
+
+def _refuse_inside(source: Path, out: Path) -> None:
+    """Output among the classes would be a class when the preparation is started again."""
+    roots = [source / name for name in ("train", *VAL_NAMES)] if (source / "train").is_dir() else [source]
+    if any(out.resolve().is_relative_to(root.resolve()) for root in roots):
+        raise ValueError(f"--out {out}: lies among the classes of --source {source}; give a folder outside of them")
 
 
 def _runner(parsed: argparse.Namespace) -> Runner:
@@ -119,6 +128,9 @@ def _verify(parsed: argparse.Namespace) -> int:
         for defect in verify_split(folder, None if parsed.full else parsed.decodes):
             defects += 1
             print(defect)
+    for folder in unfinished_splits(parsed.folder):
+        defects += 1
+        print(f"{folder}: its preparation was not finished; start it again")
     print(f"{parsed.folder}: {defects} defects" if defects else f"{parsed.folder}: no defects")
     return 1 if defects else 0
 
@@ -212,4 +224,6 @@ def _add_options(command: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file and class names may be no UTF-8
     sys.exit(main())

@@ -28,7 +28,7 @@ def describe(index: ShardIndex) -> str:
         f"in {len(index.shards)} shards",
         f"  images a class: {counts.min()} to {counts.max()}, median {int(np.median(counts))}; "
         f"{int((counts == 0).sum())} classes have none",
-        f"  encoded sizes: {sizes.min():,} to {sizes.max():,} bytes, mean {sizes.mean():,.0f}",
+        f"  encoded sizes: {sizes.min():,} to {sizes.max():,} bytes, mean {sizes.mean():,.0f}" if len(sizes) else "  no images",
         f"  refused: {index.manifest['quarantined']} (quarantine.jsonl), notes: {index.manifest['noted']} (notes.jsonl)",
         f"  source: {index.manifest['plan']['source']}; index {index.digest[:12]}",
     ]
@@ -40,7 +40,7 @@ def describe(index: ShardIndex) -> str:
 def contact_sheet(indices: Sequence[ShardIndex], count: int) -> Image.Image:
     """`count` images of each split, drawn at random, each with its class name below."""
     rows = [-(-min(count, index.num_samples) // COLUMNS) for index in indices]
-    sheet = Image.new("RGB", (COLUMNS * TILE, sum(rows) * (TILE + TEXT_HEIGHT)), "white")
+    sheet = Image.new("RGB", (COLUMNS * TILE, max(1, sum(rows)) * (TILE + TEXT_HEIGHT)), "white")
     draw = ImageDraw.Draw(sheet)
     top = 0
     for index, height in zip(indices, rows, strict=True):
@@ -62,7 +62,8 @@ def _paste_split(sheet: Image.Image, draw: ImageDraw.ImageDraw, index: ShardInde
         corner = (column * TILE + 2, top + row * (TILE + TEXT_HEIGHT) + 2)
         sheet.paste(image, corner)
         name = index.class_names[int(index.records[sample]["label"])]
-        draw.text((corner[0], corner[1] + TILE - 3), name[:18], fill="black")
+        text = name[:18].encode(errors="replace").decode()
+        draw.text((corner[0], corner[1] + TILE - 3), text, fill="black")
     reader.close()
 
 

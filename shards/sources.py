@@ -23,6 +23,10 @@ def folder_source(root: Path) -> Source:
         raise ValueError(f"{root}: not a folder; --source takes a folder of images (unpack an archive first)")
     if not (root / "train").is_dir():
         classes = _class_folders(root)
+        if set(classes) <= set(VAL_NAMES):
+            raise ValueError(
+                f"{root}: has {' and '.join(classes)}, but no train; to prepare one split, give its folder as --source"
+            )
         return Source("folder", {"train": _folder_split(root, classes)}, {"folder": root.name})
     classes = _class_folders(root / "train")
     splits = {"train": _folder_split(root / "train", classes)}

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from distill.data.index import MANIFEST, ShardIndex, ShardInfo, member_key
 from distill.data.order import derive_seed, permutation
 from shards.images import Unclean, clean_image
+from shards.jobs import PARTS
 from shards.tarwalk import BrokenTar, Member, walk_tar
 
 
@@ -25,6 +26,12 @@ def find_split_folders(folder: Path) -> list[Path]:
     if not found:
         raise ValueError(f"{folder}: no {MANIFEST} in it or right below it, so no finished split")
     return found
+
+
+def unfinished_splits(folder: Path) -> list[Path]:
+    """Splits right below `folder` whose preparation was begun and not finished."""
+    begun = sorted(path.parent for path in folder.glob(f"*/{PARTS}"))
+    return [split for split in begun if not (split / MANIFEST).is_file()]
 
 
 def verify_split(folder: Path, decodes: int | None) -> Iterator[str]:
@@ -62,7 +69,10 @@ def _verify_shard(
         except BrokenTar as error:
             yield str(error)
             return
-        labels = {member_key(member.name): member for member in members.values() if member.name.endswith(".cls")}
+        labels: dict[str, Member] = {}
+        for member in members.values():
+            if member.name.endswith(".cls"):
+                labels.setdefault(member_key(member.name), member)  # of a key that comes twice the first is indexed
         for record, decode in zip(records, chosen, strict=True):
             yield from _verify_sample(file, record, number, members, labels, num_classes, bool(decode))
 

@@ -77,6 +77,11 @@ def test_the_onnx_file_gives_the_students_logits_for_any_batch(
         np.testing.assert_allclose(session.run(["logits"], {"images": images.numpy()})[0], wanted, atol=1e-5)
 
 
+def test_the_card_of_a_users_own_architecture_says_what_to_import(run: Path) -> None:
+    card = (run / "student" / "README.md").read_text()
+    assert "import timm\n# import first the file that registers my_resnet8 with timm's register_model\n\nmodel =" in card
+
+
 def test_a_students_folder_is_checked_on_image_files(
     run: Path, mine: list[str], digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,7 +98,7 @@ def test_what_cannot_be_exported_or_pushed_is_one_line_and_exit_code_2(
     monkeypatch.delenv("HF_TOKEN", raising=False)
     file = str(tmp_path / "student.onnx")
     assert main([str(tmp_path), "--out", file]) == 2
-    assert main([str(run), "--out", file, "--images", str(tmp_path / "nowhere")]) == 2
+    assert main([str(run), "--out", file, "--images", str(tmp_path / "nowhere"), *mine]) == 2
     assert main([str(run), "--out", str(tmp_path / "nowhere" / "student.onnx")]) == 2
     assert main([str(run), "--out", file, "--push", "someone/student"]) == 2
     assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from timm.models import model_entrypoint
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
@@ -52,10 +53,10 @@ def export_student(
 
 def model_card(architecture: str, num_classes: int, spec: InputSpec, metadata: Mapping[str, Any]) -> str:
     """The model card: what the model is, how timm loads it, and `metadata` (recipe, teacher, metrics) as it was given."""
-    own = [""] if not architecture.startswith("cifar_") else ["import distill.models  # registers the architecture", ""]
     usage = [
         "import timm",
-        *own,
+        *registration(architecture),
+        "",
         'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # FOLDER: where this file is',
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
         "logits = model(transform(image)[None])",
@@ -69,6 +70,13 @@ def model_card(architecture: str, num_classes: int, spec: InputSpec, metadata: M
     head = ["---", "library_name: timm", "tags:", "- image-classification", "- timm", "- knowledge-distillation", "---"]
     lines = [*head, f"# {architecture}, a distilled student", "", *facts, "", "```python", *usage, "```", *trained]
     return "\n".join(lines) + "\n"
+
+
+def registration(architecture: str) -> list[str]:
+    """What a script has to import before timm knows this architecture; nothing for timm's own."""
+    home = model_entrypoint(architecture).__module__.partition(".")[0]
+    known = {"timm": [], "distill": ["import distill.models  # registers the architecture"]}
+    return known.get(home, [f"# import first the file that registers {architecture} with timm's register_model"])
 
 
 def _write_config(

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
 
 from distill.data.borders import borders
 from distill.data.dali_ops import add_layer, resize, resize_with_borders
@@ -362,14 +361,20 @@ def png_bytes(image: Image.Image) -> NDArray[np.uint8]:
 def resize_and_flip(image: NDArray[np.uint8], out: NDArray[np.uint8], flip: bool, interpolation: str) -> None:
     """uint8 [H, W, 3] into `out`, uint8 of another height and width, by torch's version of Pillow's filters.
 
-    Half of Pillow's time; one value in 300 is another level, by at most 2. An image of the size of `out` is not changed.
+    A third of Pillow's time; one value in 300 is another level, by at most 2. An image of the size of `out` is not changed.
     """
     if image.shape != out.shape:
-        batch = torch.from_numpy(image).permute(2, 0, 1)[None]
-        resized = nn.functional.interpolate(batch, size=out.shape[:2], mode=interpolation, antialias=True)
-        image = np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
-    # by NumPy, pixel by pixel: torch would start a team of threads in each of ours
-    out[:] = image.view("V3")[:, ::-1].view(np.uint8) if flip else image
+        resized = np.empty_like(out) if flip else out
+        # what `interpolate` calls, which has no `out` and would hand back planes: turned into pixels at half of the cost again
+        resize = getattr(torch.ops.aten, f"_upsample_{interpolation}2d_aa").out
+        source, target = (torch.from_numpy(each).permute(2, 0, 1)[None] for each in (image, resized))
+        resize(source, out.shape[:2], False, None, None, out=target)
+        image = resized
+    # by NumPy: torch would start a team of threads in each of ours
+    if flip:
+        out.view("V3")[:] = image.view("V3")[:, ::-1]  # whole pixels: byte by byte takes three times as long
+    elif image is not out:
+        out[:] = image
 
 
 def gpu_number(device: torch.device) -> int | None:

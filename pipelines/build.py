@@ -20,6 +20,7 @@ from distill.checkpoint import Checkpoints
 from distill.config import RecipeError, term_schedule
 from distill.data import dali, reference
 from distill.data.augment import TrainTransform
+from distill.data.dali_graph import dali_available
 from distill.data.index import ShardIndex
 from distill.data.order import derive_seed
 from distill.distiller import Distiller
@@ -200,11 +201,11 @@ def eval_spec(recipe: Recipe, model: Backbone) -> InputSpec:
 
 def _loader_room(recipe: Recipe) -> tuple[Any, Any]:
     asked = recipe.data.loader
-    if asked == "dali" and not dali.dali_available():
+    if asked == "dali" and not dali_available():
         raise RecipeError(
             "data.loader: 'dali', but nvidia.dali cannot be imported; install nvidia-dali-cuda120 or use 'reference'"
         )
-    if asked != "reference" and dali.dali_available():
+    if asked != "reference" and dali_available():
         return dali.DaliTrainLoader, dali.DaliEvalLoader
     return reference.ReferenceTrainLoader, reference.ReferenceEvalLoader
 

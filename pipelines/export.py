@@ -23,7 +23,8 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from distill.data.index import MANIFEST, ShardIndex
-from distill.data.reference import decode, read_sample
+from distill.data.pixels import decode
+from distill.data.reference import read_sample
 from distill.models.build import create_model, import_models
 from distill.models.onnx_file import export_onnx
 from distill.models.weights import CONFIG

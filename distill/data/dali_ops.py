@@ -1,4 +1,4 @@
-"""The operations of `policy.py` as a DALI graph; DALI's modules come in as an argument, so `dali.py` alone imports it.
+"""The operations of `policy.py` as a DALI graph; DALI's modules come in as an argument, so `dali_graph.py` alone imports it.
 
 `add_layer` is called inside of a pipeline with conditionals: its `if`s choose per image, and only the images that an
 operation was drawn for go through it.

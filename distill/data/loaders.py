@@ -1,8 +1,9 @@
-"""What the two loaders have in common: how their arguments become a plan and a quarantine."""
+"""What the two loaders have in common: how their arguments become a task, and all of a loader but its batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,10 +13,66 @@ from distill.data.augment import TrainTransform
 from distill.data.faults import Quarantine
 from distill.data.index import ShardIndex
 from distill.data.plan import EvalPlan, Plan, TrainPlan
-from distill.protocols import InputSpec
+from distill.data.prefetch import prefetched
+from distill.data.stream import Position
+from distill.protocols import Batch, InputSpec
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one loader is for: the batches of `plan` from the split `index`, onto `device`."""
+
+    index: ShardIndex
+    plan: Plan
+    quarantine: Quarantine
+    device: torch.device
+    num_threads: int
+    """For decoding and what follows."""
+
+
+class PlannedLoader:
+    """What both loaders have of a `Loader`; their own are the batch at a position, and `close`."""
+
+    def __init__(self, task: Task, take: Callable[[Position], Batch]) -> None:
+        """take: the batch at a position, on the host or the task's device."""
+        self.num_samples = task.index.num_samples
+        self.batches_per_epoch = task.plan.batches_per_epoch
+        self.quarantine = task.quarantine
+        self.task = task
+        self._take = take
+
+    @property
+    def bad_samples(self) -> list[int]:
+        """Samples that this process knows to be bad, sorted."""
+        return self.quarantine.samples()
+
+    def state(self) -> dict[str, Any]:
+        """All that the stream is a function of but its position (hash of the index, what the order depends on), and the bad
+        samples."""
+        return {**self._identity(), "bad_samples": self.bad_samples}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over the bad samples of a state; raises ValueError for one of another stream, TooManyFaults above the limit."""
+        own = self._identity().items()
+        different = [f"{name} {state.get(name)} there, {value} here" for name, value in own if state.get(name) != value]
+        if different:
+            raise ValueError(
+                f"{self.task.index.folder}: the saved state is of another stream ({'; '.join(different)}); "
+                "go on with the data and settings it was saved with, or start anew"
+            )
+        self.quarantine.update(state["bad_samples"])
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The micro-batches of this epoch from number `start` on."""
+        positions = (Position(epoch, micro) for micro in range(start, self.batches_per_epoch))
+        yield from prefetched(map(self._take, positions), self.task.device)
+
+    def _identity(self) -> dict[str, Any]:
+        return {"index": self.task.index.digest, **self.task.plan.identity}
+
 
 L = TypeVar("L")
-Kind = Callable[[ShardIndex, TrainPlan | EvalPlan, Quarantine, torch.device, int], L]
+Kind = Callable[[Task], L]
 
 
 def train_loader(
@@ -36,6 +93,7 @@ def train_loader(
     fault_report: Path | None = None,
 ) -> L:
     """Training batches of process `rank`: `global_batch_size // (accumulate * world_size)` images of `size` each."""
+    index.spot_check()
     plan = TrainPlan(
         index.num_samples,
         size=size,
@@ -47,7 +105,7 @@ def train_loader(
         seed=seed,
         shuffle_block=shuffle_block,
     )
-    return kind(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads)
+    return kind(Task(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads))
 
 
 def eval_loader(
@@ -64,22 +122,6 @@ def eval_loader(
     fault_report: Path | None = None,
 ) -> L:
     """Evaluation batches: every sample of the split once over all ranks, resized and cropped as timm does."""
+    index.spot_check()
     plan = EvalPlan(index.num_samples, spec=spec, batch_size=batch_size, rank=rank, world_size=world_size)
-    return kind(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads)
-
-
-def stream_state(index: ShardIndex, plan: Plan, quarantine: Quarantine) -> dict[str, Any]:
-    """A loader's `state`: hash of the index, what the order depends on, bad samples."""
-    return {"index": index.digest, **plan.identity, "bad_samples": quarantine.samples()}
-
-
-def take_over(state: Mapping[str, Any], index: ShardIndex, plan: Plan, quarantine: Quarantine) -> None:
-    """A loader's `restore`. Raises ValueError where the state is of another stream, TooManyFaults above the limit."""
-    own = {"index": index.digest, **plan.identity}
-    different = [f"{name} {state.get(name)} there, {value} here" for name, value in own.items() if state.get(name) != value]
-    if different:
-        raise ValueError(
-            f"{index.folder}: the saved state is of another stream ({'; '.join(different)}); "
-            "go on with the data and settings it was saved with, or start anew"
-        )
-    quarantine.update(state["bad_samples"])
+    return kind(Task(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads))

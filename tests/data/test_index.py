@@ -13,8 +13,9 @@ import pytest
 
 from distill.data.header import image_size
 from distill.data.index import RECORD, ShardIndex, ShardInfo, write_split
+from distill.data.pixels import decode
 from distill.data.reader import BadSample, SampleReader, ShardLost
-from distill.data.reference import decode, read_sample
+from distill.data.reference import read_sample
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,10 +14,12 @@ from PIL import Image
 from timm.data import create_transform
 
 from distill.data.augment import TrainTransform
-from distill.data.dali import DaliEvalLoader, DaliLoader, DaliTrainLoader, dali_available
+from distill.data.dali import DaliEvalLoader, DaliLoader, DaliTrainLoader
+from distill.data.dali_graph import dali_available
 from distill.data.index import ShardIndex
 from distill.data.loaders import eval_loader, train_loader
-from distill.data.reference import ReferenceEvalLoader, ReferenceTrainLoader, decode, read_sample
+from distill.data.pixels import decode
+from distill.data.reference import ReferenceEvalLoader, ReferenceTrainLoader, read_sample
 from distill.protocols import Batch, InputSpec
 
 needs_dali = pytest.mark.skipif(not dali_available(), reason="DALI is not installed")
@@ -258,8 +260,8 @@ def test_images_of_the_wanted_size_are_not_touched(kind, make_split):
 def test_everything_but_dali_works_without_dali(make_split):
     code = (
         "import sys; sys.modules['nvidia'] = None\n"
-        "import distill.data.dali as dali, distill.data.reference, shards.prepare\n"
-        "print(dali.dali_available())"
+        "import distill.data.dali, distill.data.dali_graph, distill.data.reference, shards.prepare\n"
+        "print(distill.data.dali_graph.dali_available())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

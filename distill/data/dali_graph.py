@@ -1,0 +1,161 @@
+"""DALI's graph of a plan, and how it is fed. The only file that imports DALI.
+
+The graph has no random state and no reader: bytes, windows and flips come in from the plan (`plan.py`), so a position of the
+stream can be produced at any time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from distill.data.borders import borders
+from distill.data.dali_ops import add_layer, resize, resize_with_borders
+from distill.data.plan import Plan, Work
+from distill.data.policy import affine_matrices
+
+IN_FLIGHT = 2
+"""Batches inside DALI; its `prefetch_queue_depth`."""
+
+
+def dali_available() -> bool:
+    """Whether DALI is installed here; nothing else in the project needs it."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # no `nvidia` namespace at all
+        return False
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """A batch as DALI is fed with it: encoded images, what to do with each, labels and samples int64 [B]."""
+
+    encoded: list[NDArray[np.uint8]]
+    work: Work
+    labels: NDArray[np.int64]
+    samples: NDArray[np.int64]
+
+
+def build_pipeline(plan: Plan, device: torch.device, num_threads: int, decode_only: bool) -> Any:
+    """The DALI pipeline: decode a window, and unless `decode_only` resize, slice (black outside), flip, layers -> uint8 HWC
+    each, labels, samples.
+
+    On a GPU the decoder is `mixed` with the CPU's chroma upsampling, on the CPU all is CPU. EXIF rotation is not applied.
+    """
+    from nvidia.dali import fn, math, pipeline_def, types
+
+    modules = SimpleNamespace(fn=fn, math=math, types=types)
+    decoder = "mixed" if device.type == "cuda" else "cpu"
+
+    def source(name: str, dtype: Any, ndim: int) -> Any:
+        return fn.external_source(name=name, dtype=dtype, ndim=ndim)
+
+    def transformed(images: Any) -> Any:
+        """All that comes after decoding."""
+        if plan.resizes:
+            size = source("resized", types.FLOAT, 1) if plan.slices else plan.size
+            if plan.shows_borders:
+                images = resize_with_borders(modules, images, size, plan.interpolation, source)
+            else:
+                images = resize(modules, images, size, plan.interpolation)
+        if plan.slices:
+            anchor = source("anchor", types.INT32, 1)
+            images = fn.slice(images, start=anchor, shape=plan.size, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
+        if plan.shows_borders:
+            images = fn.cast(images / source("shares", types.FLOAT, 3), dtype=types.UINT8)
+        images = fn.flip(images, horizontal=source("flip", types.INT32, 0))
+        for layer in range(plan.num_layers):
+            operation = source(f"operation{layer}", types.INT32, 0)
+            argument = source(f"argument{layer}", types.FLOAT, 0)
+            images = add_layer(modules, images, operation, argument, source(f"matrix{layer}", types.FLOAT, 2), plan.fill)
+        return images
+
+    @pipeline_def(enable_conditionals=plan.num_layers > 0)
+    def graph() -> Any:
+        """Images, labels and samples of a batch."""
+        images = fn.decoders.image_slice(
+            source("encoded", types.UINT8, 1),
+            start=source("window_start", types.INT32, 1),
+            shape=source("window_shape", types.INT32, 1),
+            axes=(0, 1),
+            device=decoder,
+            output_type=types.RGB,
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+        )
+        if not decode_only:
+            images = transformed(images)
+        return images, source("labels", types.INT64, 0), source("samples", types.INT64, 0)
+
+    pipeline = graph(
+        batch_size=plan.batch_size, num_threads=num_threads, device_id=gpu_number(device), prefetch_queue_depth=IN_FLIGHT
+    )
+    pipeline.build()
+    return pipeline
+
+
+def feed(pipeline: Any, plan: Plan, batch: HostBatch, decode_only: bool) -> None:
+    """Hands one batch to every input that the graph of `plan` has."""
+    work = batch.work
+    pipeline.feed_input("labels", batch.labels)
+    pipeline.feed_input("samples", batch.samples)
+    pipeline.feed_input("encoded", batch.encoded)
+    pipeline.feed_input("window_start", work.windows[:, :2].astype(np.int32))
+    pipeline.feed_input("window_shape", work.windows[:, 2:].astype(np.int32))
+    if decode_only:
+        return
+    if plan.resizes and plan.slices:
+        pipeline.feed_input("resized", work.resized.astype(np.float32))
+    if plan.slices:
+        pipeline.feed_input("anchor", work.anchors.astype(np.int32))
+    if plan.shows_borders:
+        feed_borders(pipeline, plan, work)
+    pipeline.feed_input("flip", work.flips)
+    for layer in range(plan.num_layers):
+        operations, arguments = work.operations[:, layer], work.arguments[:, layer]
+        pipeline.feed_input(f"operation{layer}", np.ascontiguousarray(operations))
+        pipeline.feed_input(f"argument{layer}", np.ascontiguousarray(arguments))
+        matrices = affine_matrices(operations, arguments, plan.size)
+        pipeline.feed_input(f"matrix{layer}", matrices.astype(np.float32))
+
+
+def feed_borders(pipeline: Any, plan: Plan, work: Work) -> None:
+    """The inputs of `resize_with_borders`, and what its output is divided by."""
+    sources = work.windows[:, 2:]
+    found = borders(sources, work.resized, work.anchors, plan.size, plan.interpolation)
+    pipeline.feed_input("padded_start", (-found.margins).astype(np.int32))
+    pipeline.feed_input("padded_shape", (sources + 2 * found.margins).astype(np.int32))
+    pipeline.feed_input("image_start", found.margins.astype(np.float32))
+    pipeline.feed_input("image_end", (found.margins + sources).astype(np.float32))
+    pipeline.feed_input("shares", found.shares)
+
+
+def dali_decodes(data: NDArray[np.uint8], device: torch.device) -> bool:
+    """Whether DALI decodes this image, uint8 [size], with a pipeline of its own."""
+    from nvidia.dali import Pipeline, fn, types
+
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=gpu_number(device), prefetch_queue_depth=1)
+    with pipeline:
+        source = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        on = "mixed" if device.type == "cuda" else "cpu"
+        pipeline.set_outputs(fn.decoders.image(source, device=on, adjust_orientation=False))
+    pipeline.build()
+    pipeline.feed_input("encoded", [data])
+    try:
+        pipeline.run()
+    except RuntimeError:
+        return False
+    return True
+
+
+def gpu_number(device: torch.device) -> int | None:
+    """DALI's `device_id`: None is its CPU backend."""
+    if device.type != "cuda":
+        return None
+    return device.index if device.index is not None else torch.cuda.current_device()

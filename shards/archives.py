@@ -21,6 +21,8 @@ VAL_TAR = "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 UNREADABLE = (tarfile.TarError, EOFError, zlib.error, BadGzipFile)
 """What a damaged or truncated archive raises, by where the damage is."""
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")
+"""How gzip, bzip2 and xz files begin, whatever their name; no member of such an archive lies at a place of the file."""
 
 
 def imagenet_source(folder: Path) -> Source:
@@ -164,7 +166,8 @@ class _PlainUnpickler(pickle.Unpickler):
 def cub200_source(archive: Path) -> Source:
     """CUB-200-2011 from its official archive, with its own split; `test` becomes `val`.
 
-    A compressed archive is held in memory (1.1 GB); an uncompressed one (`gunzip` it first) is read where it lies.
+    A compressed archive, by its first bytes, is held in memory (1.1 GB); an uncompressed one (`gunzip` it first) is read where
+    it lies.
     """
     if not archive.is_file():
         raise ValueError(f"{archive}: no such file; --source takes the official archive of CUB-200-2011 (.tgz)")
@@ -187,7 +190,7 @@ def _read_cub(archive: Path) -> tuple[dict[str, dict[str, str]], dict[str, Ref]]
     listed = archive.stat().st_mtime_ns
     try:
         with tarfile.open(archive) as tar:
-            plain = archive.suffix == ".tar"
+            plain = not _begins_with(archive, COMPRESSED)
             for member in tar:
                 path = PurePosixPath(member.name)
                 if path.name in wanted:
@@ -204,6 +207,11 @@ def _read_cub(archive: Path) -> tuple[dict[str, dict[str, str]], dict[str, Ref]]
     if missing := [name for name in wanted if name not in tables]:
         raise ValueError(f"{archive}: {', '.join(missing)} not in it; is it CUB-200-2011?")
     return tables, images
+
+
+def _begins_with(path: Path, magic: tuple[bytes, ...]) -> bool:
+    with path.open("rb") as file:
+        return file.read(max(map(len, magic))).startswith(magic)
 
 
 def _table(text: str) -> dict[str, str]:

@@ -73,6 +73,7 @@ def _prepare(parsed: argparse.Namespace) -> int:
         raise ValueError(f"--quality {parsed.quality}: only with --resize-short; the bytes of images are kept without it")
     started = time.monotonic()
     source = _source(parsed)
+    _refuse_empty(source, parsed)
     given = {name: getattr(parsed, name) for name in Options.__dataclass_fields__}
     options = Options(**{name: value for name, value in given.items() if value is not None})
     if parsed.dry_run:
@@ -95,6 +96,15 @@ def _source(parsed: argparse.Namespace) -> Source:
         case _:
             _refuse_inside(parsed.source, parsed.out)
             return folder_source(parsed.source)
+
+
+def _refuse_empty(source: Source, parsed: argparse.Namespace) -> None:
+    for name, split in source.splits.items():
+        if not split.items:
+            other = ", ".join(f"{len(there.items):,} for {key}" for key, there in source.splits.items() if key != name)
+            raise ValueError(
+                f"{parsed.source}: 0 images for the split {name} ({other}); a split needs at least one: fetch the archive again"
+            )
 
 
 def _refuse_inside(source: Path, out: Path) -> None:

@@ -18,9 +18,10 @@ from shards.archives import imagenet_source
 from shards.existing import find_splits
 from shards.images import Unclean, clean_image
 from shards.items import FileRef, unique_keys
+from shards.prepare import main
 from tests.data.planting import encoded
 from tests.shards.preparing import command, image_bytes
-from tests.shards.test_sources import add
+from tests.shards.test_sources import add, write_cub200
 
 
 def told(folder: Path, name: str) -> dict[str, str]:
@@ -146,6 +147,15 @@ def test_a_damaged_devkit_is_refused_by_name(tmp_path):
     (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"<html>not found</html>")
     with pytest.raises(ValueError, match=r"devkit_t12.tar.gz: not readable"):
         imagenet_source(tmp_path)
+
+
+@pytest.mark.parametrize(("in_train", "said"), [("1111", "split val (12 for train)"), ("0000", "split train (12 for val)")])
+def test_an_archive_without_images_for_a_split_is_refused(in_train, said, tmp_path, capsys):
+    write_cub200(tmp_path / "cub.tgz", "w:gz", in_train)
+    assert main(["cub200", "--source", str(tmp_path / "cub.tgz"), "--out", str(tmp_path / "out"), "--shards", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'cub.tgz'}: 0 images for the {said}; a split needs at least one" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_verify_survives_any_manifest_and_sees_unfinished_splits(tmp_path):

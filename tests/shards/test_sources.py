@@ -141,18 +141,23 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     assert not (tmp_path / "created").exists()
 
 
-@pytest.mark.parametrize("suffix", [".tgz", ".tar"])
-def test_cub200_keeps_its_own_split(suffix, tmp_path):
-    archive = tmp_path / f"CUB_200_2011{suffix}"
+def write_cub200(archive: Path, mode: str, in_train: str) -> None:
+    """3 classes of 4 images; `in_train` has one digit for each image of a class."""
     paths = [f"{label + 1:03d}.Bird_{label}/Bird_{label}_{image:04d}.jpg" for label in range(3) for image in range(4)]
-    with tarfile.open(archive, "w:gz" if suffix == ".tgz" else "w") as tar:
+    with tarfile.open(archive, mode) as tar:
         root = "CUB_200_2011"
         add(tar, f"{root}/images.txt", "".join(f"{n} {path}\n" for n, path in enumerate(paths, 1)).encode())
         add(tar, f"{root}/classes.txt", "".join(f"{n} {n:03d}.Bird_{n - 1}\n" for n in range(1, 4)).encode())
         add(tar, f"{root}/image_class_labels.txt", "".join(f"{n} {(n - 1) // 4 + 1}\n" for n in range(1, 13)).encode())
-        add(tar, f"{root}/train_test_split.txt", "".join(f"{n} {int(n % 4 != 0)}\n" for n in range(1, 13)).encode())
+        add(tar, f"{root}/train_test_split.txt", "".join(f"{n + 1} {in_train[n % 4]}\n" for n in range(12)).encode())
         for number, path in enumerate(paths, 1):
             add(tar, f"{root}/images/{path}", image_bytes(number))
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [(".tgz", "w:gz"), (".tar", "w"), (".tar", "w:gz"), (".tgz", "w")])
+def test_cub200_keeps_its_own_split_whatever_its_archive_is_named(suffix, mode, tmp_path):
+    archive = tmp_path / f"CUB_200_2011{suffix}"
+    write_cub200(archive, mode, "1110")
     command("cub200", "--source", archive, "--out", tmp_path / "out", "--shards", 2)
     train, val = (images_by_class(tmp_path / "out" / split) for split in ("train", "val"))
     assert list(train) == ["001.Bird_0", "002.Bird_1", "003.Bird_2"]

@@ -71,12 +71,25 @@ def _folder_split(root: Path, class_names: tuple[str, ...]) -> Split:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Every visible file below the folder, in an order that does not depend on the file system."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield Path(parent) / name
+    """Every visible file below the folder, through links as torchvision's ImageFolder goes, in an order of the names alone."""
+    above = frozenset(_identity(path) for start in (folder.absolute(), folder.resolve()) for path in start.parents)
+    yield from _walk(folder, above)
+
+
+def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    above |= {_identity(folder)}
+    with os.scandir(folder) as found:
+        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    folders = [folder / entry.name for entry in entries if entry.is_dir()]
+    yield from (folder / entry.name for entry in entries if not entry.is_dir())
+    for below in folders:
+        if _identity(below) not in above:  # a link to a folder that it lies in would lead round for ever
+            yield from _walk(below, above)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    stat = folder.stat()
+    return stat.st_dev, stat.st_ino
 
 
 def _key_text(class_name: str, path: Path) -> str:

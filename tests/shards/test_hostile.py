@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from distill.data.index import ShardIndex
 from shards.archives import imagenet_source
@@ -19,6 +20,7 @@ from shards.existing import find_splits
 from shards.images import Unclean, clean_image
 from shards.items import FileRef, unique_keys
 from shards.prepare import main
+from shards.sources import folder_source
 from tests.data.planting import encoded
 from tests.shards.preparing import command, image_bytes
 from tests.shards.test_sources import add, write_cub200
@@ -98,6 +100,21 @@ def test_files_of_others_are_not_overwritten(tmp_path):
     (tmp_path / "images/a").rename(tmp_path / "images/val")
     done = command("folder", "--source", tmp_path / "images", "--out", tmp_path / "other", check=False)
     assert (done.returncode, "has val, but no train" in done.stderr) == (2, True)
+
+
+def test_links_to_folders_are_followed_as_torchvision_does_and_not_in_circles(tmp_path):
+    root, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    for number, path in enumerate((root / "a/1.jpg", root / "b/2.jpg", elsewhere / "deep/3.jpg", tmp_path / "c/4.jpg")):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(image_bytes(number))
+    (root / "a/linked").symlink_to(elsewhere)
+    (root / "c").symlink_to(tmp_path / "c")
+    theirs = ImageFolder(str(root)).samples
+    for link, target in (("a/0", "."), ("b/up", ".."), ("c/round", root), ("a/linked/deep/back", root / "a/linked")):
+        (root / link).symlink_to(target)  # ImageFolder goes round in these until the system stops it
+    items = folder_source(root).splits["train"].items
+    assert [(item.ref.path, item.label) for item in items] == theirs
+    assert [item.key for item in items] == ["a_1", "a_linked-deep-3", "b_2", "c_4"]
 
 
 @pytest.fixture

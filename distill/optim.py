@@ -79,6 +79,7 @@ def learning_rate_schedule(
     """
 
     def learning_rate(progress: Progress) -> float:
+        """Of the step that is about to be made."""
         epoch = progress.step / progress.steps_per_epoch
         if epoch < warmup_epochs:
             # the first step already moves: (step + 1), not step
@@ -109,6 +110,7 @@ def weight_schedule(
     """
 
     def at(progress: Progress) -> float:
+        """The weight in the step that is about to be made."""
         since = progress.epoch - start_epoch
         if since < 0:
             return 0.0

@@ -126,6 +126,7 @@ def _sdd(base: str) -> Callable[[Case, torch.device], Versions]:
     """SDD on region logits [B, 21, K]; the head that makes them is the model's."""
 
     def build(case: Case, device: torch.device) -> Versions:
+        """Both versions over the base `base`."""
         student, teacher, labels = _logits((case.batch, REGIONS), device)
         own = labels[:, None].expand(-1, REGIONS)
         options = {"temperature": TEMPERATURE}

@@ -80,6 +80,7 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor | None, rows: Rows, want_gradient: bool) -> Tensor:
+        """student, teacher [N, K]; labels [N] or None; `rows` gives the losses and gradients of a block -> [N], one a row."""
         losses = student.new_empty(len(student), 1)
         gradient = torch.empty_like(student) if want_gradient else None
         step = _block_rows(student)

@@ -1,9 +1,12 @@
 """What several tests share: small shards of real scans, made once."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from distill.data.digits import load_digits_split
@@ -28,3 +31,18 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(image).save(path, quality=95)
     assert prepare(["folder", "--source", str(folder / "images"), "--out", str(folder), "--shards", "2"]) == 0
     return folder
+
+
+@pytest.fixture
+def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Accelerate on the CPU, which forgets afterwards what it keeps for the whole process."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+@pytest.fixture
+def accelerator(fresh_accelerate: None) -> Accelerator:
+    """A plain one, of one process."""
+    return Accelerator()

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from distill.losses import LOSSES
+from distill.recipe import Recipe
+from pipelines.arguments import parse
+
 
 def arguments(digits: Path, out: Path, *more: str) -> list[str]:
     """A small distillation: 6 steps an epoch, a random teacher unless told otherwise."""
@@ -58,6 +62,11 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 def steps_of(out: Path) -> list[str]:
     return [line for line in (out / "metrics.jsonl").read_text().splitlines() if '"loss/total"' in line]
+
+
+def recipe_of(digits: Path, out: Path, *more: str) -> Recipe:
+    """The recipe of `arguments`, as a run parses it."""
+    return parse(arguments(digits, out, *more), LOSSES).recipe
 
 
 EVERYTHING = [

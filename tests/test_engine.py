@@ -7,26 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from distill.control import Control
 from distill.engine import Counters, NonFiniteError, Run, log_step, train_epoch, train_step
 from distill.guard import Guard
-from distill.losses import LOSSES
 from distill.losses.regions import _made_matrix
 from distill.protocols import Batch
-from pipelines.arguments import parse
 from pipelines.build import build, build_splits
 from pipelines.machine import build_accelerator
-from tests.runs import arguments, metrics
+from tests.runs import metrics, recipe_of
 
 
 @pytest.fixture
-def run(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
+def run(digits: Path, tmp_path: Path, fresh_accelerate: None, request: pytest.FixtureRequest):
     """A built run of two epochs of six steps."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    recipe = parse(arguments(digits, tmp_path, *getattr(request, "param", [])), LOSSES).recipe
+    recipe = recipe_of(digits, tmp_path, *getattr(request, "param", []))
     accelerator = build_accelerator(recipe)
     accelerator.init_trackers("trackers")
     built, _ = build(recipe, accelerator, build_splits(recipe, accelerator))
@@ -36,8 +32,6 @@ def run(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: 
     built.checkpoints.close()
     for loader in (built.train_loader, built.eval_loader):
         loader.close()
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
 
 
 def poison(run: Run, step: int) -> None:

@@ -5,31 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from distill.losses import LOSSES
 from distill.models.memory import activation_bytes
-from pipelines.arguments import parse
 from pipelines.build import build, build_splits
 from pipelines.machine import build_accelerator
 from pipelines.memory import Footprint, OutOfMemory, advise, footprint, memory_explained
-from tests.runs import arguments
+from tests.runs import recipe_of
 
 GIB = 2**30
 
 
 @pytest.fixture
-def built(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    recipe = parse(arguments(digits, tmp_path), LOSSES).recipe
+def built(digits: Path, tmp_path: Path, fresh_accelerate: None):
+    recipe = recipe_of(digits, tmp_path)
     accelerator = build_accelerator(recipe)
     run, models = build(recipe, accelerator, build_splits(recipe, accelerator))
     yield recipe, run, models
     run.checkpoints.close()
     for loader in (run.train_loader, run.eval_loader):
         loader.close()
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
 
 
 def test_the_estimate_is_made_without_memory_and_counts_what_the_device_would_hold(built):

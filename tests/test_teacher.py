@@ -6,40 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from distill.config import RecipeError
 from distill.evaluation import evaluate
-from distill.losses import LOSSES
 from distill.mixing import to_pixels
 from distill.models.served import ServedTeacher
 from distill.protocols import Needs
-from distill.recipe import Recipe, Teacher
-from pipelines.arguments import parse
+from distill.recipe import Teacher
 from pipelines.build import build_eval_loader, build_splits
 from pipelines.speedups import check_precision, teacher_stream
 from pipelines.teacher import LabelledBy, check_agreement
 from tests.models.model_support import PYRAMID, backbone
 from tests.processes import finished
-from tests.runs import arguments, metrics
+from tests.runs import arguments, metrics, recipe_of
 
 CPU = torch.device("cpu")
 NEEDS = Needs(region_logits=(PYRAMID,), region_features=(PYRAMID,), stages=(-1,))
 VIT = {"img_size": 32, "patch_size": 8, "depth": 2}
 TORCHAO = importlib.util.find_spec("torchao") is not None
 without_torchao = pytest.mark.skipif(not TORCHAO, reason="torchao is not installed (extra `quantize`)")
-
-
-@pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield Accelerator()
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-
-
-def recipe(digits: Path, out: Path, *more: str) -> Recipe:
-    return parse(arguments(digits, out, *more), LOSSES).recipe
 
 
 @pytest.mark.parametrize(("name", "kwargs"), [("cifar_resnet14", {}), ("vit_tiny_patch16_224", VIT)])
@@ -89,7 +74,7 @@ def test_a_precision_that_cannot_be_had_is_refused_in_one_line(name: str, precis
 def test_agreement_is_the_share_of_all_validation_images_with_the_same_decision(
     digits: Path, tmp_path: Path, accelerator: Accelerator
 ):
-    asked = recipe(digits, tmp_path)
+    asked = recipe_of(digits, tmp_path)
     ours, theirs = (backbone("cifar_resnet14", 32, Needs(), seed=seed).eval() for seed in (0, 1))
     val = build_splits(asked, accelerator).val
 
@@ -154,8 +139,8 @@ def test_an_int8_teacher_trains_once_its_agreement_is_known(digits: Path, tmp_pa
 def test_two_cuda_graphs_at_once_are_refused(digits: Path, tmp_path: Path):
     graphs = ["--train.overlap_teacher", "true", "--train.compile_mode", "reduce-overhead", "--train.compile"]
     with pytest.raises(RecipeError, match=r"train\.overlap_teacher: reduce-overhead .* compile one model"):
-        teacher_stream(recipe(digits, tmp_path, *graphs, "both"), CPU)
-    assert teacher_stream(recipe(digits, tmp_path, *graphs, "student"), CPU) is None
+        teacher_stream(recipe_of(digits, tmp_path, *graphs, "both"), CPU)
+    assert teacher_stream(recipe_of(digits, tmp_path, *graphs, "student"), CPU) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="streams need a GPU")

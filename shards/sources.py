@@ -54,6 +54,8 @@ def _folder_split(root: Path, class_names: tuple[str, ...]) -> Split:
     labels: list[int] = []
     ignored = 0
     for label, class_name in enumerate(class_names):
+        if not (root / class_name).is_dir():  # a class of the training split that this one has no image of
+            continue
         for path in _files(root / class_name):
             if path.suffix.lower() not in IMAGE_SUFFIXES:
                 ignored += 1

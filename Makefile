@@ -41,7 +41,7 @@ test: lint
 
 # the main command under torch.compile's own backend; `make test` has every mechanism under a cheaper one
 test-compile: lint
-	TEST_COMPILE=1 $(BIN)/python -m pytest tests/test_compile.py
+	TEST_COMPILE=1 $(BIN)/python -m pytest tests/pipelines/test_compile.py
 
 # minutes of random kills; `make test` has a short version
 chaos: $(READY)
@@ -49,10 +49,10 @@ chaos: $(READY)
 
 # ratios against the recorded ones, on a CPU; exit code 1 names what got worse
 bench: $(READY)
-	$(BIN)/python -m pipelines.bench_guard
+	$(BIN)/python -m tests.bench.guard
 
 bench-losses: $(READY)
-	$(BIN)/python -m pipelines.bench_losses
+	$(BIN)/python -m tests.bench.losses
 
 clean:
 	rm -rf runs data .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
 import zlib
@@ -25,6 +24,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from distill.files import sync, write_text_atomically
 
 log = logging.getLogger(__name__)
 
@@ -66,31 +67,12 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _checksum(path: Path) -> int:
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """`text` at `path`: the old content or the new one, whenever the machine stops."""
-    aside = path.with_name(f".{path.name}.aside")  # one name: what a kill leaves is overwritten by the next write
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-    _sync(path.parent)
 
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
@@ -101,7 +83,7 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
     torch.save(snapshot.state, folder / "state.pt")
     files = {}
     for path in sorted(folder.iterdir()):
-        _sync(path)
+        sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
     write_text_atomically(folder / "checkpoint.json", json.dumps({"format": FORMAT, "files": files, "meta": snapshot.meta}))
 
@@ -196,7 +178,7 @@ class Checkpoints:
             if final.exists():  # the same step again: of a damaged checkpoint, or of another branch of this run
                 final.rename(self.folder / f".old-{name}-{time.time_ns()}")
             aside.rename(final)
-            _sync(self.folder)
+            sync(self.folder)
             self._damaged.discard(name)
             write_text_atomically(self.folder / "LAST", name)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk

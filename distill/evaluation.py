@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from distill.control import Interrupted
+from distill.agreement import Interrupted
+from distill.batch_transform import to_pixels
 from distill.metrics import classification_metrics, classification_sums
-from distill.mixing import to_pixels
 from distill.protocols import Loader
 
 

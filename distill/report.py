@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from distill.checkpoint import write_text_atomically
+from distill.files import write_text_atomically
 
 
 class Reporter:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
-from pipelines.launcher import end_with_launcher
+from pipelines.setup.launcher import end_with_launcher
 
 if __name__ == "__main__":
     end_with_launcher()
@@ -31,31 +31,18 @@ from distill.losses import LOSSES
 from distill.models.build import import_models
 from distill.protocols import Batch
 from distill.recipe import Recipe
-from pipelines.arguments import parse
-from pipelines.bench_report import (
-    FORMAT,
-    MODELS,
-    Ceiling,
-    Held,
-    Part,
-    Report,
-    Setting,
-    Step,
-    Traffic,
-    WarmUp,
-    bottleneck,
-    plot,
-    table,
-)
-from pipelines.build import Splits, build, build_splits, check_mixing, requests
-from pipelines.ceiling import Alone, flops_per_image, loader_rate, measure_machine, measure_network
-from pipelines.footprint import Arrivals, MemoryLine, contrasted, memory
-from pipelines.ledger import DATA, REST, Communication, Timeline, endless, make_steps, marked
-from pipelines.machine import build_accelerator, keep_freed_memory, micro_batch_size
-from pipelines.memory import memory_explained
-from pipelines.options import Parser
-from pipelines.speedups import compile_report
-from pipelines.teacher import lower_teacher
+from pipelines.measure.ceiling import Alone, flops_per_image, loader_rate, measure_machine, measure_network
+from pipelines.measure.memory import Arrivals, MemoryLine, contrasted, memory
+from pipelines.measure.report import FORMAT, MODELS, Ceiling, Held, Part, Report, Setting, Step, Traffic, WarmUp
+from pipelines.measure.show import bottleneck, plot, table
+from pipelines.measure.timeline import DATA, REST, Communication, Timeline, endless, make_steps, marked
+from pipelines.setup.arguments import Parser, parse, requests
+from pipelines.setup.build import build
+from pipelines.setup.data import Splits, build_splits, check_mixing
+from pipelines.setup.machine import build_accelerator, keep_freed_memory, micro_batch_size
+from pipelines.setup.observers import compile_report
+from pipelines.setup.out_of_memory import memory_explained
+from pipelines.setup.teacher import lower_teacher
 
 SETTLE = 3
 """Steps after each pause that use up what the loader made ready in it."""

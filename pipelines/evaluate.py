@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
-from pipelines.launcher import end_with_launcher
+from pipelines.setup.launcher import end_with_launcher
 
 if __name__ == "__main__":
     end_with_launcher()
@@ -25,7 +25,9 @@ from distill.data.index import ShardIndex
 from distill.engine import evaluate
 from distill.models.build import import_models
 from distill.recipe import Data, Recipe, Teacher, Train
-from pipelines.build import build_eval_loader, build_teacher, requests
+from pipelines.setup.arguments import requests
+from pipelines.setup.data import build_eval_loader
+from pipelines.setup.models import build_teacher
 
 EPILOG = """
 examples:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
-from pipelines.launcher import end_with_launcher
+from pipelines.setup.launcher import end_with_launcher
 
 if __name__ == "__main__":
     end_with_launcher()
@@ -24,33 +24,26 @@ if __name__ == "__main__":
 import torch
 from accelerate import Accelerator
 
+from distill.agreement import EXIT_CODE, Control, Interrupted
 from distill.checkpoint import CheckpointError
 from distill.config import RecipeError, as_dict
-from distill.control import EXIT_CODE, Control, Interrupted
-from distill.engine import NonFiniteError, Run, fit, restore
+from distill.engine import NonFiniteError, fit
 from distill.evaluation import known_bad_samples
 from distill.losses import LOSSES
 from distill.models.build import import_models
 from distill.models.export import export_student
 from distill.recipe import Recipe
+from distill.run import Run, restore
 from distill.watchdog import Watchdog
-from pipelines.arguments import Request, parse
-from pipelines.build import (
-    Models,
-    Splits,
-    build,
-    build_plan,
-    build_splits,
-    check_mixing,
-    eval_spec,
-    rehearse,
-    requests,
-)
-from pipelines.folder import adapted, check_contents, check_recipe, claim, digest, write_manifest
-from pipelines.formats import MANIFEST
-from pipelines.machine import build_accelerator, keep_freed_memory, micro_batch_size
-from pipelines.memory import memory_explained
-from pipelines.teacher import prepare_teacher
+from pipelines.setup.arguments import Request, parse, requests
+from pipelines.setup.build import build, build_plan, rehearse
+from pipelines.setup.data import Splits, build_splits, check_mixing, eval_spec
+from pipelines.setup.machine import build_accelerator, keep_freed_memory, micro_batch_size
+from pipelines.setup.memory_formats import MANIFEST
+from pipelines.setup.models import Models
+from pipelines.setup.out_of_memory import memory_explained
+from pipelines.setup.run_folder import adapted, check_contents, check_recipe, claim, digest, write_manifest
+from pipelines.setup.teacher import prepare_teacher
 
 
 class Session(NamedTuple):

@@ -16,12 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
 from distill.losses.msdcrd import MSDCRD
-from distill.losses.regions import region_matrix
 from distill.models.build import import_models
-from distill.models.describe import Description, describe
-from distill.models.outline import create_outline
+from distill.models.describe import Description, create_outline, describe
 from distill.protocols import Needs, Regions
-from pipelines.pairs_matrix import check_all
+from distill.regions import region_matrix
+from pipelines.measure.compatibility import check_all
 
 REGIONS = Regions(scales=(1, 2, 4))
 WEAK_WARNING = ("a1", "a2", "a3", "b1k", "b2k", "c1", "c2", "d", "ra", "ra2", "ra3", "bt")
@@ -160,5 +159,7 @@ def as_text(teacher: Description, student: Description, report: dict) -> str:
 
 
 if __name__ == "__main__":
-    logging.getLogger("distill.models.find").setLevel(logging.ERROR)  # report and table name the mechanism themselves
+    logging.getLogger("distill.models.region_logits.find").setLevel(
+        logging.ERROR
+    )  # report and table name the mechanism themselves
     sys.exit(main())

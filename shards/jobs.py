@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.index import ShardInfo, json_bytes, write_atomically
+from distill.data.index import ShardInfo
+from distill.files import json_bytes, write_atomically
 from shards.items import Item
 
 PARTS = ".parts"

@@ -15,12 +15,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from distill.data.index import MANIFEST, ShardIndex, json_bytes, write_atomically
-from distill.data.order import derive_seed, permutation
-from shards.engine import Runner, run_jobs
+from distill.data.index import MANIFEST, ShardIndex
+from distill.data.order import permutation
+from distill.files import json_bytes, write_atomically
+from distill.seeds import derive_seed
 from shards.existing import find_splits
 from shards.items import Source
 from shards.jobs import PARTS, IndexJob, Job, ShardJob, ShardResult, read_marker
+from shards.workers import Runner, run_jobs
 from shards.writer import finish_split, tidy
 
 INFO = "_info.json"

@@ -15,13 +15,13 @@ if __package__ in (None, ""):  # run as a script: the repository root is not on 
 
 from distill.data.index import ShardIndex
 from shards.archives import cifar_source, cub200_source, imagenet_source
-from shards.engine import Runner, WorkersLost, run_jobs, run_jobs_on_ray
 from shards.items import Source, SourceChanged
 from shards.preparation import Options, SplitSummary, index_existing, prepare, split_folders, split_jobs
 from shards.show import describe, write_sheet
 from shards.sources import VAL_NAMES, digits_source, folder_source
 from shards.tarwalk import BrokenTar
 from shards.verify import find_split_folders, unfinished_splits, verify_split
+from shards.workers import Runner, WorkersLost, run_jobs, run_jobs_on_ray
 
 EPILOG = """examples:
   python shards/prepare.py digits --out data/digits

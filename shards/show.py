@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from distill.data.index import ShardIndex
-from distill.data.order import derive_seed, permutation
+from distill.data.order import permutation
 from distill.data.reader import SampleReader
+from distill.seeds import derive_seed
 
 TILE = 112
 TEXT_HEIGHT = 14

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill.data.digits import CLASS_NAMES, SIDE, load_digits_split
+from shards.digits import CLASS_NAMES, SIDE, load_digits_split
 from shards.items import FileRef, Item, PixelsRef, Source, Split, unique_keys
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif"))

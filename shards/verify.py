@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.data.index import MANIFEST, ShardIndex, ShardInfo, member_key
-from distill.data.order import derive_seed, permutation
+from distill.data.order import permutation
+from distill.seeds import derive_seed
 from shards.images import Unclean, clean_image
 from shards.jobs import PARTS
 from shards.tarwalk import BrokenTar, Member, walk_tar

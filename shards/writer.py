@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.index import RECORD, TAR_BLOCK, ShardInfo, write_atomically, write_split
+from distill.data.index import RECORD, TAR_BLOCK, ShardInfo, write_split
+from distill.files import write_atomically
 from shards.images import Unclean, clean_image
 from shards.jobs import PARTS, ShardJob, ShardResult, read_marker, rows_path, write_marker
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from distill.data.digits import load_digits_split
+from shards.digits import load_digits_split
 from shards.prepare import main as prepare
 
 # each of pytest's workers is one core's: threads of several that wait for each other in a busy loop cost five times the work

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.bench_report import Report
+from pipelines.measure.report import Report
 from tests.processes import CONTEXT, Job, free_port
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from distill.losses import LOSSES
 from distill.recipe import Recipe
-from pipelines.arguments import parse
+from pipelines.setup.arguments import parse
 
 
 def arguments(digits: Path, out: Path, *more: str) -> list[str]:

@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from distill.data.batch_plan import Work, gather
 from distill.data.dali_graph import IN_FLIGHT, HostBatch, build_pipeline, dali_decodes, feed
 from distill.data.header import image_size
 from distill.data.loaders import PlannedLoader, Task, eval_loader, train_loader
 from distill.data.pixels import as_png, decode, png_bytes, transform_window
-from distill.data.plan import Work, gather
 from distill.data.reader import BadSample, SampleReader
 from distill.data.stream import Position, PositionStream, next_position
 from distill.protocols import Batch

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distill.data.borders import borders
-from distill.data.dali_ops import add_layer, resize, resize_with_borders
-from distill.data.plan import Plan, Work
-from distill.data.policy import affine_matrices
+from distill.data.augment.borders import borders
+from distill.data.augment.dali_ops import add_layer, resize, resize_with_borders
+from distill.data.augment.policy import affine_matrices
+from distill.data.batch_plan import Plan, Work
 
 IN_FLIGHT = 2
 """Batches inside DALI; its `prefetch_queue_depth`."""

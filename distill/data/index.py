@@ -7,7 +7,6 @@ shared by all processes of a machine.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tarfile
@@ -19,6 +18,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from distill.files import file_sha256, json_bytes, write_atomically
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -37,33 +38,6 @@ class ShardInfo:
     samples: int
     bytes: int
     sha256: str
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks of 1 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes aside, syncs, renames: after a crash `path` has its old content or the new one, never a part.
-
-    One name aside, so that what a crash leaves is overwritten: a folder has one writer at a time.
-    """
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def json_bytes(value: object) -> bytes:
-    """Readable JSON whose bytes depend on the value alone; the bytes of a file name that is no UTF-8 are escaped."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def write_split(

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from distill.data.augment import TrainTransform
+from distill.data.augment.parameters import TrainTransform
+from distill.data.batch_plan import EvalPlan, Plan, TrainPlan
 from distill.data.faults import Quarantine
 from distill.data.index import ShardIndex
-from distill.data.plan import EvalPlan, Plan, TrainPlan
 from distill.data.prefetch import prefetched
 from distill.data.stream import Position
 from distill.protocols import Batch, InputSpec

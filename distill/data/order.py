@@ -6,16 +6,10 @@ whose values numpy guarantees across versions (its distributions are not guarant
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 from numpy.typing import NDArray
 
-
-def derive_seed(seed: int, purpose: str, *counters: int) -> int:
-    """A 63-bit seed for one purpose: a stable hash of its arguments, the same on every machine and Python version."""
-    text = ":".join([purpose, str(int(seed)), *(str(int(counter)) for counter in counters)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+from distill.seeds import derive_seed
 
 
 def permutation(seed: int, size: int) -> NDArray[np.int64]:

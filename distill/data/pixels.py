@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from distill.data.pil_ops import apply_operation
-from distill.data.plan import Plan, Work
+from distill.data.augment.pil_ops import apply_operation
+from distill.data.batch_plan import Plan, Work
 from distill.data.reader import BadSample
 
 PIL_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

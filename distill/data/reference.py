@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from webdataset.tariterators import tar_file_iterator
 
+from distill.data.batch_plan import gather
 from distill.data.index import TAR_BLOCK, ShardIndex
 from distill.data.loaders import PlannedLoader, Task, eval_loader, train_loader
 from distill.data.pixels import decode, transform_image
-from distill.data.plan import gather
 from distill.data.reader import ShardLost, check_bytes
 from distill.data.stream import Position, PositionStream
 from distill.protocols import Batch

@@ -9,15 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.losses.divergence import RowLoss, Rows, compare, soften, weighted_excess, widen
-from distill.losses.inputs import (
-    check_pair,
-    check_temperature,
-    check_weights,
-    full_precision,
-    no_autocast,
-    soft_labels,
-    teacher_of,
-)
+from distill.losses.inputs import check_pair, check_temperature, check_weights, soft_labels, teacher_of
+from distill.precision import full_precision, no_autocast
 from distill.protocols import ModelOutput, Needs
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from distill.losses.contrast import Contrast, default_chunk_rows, gather_columns, unit_rows
-from distill.losses.inputs import check_pair, check_temperature, full_precision, full_precision_type, no_autocast, teacher_of
+from distill.losses.inputs import check_pair, check_temperature, teacher_of
 from distill.losses.projector import Projector, build_projector
-from distill.losses.regions import Grid, cached_matrix, pool, region_matrix, scale_slices, usable_scales
+from distill.precision import full_precision, full_precision_type, no_autocast
 from distill.protocols import ModelOutput, Needs, Regions
+from distill.regions import Grid, cached_matrix, pool, region_matrix, scale_slices, usable_scales
 
 FORMS = ("log", "eq12")
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from distill.losses.inputs import check_pair, check_temperature, check_weights, soft_labels, teacher_of
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
-from distill.losses.regions import RULES, complementary, pooling_matrix, scale_slices
 from distill.protocols import ModelOutput, Needs, Regions
+from distill.regions import RULES, complementary, pooling_matrix, scale_slices
 
 log = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distill.models.attend import AttendHead
-from distill.models.find import CHECKED, find_mechanism, last_block_input
-from distill.models.head import normalised_by, region_statistics, snapshot, training_batchnorms
-from distill.models.layout import Features, Layout, TimmModel
-from distill.models.mechanisms import Sight, SplitHead, pooled
-from distill.models.plan import Pooling, RegionPlan, plan_regions, take
-from distill.models.probe import Anatomy, examine
+from distill.models.region_logits.attend import AttendHead
+from distill.models.region_logits.find import CHECKED, find_mechanism, last_block_input
+from distill.models.region_logits.head_batchnorm import normalised_by, region_statistics, snapshot, training_batchnorms
+from distill.models.region_logits.layout import Features, Layout, TimmModel
+from distill.models.region_logits.mechanisms import Sight, SplitHead, pooled
+from distill.models.region_logits.plan import Pooling, RegionPlan, plan_regions, take
+from distill.models.region_logits.probe import Anatomy, examine
 from distill.protocols import InputSpec, ModelOutput, Needs
 
 

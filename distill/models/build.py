@@ -16,8 +16,8 @@ from timm.models import get_pretrained_cfg, is_model, list_models, list_pretrain
 from torch import nn
 
 from distill.models.backbone import Backbone
-from distill.models.plan import Pooling
-from distill.models.spec import input_spec_of
+from distill.models.input_spec import input_spec_of
+from distill.models.region_logits.plan import Pooling
 from distill.models.weights import classes_in, load_weights, read_class_map, read_config, read_weights
 from distill.protocols import InputSpec, Needs
 

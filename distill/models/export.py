@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from timm.models import model_entrypoint
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from distill.files import replace_file
 from distill.models.weights import CONFIG, WEIGHTS
 from distill.protocols import InputSpec
 
@@ -44,11 +44,11 @@ def export_student(
     folder.mkdir(parents=True, exist_ok=True)
     # contiguous, because safetensors refuses channels_last; cloned, because it refuses tensors that share memory
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    _replace(folder / WEIGHTS, lambda file: save_file(state, file, metadata={"format": "pt"}))
-    _replace(folder / CONFIG, lambda file: _write_config(model, file, input_spec, class_names, metadata))
+    replace_file(folder / WEIGHTS, lambda file: save_file(state, file, metadata={"format": "pt"}))
+    replace_file(folder / CONFIG, lambda file: _write_config(model, file, input_spec, class_names, metadata))
     architecture = json.loads((folder / CONFIG).read_text())["architecture"]
     card = model_card(architecture, int(model.num_classes), input_spec, metadata or {})  # type: ignore[arg-type]
-    _replace(folder / "README.md", lambda file: file.write_text(card))
+    replace_file(folder / "README.md", lambda file: file.write_text(card))
 
 
 def model_card(architecture: str, num_classes: int, spec: InputSpec, metadata: Mapping[str, Any]) -> str:
@@ -100,10 +100,3 @@ def _write_config(
     if metadata:
         config["distillation"] = dict(metadata)
     file.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Writes beside `path` and renames, so that a reader never meets half a file."""
-    aside = path.with_name(f".{path.name}.partial")
-    write(aside)
-    os.replace(aside, path)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from distill.data.index import file_sha256
+from distill.files import file_sha256
 from tests.shards.preparing import ROOT, image_bytes
 
 SHARDS = 40

@@ -21,7 +21,7 @@ from shards.images import Unclean, clean_image
 from shards.items import FileRef, unique_keys
 from shards.prepare import main
 from shards.sources import folder_source
-from tests.data.planting import encoded
+from tests.distill.data.planting import encoded
 from tests.shards.preparing import command, image_bytes
 from tests.shards.test_sources import add, write_cub200
 

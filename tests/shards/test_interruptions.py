@@ -211,7 +211,7 @@ def test_verify_finds_an_index_that_lies(prepared):
     assert "index.npy: sha256" in defects(prepared)[0]
     import json
 
-    from distill.data.index import file_sha256
+    from distill.files import file_sha256
 
     manifest = json.loads((prepared / "manifest.json").read_text())
     manifest["index_sha256"] = file_sha256(path)

@@ -10,8 +10,8 @@ from PIL import Image
 
 from distill.data.reader import TAIL
 from shards.images import Clean, Unclean, clean_image
-from tests.data.conftest import picture
-from tests.data.planting import encoded
+from tests.distill.data.conftest import picture
+from tests.distill.data.planting import encoded
 
 
 def spoiled(data: bytes, kind: int, rng: np.random.Generator) -> bytes:

@@ -1,0 +1,65 @@
+"""From a loader's bytes to what the models see: pixels in [0, 1], timm's Mixup/CutMix and RandomErasing on the device batch.
+
+One view for both models: each backbone normalises for itself afterwards, so teacher and student see the same mixed pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+from distill.protocols import Batch
+
+
+def to_pixels(images: Tensor, channels_last: bool = True) -> Tensor:
+    """float32 [B, 3, H, W] in [0, 1] from uint8 [B, H, W, 3]; channels_last strides come without a copy of the bytes."""
+    pixels = images.permute(0, 3, 1, 2).float().div_(255)
+    return pixels if channels_last else pixels.contiguous()
+
+
+class BatchTransform:
+    """`Batch` -> (images float32 [B, 3, H, W] in [0, 1], labels int64 [B], or float [B, K] where images were mixed).
+
+    Mixing pairs image i with image B-1-i of the same process's micro-batch (timm's `batch` mode; B must be even). Erasing
+    with noise matches the `mean` and `std` that it would have had after the student's normalisation.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        channels_last: bool = True,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mix_probability: float = 1.0,
+        cutmix_share: float = 0.5,
+        erasing: float = 0.0,
+        erasing_mode: str = "pixel",
+    ) -> None:
+        self.channels_last = channels_last
+        self.mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
+        self.std = torch.tensor(std, device=device).view(1, 3, 1, 1)
+        # label smoothing stays with the cross-entropy: smoothing mixed labels or mixing smoothed ones is the same
+        self.mixup = (
+            Mixup(mixup, cutmix, prob=mix_probability, switch_prob=cutmix_share, label_smoothing=0.0, num_classes=num_classes)
+            if mixup or cutmix
+            else None
+        )
+        self.erasing = RandomErasing(erasing, mode=erasing_mode, device=device) if erasing else None
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images, labels = to_pixels(batch.images, self.channels_last), batch.labels
+        if self.mixup is not None:
+            if len(images) % 2:
+                raise ValueError(f"augment.mixup: a micro-batch of {len(images)} cannot be paired; make it even")
+            images, labels = self.mixup(images, labels)
+        if self.erasing is not None:
+            images = self.erasing((images - self.mean) / self.std) * self.std + self.mean
+        return images, labels

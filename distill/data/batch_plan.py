@@ -1,0 +1,211 @@
+"""What a micro-batch consists of, on the host: which samples, and what is to be done with each image.
+
+Both loaders follow these plans; a plan holds no position, it answers for any.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.data.augment.parameters import TrainTransform, crop_windows, eval_geometry, flips, layers, uniforms
+from distill.data.faults import Quarantine
+from distill.data.order import TrainOrder, eval_batches, eval_samples, micro_batch_rows
+from distill.data.reader import BadSample
+from distill.data.stream import Position
+from distill.protocols import InputSpec
+from distill.seeds import derive_seed
+
+Loaded = TypeVar("Loaded")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done to each of B images, in this order; evaluation and all kinds of training are cases of it."""
+
+    windows: NDArray[np.int64]
+    """[B, 4] (top, left, height, width): the part of the stored image to decode, inside it."""
+    resized: NDArray[np.int64]
+    """[B, 2] (height, width): the size to resize that part to."""
+    anchors: NDArray[np.int64]
+    """[B, 2] (top, left): where the output is cut out of it; black where it reaches outside."""
+    flips: NDArray[np.int32]
+    """[B]: 1 where the output is flipped left to right."""
+    operations: NDArray[np.int32]
+    """[B, L]: L layers of operations of `policy.py` after the flip, by number."""
+    arguments: NDArray[np.float32]
+    """[B, L]: what each of them is done with."""
+
+
+class Plan(Protocol):
+    """Answers for any position which samples it has and what is done with them."""
+
+    identity: dict[str, int]
+    """What the order of samples is a function of, beside index and position."""
+    size: tuple[int, int]
+    """(height, width) of the output."""
+    interpolation: str
+    num_layers: int
+    """Layers of operations after the flip."""
+    fill: tuple[int, int, int]
+    """Colour that comes in from outside in them."""
+    resizes: bool
+    """False where no image is ever resized: `resized` is then the size of the window."""
+    slices: bool
+    """False where the resized image is the output: all `anchors` are then 0."""
+    shows_borders: bool
+    """True where the output may show the outermost lines of resized images, and PIL's are asked for."""
+    exact: bool
+    """False where images are resized and flipped and no more: another resizer than Pillow may then do both at once."""
+    batch_size: int
+    """The largest batch."""
+    batches_per_epoch: int
+
+    def samples(self, position: Position) -> NDArray[np.int64]:
+        """int64 [B]: the samples of the batch."""
+        ...
+
+    def substitute(self, position: Position, row: int, attempt: int) -> int | None:
+        """The sample that takes the place of a bad one in this row; None where the row is left out instead."""
+        ...
+
+    def work(self, position: Position, sizes: NDArray[np.int64]) -> Work:
+        """What to do with each image, from the images' `sizes` [B, 2] as (height, width)."""
+        ...
+
+
+class TrainPlan:
+    """The micro-batches of process `rank` in training: pure functions of (seed, epoch, micro-batch)."""
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        size: tuple[int, int],
+        transform: TrainTransform,
+        global_batch_size: int,
+        accumulate: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shuffle_block: int = 0,
+    ) -> None:
+        rows = [micro_batch_rows(global_batch_size, accumulate, rank, world_size, micro) for micro in range(accumulate)]
+        self.identity = {"seed": seed, "global_batch_size": global_batch_size, "shuffle_block": shuffle_block}
+        self.order = TrainOrder(num_samples, global_batch_size, seed, shuffle_block)
+        self.transform = transform
+        self.size = size
+        self.interpolation = transform.interpolation
+        self.num_layers = transform.num_layers
+        self.fill = transform.fill
+        self.resizes = transform.crop != "pad"
+        self.slices = transform.crop == "pad"
+        self.exact = self.slices or self.num_layers > 0
+        self.shows_borders = False  # twice the time for lines that differ by some levels: not where images are distorted anyway
+        self.batch_size = global_batch_size // (accumulate * world_size)
+        self.batches_per_epoch = self.order.steps_per_epoch * accumulate
+        self._rows = rows
+
+    def samples(self, position: Position) -> NDArray[np.int64]:
+        """int64 [B]: the samples of this micro-batch."""
+        step, micro = divmod(position.micro, len(self._rows))
+        return self.order.samples(position.epoch, step)[self._rows[micro]]
+
+    def first_row(self, position: Position) -> int:
+        """The place in the epoch's permutation of the micro-batch's first sample; its other samples follow."""
+        step, micro = divmod(position.micro, len(self._rows))
+        return step * self.order.global_batch_size + self._rows[micro].start
+
+    def substitute(self, position: Position, row: int, attempt: int) -> int:
+        """A sample drawn at random: a function of the row's place in the epoch, so the same whoever finds the bad one, when."""
+        place = self.first_row(position) + row
+        return derive_seed(self.order.seed, "substitute", position.epoch, place, attempt) % self.order.num_samples
+
+    def work(self, position: Position, sizes: NDArray[np.int64]) -> Work:
+        """What to do with each image, from the images' `sizes` [B, 2] as (height, width)."""
+        numbers = uniforms(self.order.seed, position.epoch, self.first_row(position), len(sizes))
+        windows = crop_windows(self.transform, sizes, self.size, numbers)
+        flipped = flips(self.transform, numbers)
+        drawn = layers(self.transform, self.size, numbers)
+        if self.transform.crop == "pad":
+            return Work(whole_windows(sizes), sizes, windows[:, :2], flipped, *drawn)
+        resized = np.broadcast_to(np.array(self.size, np.int64), sizes.shape)
+        return Work(windows, resized, np.zeros_like(sizes), flipped, *drawn)
+
+
+class EvalPlan:
+    """The batches of process `rank` in evaluation: every sample of the split once over all ranks, in order."""
+
+    def __init__(self, num_samples: int, *, spec: InputSpec, batch_size: int, rank: int, world_size: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch size {batch_size}: must be at least 1")
+        self.identity: dict[str, int] = {}
+        self.num_samples = num_samples
+        self.spec = spec
+        self.size = (spec.height, spec.width)
+        self.interpolation = spec.interpolation
+        self.num_layers = 0
+        self.fill = (0, 0, 0)
+        self.resizes = True
+        self.slices = True
+        self.exact = True
+        # a filter that reaches two pixels far is renormalised in two lines on each side
+        self.shows_borders = any(math.floor(side / spec.crop_fraction) - side < 4 for side in self.size)
+        self.batch_size = batch_size
+        self.batches_per_epoch = eval_batches(num_samples, batch_size, rank, world_size)
+        self._rank = rank
+        self._world_size = world_size
+
+    def samples(self, position: Position) -> NDArray[np.int64]:
+        """int64 [<= B]: the samples of this batch."""
+        return eval_samples(self.num_samples, self.batch_size, self._rank, self._world_size, position.micro)
+
+    def substitute(self, position: Position, row: int, attempt: int) -> None:
+        """None: a stand-in would be counted twice, so the bad sample is left out, and the batch is shorter."""
+        return None
+
+    def work(self, position: Position, sizes: NDArray[np.int64]) -> Work:
+        """What to do with each image, from the images' `sizes` [B, 2] as (height, width)."""
+        resized, anchors = eval_geometry(sizes, self.spec)
+        none = np.zeros((len(sizes), 0), np.int32), np.zeros((len(sizes), 0), np.float32)
+        return Work(whole_windows(sizes), resized, anchors, np.zeros(len(sizes), np.int32), *none)
+
+
+def whole_windows(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [B, 4]: the windows that are the whole images."""
+    return np.concatenate([np.zeros_like(sizes), sizes], axis=1)
+
+
+def gather(
+    plan: Plan, position: Position, quarantine: Quarantine, read: Callable[[int], Loaded]
+) -> tuple[list[Loaded], NDArray[np.int64]]:
+    """What `read` gives for each sample of the batch, and which samples these are after bad ones were replaced.
+
+    `read` raises BadSample for a bad sample, which is then quarantined and replaced (in training) or left out (in
+    evaluation, where nothing may be left). Raises TooManyFaults.
+    """
+    loaded: list[Loaded] = []
+    samples: list[int] = []
+    for row, planned in enumerate(plan.samples(position).tolist()):
+        sample: int | None = planned
+        for attempt in itertools.count():
+            if sample is None:
+                break
+            if sample in quarantine:
+                quarantine.check()  # where every sample is bad, a search for a good one would not end
+            else:
+                try:
+                    loaded.append(read(sample))
+                except BadSample as error:
+                    quarantine.add(sample, str(error), position)
+                else:
+                    samples.append(sample)
+                    break
+            sample = plan.substitute(position, row, attempt)
+    return loaded, np.array(samples, np.int64)

@@ -1,0 +1,250 @@
+"""Which mechanism gives region logits of a model: tried in order on the model itself, never looked up by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distill.models.region_logits.attend import AttendHead
+from distill.models.region_logits.layout import Features, Layout, TimmModel
+from distill.models.region_logits.mechanisms import (
+    CLASS_TOKEN_MODES,
+    ClassTokenHead,
+    CropHead,
+    PoolHead,
+    Sight,
+    SplitHead,
+    pooled,
+)
+from distill.models.region_logits.plan import Pooling, is_whole, rows_on
+from distill.models.region_logits.probe import (
+    Anatomy,
+    Verdict,
+    cells_on,
+    check_regions,
+    head_reads_grid,
+    noise_like,
+    noisy_head,
+    perturbed,
+    relative_difference,
+    with_noise,
+)
+from distill.protocols import Regions
+
+logger = logging.getLogger(__name__)
+DEFINED = "%s reads class tokens: its regions' logits are defined by '%s', which no paper does"
+
+Origins = Sequence[tuple[Regions, int]]
+Factory = Callable[[Origins], nn.Module]
+
+CHECKED: Origins = ((Regions(scales=(1,), mode="area"), 0), (Regions(scales=(2,), mode="area"), 0))
+"""The whole image and its first quarter: what a mechanism is checked on."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A mechanism that holds for a model."""
+
+    mechanism: nn.Module
+    """(model, sight) -> logits of the regions asked for."""
+    head_norms: list[str]
+    """Names of the BatchNorms inside the model's head."""
+    difference: float | None
+    """Between the model's logits and the whole-image region's, relative; None for a definition that is not of the region."""
+
+
+def find_mechanism(
+    name: str, model: TimmModel, anatomy: Anatomy, pooling: Pooling, origins: Origins, class_tokens: str
+) -> Found:
+    """The mechanism that gives the logits of the regions `origins`.
+
+    class_tokens: the definition for heads that never read the grid, see `mechanisms` and `attend`. ValueError with each
+    mechanism's reason where none holds.
+    """
+    if class_tokens not in CLASS_TOKEN_MODES:
+        raise ValueError(f"class_tokens {class_tokens!r}: no such definition; choose one of {', '.join(CLASS_TOKEN_MODES)}")
+    layout = anatomy.layout
+    check_rows = rows_on(CHECKED, (layout.height, layout.width), pooling)
+    if not is_whole(check_rows[0]):
+        raise ValueError("pooling: its region of scale 1 is not the mean of the grid, so nothing can be checked against it")
+    factory: Factory
+    difference: float | None
+    with noisy_head(model, anatomy) as (features, head):
+        names = [n for n, module in model.named_modules() if module in head and isinstance(module, _BatchNorm)]
+        if head_reads_grid(model, anatomy, features):
+            factory, difference = _grid_factory(name, model, anatomy, pooling, features, head)
+        else:
+            factory, difference = _class_token_factory(name, model, anatomy, pooling, class_tokens)
+    device = next(model.parameters()).device
+    return Found(factory(origins).to(device), names, difference)
+
+
+def _grid_factory(
+    name: str, model: TimmModel, anatomy: Anatomy, pooling: Pooling, features: Features, head: Sequence[nn.Module]
+) -> tuple[Factory, float]:
+    """`pool`, `split` or `crop`, whichever holds first, and how exactly."""
+    layout = anatomy.layout
+    candidates: list[tuple[str, Factory]] = [("pool", partial(_pool_head, layout, pooling))]
+    candidates += [
+        ("split", partial(_split_head, layout, pooling, *found)) for found in _pools_of(model, layout, features, head)
+    ]
+    if not layout.several:
+        candidates.append(("crop", lambda origins: CropHead(layout, _rows(layout, pooling, origins))))
+    reasons = []
+    for kind, factory in candidates:
+        verdict = _check(model, anatomy, pooling, features, factory)
+        if verdict.reason is None:
+            return factory, verdict.difference
+        reasons.append(f"{kind}: {verdict.reason}")
+    raise ValueError(
+        f"{name} cannot give region logits ({'; '.join(reasons)}). Its logits, region features and stages work; "
+        "take a loss without region logits, or another model"
+    )
+
+
+def _check(model: TimmModel, anatomy: Anatomy, pooling: Pooling, features: Features, factory: Factory) -> Verdict:
+    rows = _rows(anatomy.layout, pooling, CHECKED)
+    mechanism = factory(CHECKED).to(next(model.parameters()).device)
+
+    def run(source: Features) -> tuple[Tensor, Tensor]:
+        logits, sight = look(model, anatomy.layout, mechanism, source, rows)
+        return logits, mechanism(model, sight)
+
+    try:
+        return check_regions(run, partial(with_noise, anatomy), features, rows[1])
+    except (
+        RuntimeError,
+        AssertionError,
+        AttributeError,
+        ValueError,
+    ) as error:  # a head that does not take regions of this shape at all
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Verdict(float("inf"), f"its head fails on a region ({what})")
+
+
+def look(model: TimmModel, layout: Layout, mechanism: nn.Module, features: Features, rows: Tensor) -> tuple[Tensor, Sight]:
+    """The model's own logits for these features, and what the mechanism then sees."""
+    inner = None
+    if isinstance(mechanism, SplitHead):
+        logits, inner = mechanism.first(model, features)
+    else:
+        logits = model.forward_head(features)
+    grid = layout.map_of(features)
+    return logits, Sight(features, pooled(rows.to(grid.device), grid), grid, logits, inner)
+
+
+def _class_token_factory(
+    name: str, model: TimmModel, anatomy: Anatomy, pooling: Pooling, mode: str
+) -> tuple[Factory, float | None]:
+    """The definition asked for; `shift` in the place of `attend` where the last block is not one that attend knows."""
+    layout = anatomy.layout
+    if mode == "attend":
+        verdict = check_attend(model, anatomy, pooling)
+        if verdict.reason is None:
+            logger.info(DEFINED, name, mode)
+            return (lambda origins: AttendHead(layout, _rows(layout, pooling, origins))), verdict.difference
+        logger.warning("%s: class-token definition 'shift' instead of 'attend' (%s)", name, verdict.reason)
+        mode = "shift"
+    logger.info(DEFINED, name, mode)
+    # the whole image's shift is zero, so there is nothing to measure
+    difference = 0.0 if mode == "shift" else None
+    return (lambda origins: ClassTokenHead(layout, _matrices(layout, pooling, origins), mode)), difference
+
+
+def check_attend(model: TimmModel, anatomy: Anatomy, pooling: Pooling) -> Verdict:
+    """Whether `attend` is to be had of this model."""
+    refusal = partial(Verdict, float("inf"))
+    layout, block = anatomy.layout, getattr(model, "blocks", [None])[-1]
+    known = ("norm1", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+    inside = ("qkv", "q_norm", "k_norm", "norm", "proj", "proj_drop", "num_heads", "scale")
+    if layout.primary is None or not all(hasattr(block, a) for a in known) or len(model.blocks) < 2:
+        return refusal("its last block is of another kind")
+    if not all(hasattr(block.attn, a) for a in inside):
+        return refusal("its last attention is of another kind")
+    if anatomy.stage_indices:
+        return refusal("it has stages of several resolutions")
+    try:
+        inner = last_block_input(model, anatomy.images)[1]
+        again = model.norm(block(inner))
+        if again.shape != anatomy.features.shape or relative_difference(again, anatomy.features) > 1e-5:
+            return refusal("more than a norm follows its last block")
+        return _check_attend_regions(model, anatomy, pooling, inner)
+    except (TypeError, RuntimeError, AttributeError, ValueError) as error:
+        return refusal(f"its last block does not run apart ({str(error).splitlines()[0]})")
+
+
+def last_block_input(model: TimmModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What the head reads, and the input of the last block with its prefix tokens in front, [B, L, C], in one pass."""
+    features, [(tokens, prefix)] = model.forward_intermediates(
+        images, indices=[len(model.blocks) - 2], return_prefix_tokens=True, stop_early=False, output_fmt="NLC"
+    )
+    return features, torch.cat([prefix, tokens], dim=1)
+
+
+def _check_attend_regions(model: TimmModel, anatomy: Anatomy, pooling: Pooling, inner: Tensor) -> Verdict:
+    layout, block = anatomy.layout, model.blocks[-1]
+    rows = _rows(layout, pooling, CHECKED)
+    mechanism = AttendHead(layout, rows).to(inner.device)
+    part = layout.parts[0]
+
+    def run(source: Tensor) -> tuple[Tensor, Tensor]:
+        features = model.norm(block(source))
+        logits = model.forward_head(features)
+        grid = part.to_map(features)
+        return logits, mechanism(model, Sight(features, pooled(rows.to(grid.device), grid), grid, logits, source))
+
+    def moved(source: Tensor, cells: Tensor) -> Tensor:
+        mask = part.from_map(cells_on(layout, cells, part.to_map(source)), torch.zeros_like(source))
+        return source + noise_like(source, anatomy.generator) * mask
+
+    with perturbed(list(block.modules()), anatomy.generator):  # a LayerScale of 1e-6 would hide everything
+        return check_regions(run, moved, inner + noise_like(inner, anatomy.generator), rows[1])
+
+
+def _rows(layout: Layout, pooling: Pooling, origins: Origins) -> Tensor:
+    """The regions on the feature map's grid, [R, H * W]."""
+    return rows_on(origins, (layout.height, layout.width), pooling)
+
+
+def _matrices(layout: Layout, pooling: Pooling, origins: Origins) -> list[Tensor | None]:
+    """The regions on the grid of every part other than the feature map; None for that one, and for parts without a grid."""
+    return [
+        rows_on(origins, (part.height, part.width), pooling) if part.height and i != layout.primary else None
+        for i, part in enumerate(layout.parts)
+    ]
+
+
+def _pool_head(layout: Layout, pooling: Pooling, origins: Origins) -> nn.Module:
+    return PoolHead(layout, _matrices(layout, pooling, origins))
+
+
+def _split_head(layout: Layout, pooling: Pooling, pool_name: str, pool: nn.Module, dims: int, origins: Origins) -> nn.Module:
+    return SplitHead(_rows(layout, pooling, origins), pool, pool_name, dims)
+
+
+def _pools_of(
+    model: TimmModel, layout: Layout, features: Features, head: Sequence[nn.Module]
+) -> list[tuple[str, nn.Module, int]]:
+    """The pool modules inside the head that read a whole grid: name, module and dimensions of what they give."""
+    found: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, args: tuple, output: object) -> None:
+        if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor) or args[0].ndim != 4:
+            return
+        pools = output.numel() == args[0].shape[0] * args[0].shape[1]
+        if args[0].shape[2:] == (layout.height, layout.width) and pools and not any(True for _ in module.parameters()):
+            found[module] = output.ndim
+
+    handles = [module.register_forward_hook(note) for module in head if module is not model]
+    try:
+        model.forward_head(features)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(n, module, found[module]) for n, module in model.named_modules() if module in found]

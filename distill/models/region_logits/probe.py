@@ -1,0 +1,211 @@
+"""What a model is, found by running it once when its backbone is built; nothing here runs in a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distill.models.region_logits.layout import Features, Layout, TimmModel, find_layout
+from distill.protocols import InputSpec
+
+TOLERANCE = 1e-4
+"""Largest difference, relative to the largest logit, between a model's logits and those of its whole-image region."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What one probe of a model in evaluation mode found."""
+
+    layout: Layout
+    stage_indices: tuple[int, ...]
+    """Indices for `forward_intermediates` of the curated stages before the feature map, first to last."""
+    stage_channels: tuple[int, ...]
+    """Channels of the curated stages, first to last; the last is the feature map."""
+    features: Features
+    """What the head reads, for two images of noise."""
+    images: Tensor
+    stand_in: Tensor | None
+    """The feature map, where it is none of the features."""
+    generator: torch.Generator
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, and every module's mode and the random number states as they were afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def examine(model: TimmModel, spec: InputSpec) -> Anatomy:
+    """The anatomy of a timm model at this input size. ValueError, with the reason, for one whose features have no grid."""
+    generator = torch.Generator().manual_seed(0)
+    parameter = next(model.parameters())
+    images = torch.randn(2, 3, spec.height, spec.width, generator=generator).to(parameter.device, parameter.dtype)
+    with evaluating(model):
+        features, maps = model.forward_intermediates(images, stop_early=False, output_fmt="NCHW")
+    layout = find_layout(model, features, maps)
+    indices = curate(maps, layout, (spec.height, spec.width))
+    channels = (*(maps[i].shape[1] for i in indices), layout.channels)
+    stand_in = None if layout.stand_in is None else maps[layout.stand_in]
+    return Anatomy(layout, indices, channels, features, images, stand_in, generator)
+
+
+def curate(maps: Sequence[Tensor], layout: Layout, image: tuple[int, int]) -> tuple[int, ...]:
+    """Indices of the stages before the feature map: the last map of each resolution coarser than the stem's.
+
+    Maps finer than 1/4 of the image are a stem's where the net goes on to 1/16 or coarser; a CIFAR net starts its stages at
+    full resolution. Maps as coarse as the feature map are left to the feature map.
+    """
+    last = {m.shape[2]: i for i, m in enumerate(maps)}
+    deep = image[0] / layout.height >= 16
+    kept = [i for height, i in last.items() if height > layout.height and not (deep and image[0] / height < 4)]
+    return tuple(sorted(kept, key=lambda i: -maps[i].shape[2]))
+
+
+@contextmanager
+def noisy_head(model: TimmModel, anatomy: Anatomy) -> Iterator[tuple[Features, list[nn.Module]]]:
+    """Features with noise added, and the modules of the head, which carry noise of their own inside the block."""
+    with evaluating(model):
+        with recorded_modules(model) as seen:
+            model.forward_head(anatomy.features)
+        head = [module for module in model.modules() if module in seen]
+        with perturbed(head, anatomy.generator):
+            yield with_noise(anatomy, anatomy.features, None), head
+
+
+def with_noise(anatomy: Anatomy, features: Features, cells: Tensor | None) -> Features:
+    """Features with noise of their own size, and never none: everywhere, or on these cells [H * W] of every grid's map only."""
+    layout = anatomy.layout
+    noisy = []
+    for i, (part, tensor) in enumerate(zip(layout.parts, layout.tensors(features), strict=True)):
+        noise = noise_like(tensor, anatomy.generator)
+        if cells is not None:
+            if i != layout.primary:
+                noisy.append(tensor)
+                continue
+            noise = noise * part.from_map(cells_on(layout, cells, part.to_map(tensor)), torch.zeros_like(tensor))
+        noisy.append(tensor + noise)
+    return layout.features(noisy)
+
+
+def noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal noise of the tensor's own spread, at least 0.1."""
+    noise = torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+    return noise * tensor.std().clamp_min(0.1)
+
+
+def cells_on(layout: Layout, cells: Tensor, grid: Tensor) -> Tensor:
+    """A mask of the shape of the map `grid`, 1 at these cells [H * W]."""
+    mask = cells.to(grid.device, grid.dtype).reshape(1, 1, layout.height, layout.width)
+    return mask.expand(grid.shape)
+
+
+def head_reads_grid(model: TimmModel, anatomy: Anatomy, features: Features) -> bool:
+    """Whether the head's output changes with the grid; it does not where the head reads class tokens only."""
+    layout = anatomy.layout
+    if layout.primary is None:
+        return False
+    moved = with_noise(anatomy, features, torch.ones(layout.height * layout.width))
+    return not torch.equal(model.forward_head(moved), model.forward_head(features))
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value of `b`; infinite where either is not finite."""
+    if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
+        return float("inf")
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check of a mechanism found."""
+
+    difference: float
+    """Between the model's logits and those of the whole-image region, relative to the largest logit."""
+    reason: str | None
+    """Why the mechanism is wrong for the model; None where it holds."""
+
+
+def check_regions(
+    run: Callable[[Features], tuple[Tensor, Tensor]],
+    moved: Callable[[Features, Tensor], Features],
+    source: Features,
+    corner: Tensor,
+) -> Verdict:
+    """Whether this way to region logits is right for this model.
+
+    run: source -> the model's logits [B, K] and those of the whole image and of one part of it, [B, 2, K]. corner: the row
+    [H * W] of that part. moved: (source, mask of cells) -> the source with noise there. It holds where the whole image gives
+    the model's logits, noise outside the part leaves its logits alone, and noise inside moves them.
+    """
+    logits, cells = run(source)
+    if logits.ndim != 2 or cells.shape != (len(logits), 2, logits.shape[1]):
+        return Verdict(float("inf"), f"its head gives {list(logits.shape[1:])} per image, not one row of logits")
+    difference = relative_difference(cells[:, 0], logits)
+    if difference > TOLERANCE:
+        return Verdict(difference, f"the whole-image region differs from the model's logits by {difference:.1e} relative")
+    inside = corner > 0
+    if bool(inside.all()):
+        return Verdict(difference, None)  # a 1x1 grid has no outside
+    outer, inner = (relative_difference(run(moved(source, mask))[1][:, 1], cells[:, 1]) for mask in (~inside, inside))
+    if inner < 1e-3:
+        return Verdict(difference, "a region's logits do not depend on the region")
+    if outer > 1e-5:
+        return Verdict(difference, f"a region's logits depend on what is outside it, by {outer:.1e} relative")
+    return Verdict(difference, None)
+
+
+@contextmanager
+def recorded_modules(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """The modules of `model` that run inside the block; for build time only, its hooks are gone afterwards."""
+    seen: set[nn.Module] = set()
+
+    def note(module: nn.Module, _: object) -> None:
+        seen.add(module)
+
+    handles = [module.register_forward_pre_hook(note) for module in model.modules()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def perturbed(modules: Sequence[nn.Module], generator: torch.Generator) -> Iterator[None]:
+    """Inside the block the parameters and statistics of `modules` carry noise, so that zero-initialised layers hide nothing."""
+    tensors = {
+        id(t): t
+        for m in modules
+        for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))
+        if t.is_floating_point() and t.numel()
+    }
+    own = [t.detach().clone() for t in tensors.values()]
+    variances = {id(m.running_var) for m in modules if isinstance(m, _BatchNorm)}
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            noise = torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+            tensor.copy_(tensor * (0.2 * noise).exp() if key in variances else tensor + noise * _spread(tensor))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, values in zip(tensors.values(), own, strict=True):
+                tensor.copy_(values)
+
+
+def _spread(tensor: Tensor) -> float:
+    """Noise of about the size of a usual initialisation: 1 / sqrt(inputs) for weights, 0.1 for scales and biases."""
+    inputs = tensor[0].numel() if tensor.ndim else 1
+    return inputs**-0.5 if inputs > 1 else 0.1

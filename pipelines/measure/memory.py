@@ -1,0 +1,190 @@
+"""What one step holds and sends, seen in steps that are not measured: memory by owner, gradients as they come, contrasts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from distill.losses.msdcrd import MSDCRD
+from distill.run import Run
+from pipelines.measure.timeline import OUTSIDE, TRANSFORM, milliseconds, now, tensors_of
+
+CLEAR_PEAK = Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, of this process."""
+
+    peak: int
+    """On a GPU the allocator's, on a CPU the resident set's: everything of this process, PyTorch's own code too."""
+    peak_part: str
+    """The part of the step in which the peak came."""
+    owners: dict[str, int]
+    """Exact sizes of what is held at the end of the forward pass, and of gradients and states, by name."""
+
+    @property
+    def owner(self) -> str:
+        """The largest of them."""
+        return max(self.owners, key=lambda name: self.owners[name])
+
+
+class MemoryLine:
+    """In place of a time line: what autograd saves in each part, and the largest allocation seen in it."""
+
+    def __init__(self, run: Run) -> None:
+        self._device = run.accelerator.device
+        self._part = OUTSIDE
+        models = [m for m in (run.teacher, run.distiller) if m is not None]
+        # weights are saved for the backward too, and are counted where they belong
+        self._weights = {_place(t) for model in models for t in _state(model)}
+        self._seen = set(self._weights)
+        self.saved: dict[str, int] = defaultdict(int)
+        self.peaks: dict[str, int] = defaultdict(int)
+
+    def enter(self, part: str) -> str:
+        """Closes the part before with its peak."""
+        self.peaks[self._part] = max(self.peaks[self._part], read_peak(self._device))
+        clear_peak(self._device)
+        if part == TRANSFORM:  # the next micro-batch: what the one before saved is gone, and its places are used again
+            self.saved.clear()
+            self._seen = set(self._weights)
+        before, self._part = self._part, part
+        return before
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """A tensor that autograd saves."""
+        place = _place(tensor)
+        if place not in self._seen:
+            self._seen.add(place)
+            self.saved[self._part] += tensor.untyped_storage().nbytes()
+        return tensor
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def clear_peak(device: torch.device) -> None:
+    """The highest mark starts again from what is held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR_PEAK.exists():
+        CLEAR_PEAK.write_text("5")
+
+
+def read_peak(device: torch.device) -> int:
+    """Bytes at the highest mark; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if not STATUS.exists():
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+
+
+def memory(run: Run, line: MemoryLine) -> Memory:
+    """What a step held that ran with `marked(run, line)` and autograd's `line.pack`."""
+    distiller, optimizer = run.unwrapped, run.optimizer
+    trained = [p for p in distiller.parameters() if p.requires_grad]
+    owners = {
+        "teacher weights": 0 if run.teacher is None else _bytes(_state(run.teacher)),
+        "student weights": _bytes(_state(distiller.student)),
+        "losses' weights": _bytes(_state(distiller.criteria)),
+        "gradients": _bytes(trained),
+        "optimiser state": _bytes(tensors_of(list(optimizer.state.values()))),
+        "weight average": 0 if run.average is None else _bytes(_state(run.average)),
+        **{f"saved by {part or 'the rest'}": size for part, size in line.saved.items()},
+    }
+    peaks = {part: size for part, size in line.peaks.items() if part != OUTSIDE}
+    part = max(peaks, key=lambda name: peaks[name])
+    return Memory(peaks[part], part, {name: size for name, size in owners.items() if size})
+
+
+def _state(module: nn.Module) -> Iterator[Tensor]:
+    for tensor in (*module.parameters(), *module.buffers()):
+        yield from _stored(tensor)
+
+
+def _stored(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold memory: a quantised one is made of several and has none itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _stored(getattr(tensor, name))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum({_place(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+class Arrivals:
+    """When each gradient of the last backward pass was there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start: Any = None
+        self._end: Any = None
+        self._moments: dict[int, tuple[Any, int]] = {}
+
+    @contextmanager
+    def observe(self, run: Run) -> Iterator[None]:
+        """While it is open, backward passes are noted."""
+        backward = run.accelerator.backward
+
+        def noted(*arguments: Any) -> None:
+            self._moments.clear()
+            self._start = now(self._device)
+            backward(*arguments)
+            self._end = now(self._device)
+
+        trained = [p for p in run.distiller.parameters() if p.requires_grad]
+        handles = [p.register_post_accumulate_grad_hook(partial(self._note, number)) for number, p in enumerate(trained)]
+        run.accelerator.backward = noted
+        try:
+            yield
+        finally:
+            del run.accelerator.backward
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, number: int, parameter: Tensor) -> None:
+        self._moments[number] = (now(self._device), parameter.nbytes)
+
+    def timetable(self) -> list[tuple[float, int]]:
+        """(share of the backward pass that was over, bytes) of each gradient, in order of arrival."""
+        whole = milliseconds(self._start, self._end)
+        return [(min(1.0, milliseconds(self._start, moment) / whole), size) for moment, size in self._moments.values()]
+
+
+@contextmanager
+def contrasted(run: Run) -> Iterator[list[tuple[int, int, bool]]]:
+    """While it is open, notes (rows, width, gathered over processes) of every contrast that a loss makes."""
+    found: list[tuple[int, int, bool]] = []
+    losses = [c for c in run.unwrapped.criteria.values() if isinstance(c, MSDCRD)]
+    originals = [loss.contrast for loss in losses]
+
+    def noting(original: partial) -> Any:
+        def contrast(student: Tensor, teacher: Tensor, categories: Tensor) -> Any:
+            found.append((*teacher.shape, bool(original.keywords["gather"])))
+            return original(student, teacher, categories)
+
+        return contrast
+
+    for loss, original in zip(losses, originals, strict=True):
+        loss.contrast = noting(original)
+    try:
+        yield found
+    finally:
+        for loss, original in zip(losses, originals, strict=True):
+            loss.contrast = original

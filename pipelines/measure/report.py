@@ -1,0 +1,176 @@
+"""What `pipelines/benchmark.py` found: one dataclass, as JSON, as a table, as a picture, and the bottleneck in a sentence."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from distill.config import RecipeError
+from pipelines.measure.timeline import BACKWARD, FORWARD, OPTIMISER, TEACHER
+
+FORMAT = 2
+MODELS = (TEACHER, FORWARD, BACKWARD, OPTIMISER)
+"""The parts that the ceiling has too."""
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Setting:
+    """What was measured, and on what."""
+
+    device: str
+    on_gpu: bool
+    cores: int
+    threads: int
+    torch: str
+    processes: int
+    precision: str
+    compiled: str
+    channels_last: list[str]
+    """The models in that memory format."""
+    teacher_precision: str
+    teacher: str
+    student: str
+    losses: list[str]
+    image_size: list[int]
+    micro_batch: int
+    accumulate: int
+    data: str
+    """`shards`: the real loader; `memory`: batches that lie on the device."""
+    clock: str
+    """`wall`, or `cpu`: seconds of all threads of the process."""
+    recipe: dict[str, Any]
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class WarmUp:
+    """Steps before the measurement, reported apart."""
+
+    steps: int
+    seconds: float
+    first_step_ms: float
+    compile_ms: float | None
+    """Of the first step, what a later one does not take; None where nothing is compiled."""
+    compiled: str
+    """Graphs and graph breaks in words; empty where nothing is compiled."""
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Part:
+    """One part of the step: the mean over the middle half of the measured steps, so that parts sum to the step."""
+
+    name: str
+    ms: float
+    share: float
+    alone_ms: float | None
+    """The same work alone; None where there is no such thing."""
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Step:
+    """The measured step."""
+
+    ms: float
+    images_per_second: float
+    """Over all processes."""
+    steps: int
+    all_ms: list[float]
+    """Every measured step, in order."""
+    unmarked_ms: float
+    """The median step without any marks, taken in turn with the marked ones."""
+    local_ms: float | None
+    """The median step without all-reduce, taken in turn; None for one process."""
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Ceiling:
+    """What each piece takes alone, taken in turn with the steps."""
+
+    models_ms: float
+    """Teacher forward + student forward, backward and optimiser, on plain models."""
+    ratio: float
+    """Step without data wait / models_ms: the median over the rounds, each round against its own."""
+    ratios: list[float]
+    loader_images_per_second: float
+    """Of one process while nothing else runs."""
+    copy_gigabytes_per_second: float
+    host_to_device_gigabytes_per_second: float | None
+    teraflops: float
+    teraflops_float32: float
+    gigaflops_per_image: dict[str, float]
+    network_bytes_per_second: float | None
+    network_latency_ms: float | None
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Held:
+    """Memory of one process in bytes."""
+
+    peak: int
+    peak_part: str
+    owner: str
+    owners: dict[str, int]
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Traffic:
+    """What goes over the wires in a step."""
+
+    gradient_bytes: int
+    """Of the trained parameters."""
+    buckets: list[int]
+    """Bytes of each of DDP's all-reduces; empty for one process."""
+    arrivals: list[tuple[float, int]]
+    """(share of the backward pass that was over, bytes) of each gradient as it came."""
+    contrasts: list[tuple[int, int, bool]]
+    """(rows, width, gathered) of each contrast of regions."""
+    bytes_per_image: float
+    """Mean size of an encoded training image."""
+    training_images: int
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Report:
+    """Everything, as the JSON file holds it."""
+
+    format: int
+    setting: Setting
+    warm_up: WarmUp
+    step: Step
+    parts: list[Part]
+    ceiling: Ceiling
+    memory: Held
+    traffic: Traffic
+    bottleneck: str
+
+    def part_ms(self, name: str) -> float:
+        """Milliseconds of a part; 0 where the step has none."""
+        return sum(part.ms for part in self.parts if part.name == name)
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @staticmethod
+    def read(path: Path) -> Report:
+        """What `write` wrote. Raises RecipeError with one line for anything else."""
+        try:
+            return TypeAdapter(Report).validate_json(path.read_bytes())
+        except OSError as error:
+            raise RecipeError(f"{path}: {error.strerror}; write one with pipelines/benchmark.py --json FILE") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(key) for key in first["loc"])
+            raise RecipeError(f"{path}: not a file of pipelines/benchmark.py --json: {where} {first['msg'].lower()}") from None

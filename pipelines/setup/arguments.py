@@ -1,0 +1,188 @@
+"""The command line of a recipe: every field as `--section.field VALUE`, short names for the usual ones, readable help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import sys
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import yaml
+
+from distill.config import RecipeError, as_dict, load_recipe, loss_options, parse_yaml
+from distill.recipe import Recipe, TermSchedule
+
+DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "digits" / "distilled.yaml"
+
+SHORT = {
+    "--teacher": ("teacher.name", "timm name of the teacher, or `none` to train the student alone"),
+    "--teacher-weights": ("teacher.weights", "`pretrained` (timm's hub), a path, or `train`"),
+    "--student": ("student.name", "timm name of the student"),
+    "--train": ("data.train", "folder of training shards"),
+    "--val": ("data.val", "folder of validation shards"),
+    "--out": ("out", "the run's folder"),
+}
+
+EPILOG = """
+examples:
+  accelerate launch pipelines/imagenet.py
+      the digits distillation, on data that comes with scikit-learn
+  accelerate launch --config_file accelerate_config.yaml pipelines/imagenet.py \\
+      --recipe pipelines/recipes/imagenet/resnet34_resnet18_sdd_dkd.yaml \\
+      --teacher resnet34.tv_in1k --student resnet18 --train shards/train --val shards/val --out runs/r34_r18
+  ... --optim.learning_rate 0.05 --loss.sdd.scales "[1, 2, 4]" --loss.msdcrd null
+
+values are YAML; `--loss.NAME null` drops a loss of the recipe, `--loss.NAME.weight W` adds one.
+exit codes: 0 done, 1 the run failed, 2 the request was wrong, 75 stopped on request and saved (go on with --resume).
+"""
+
+
+class Request(NamedTuple):
+    """What was asked for."""
+
+    recipe: Recipe
+    resume: bool
+    imports: list[Path]
+    """Files of the user's that register models."""
+
+
+def _type_name(annotation: Any) -> str:
+    return str(annotation).replace("typing.", "") if typing.get_origin(annotation) else annotation.__name__
+
+
+def _recipe_fields(cls: type, prefix: str = "") -> list[tuple[str, str, Any, str]]:
+    """(key, type, default, description) of every leaf below `cls`."""
+    found = []
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        kind = hints[f.name]
+        if dataclasses.is_dataclass(kind):
+            found += _recipe_fields(typing.cast(type, kind), f"{prefix}{f.name}.")
+        elif f.name != "loss":
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            found.append((f"{prefix}{f.name}", _type_name(kind), default, f.metadata.get("doc", "")))
+    return found
+
+
+def _loss_fields(losses: Mapping[str, type]) -> list[tuple[str, str, Any, str]]:
+    found = []
+    for name, cls in losses.items():
+        first_line = (inspect.getdoc(cls) or "").split("\n")[0]
+        for number, (option, (kind, default)) in enumerate(loss_options(cls).items()):
+            found.append((f"loss.{name}.{option}", _type_name(kind), default, first_line if number == 0 else ""))
+        schedule = typing.get_type_hints(TermSchedule)
+        for f in dataclasses.fields(TermSchedule):
+            found.append((f"loss.{name}.{f.name}", _type_name(schedule[f.name]), f.default, ""))
+    return found
+
+
+def make_parser(losses: Mapping[str, type]) -> argparse.ArgumentParser:
+    """The parser of `pipelines/imagenet.py`; values stay text, `parse` reads them as YAML."""
+    parser = argparse.ArgumentParser(
+        prog="pipelines/imagenet.py",
+        usage="accelerate launch pipelines/imagenet.py [--recipe FILE] [--SECTION.FIELD VALUE]",
+        description="Distils a timm student from a timm teacher, or trains the student alone.\n" + EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE", help=f"YAML of one experiment (default: {DEFAULT_RECIPE.name} of digits)"
+    )
+    for option, (key, text) in SHORT.items():
+        parser.add_argument(option, dest=key, metavar="VALUE", default=argparse.SUPPRESS, help=f"{text} (--{key})")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
+    parser.add_argument(
+        "--import", action="append", type=Path, default=[], metavar="FILE", help="Python file that registers models with timm"
+    )
+    parser.add_argument(
+        "--profile",
+        dest="report.profile_steps",
+        action="store_const",
+        const="3",
+        default=argparse.SUPPRESS,
+        help="write a trace of three steps to OUT/profile (--report.profile_steps 3)",
+    )
+    parser.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
+    groups: dict[str, Any] = {}
+    for key, kind, default, text in [*_recipe_fields(Recipe), *_loss_fields(losses)]:
+        if f"--{key}" in SHORT:
+            continue
+        section = ".".join(key.split(".")[:-1]) or "run"
+        group = groups.setdefault(section, parser.add_argument_group(section))
+        shown = f"{text + ' ' if text else ''}[{kind}, default {default}]".replace("%", "%%")
+        group.add_argument(f"--{key}", dest=key, metavar="VALUE", default=argparse.SUPPRESS, help=shown)
+    for name in losses:
+        groups[f"loss.{name}"].add_argument(
+            f"--loss.{name}", dest=f"loss.{name}", metavar="null", default=argparse.SUPPRESS, help="drop it"
+        )
+    return parser
+
+
+def _unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    options = [o for action in parser._actions for o in action.option_strings]
+    problems = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument.split("=")[0]
+            close = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
+            problems.append(f"{name}: unknown option" + (f", did you mean {close[0]}?" if close else "; see --help"))
+    return "; ".join(problems or [f"{arguments[0]}: not expected here; see --help"])
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--{key}: {text!r} is not a YAML value; a list is written as [1, 2]") from None
+
+
+def parse(argv: Sequence[str], losses: Mapping[str, type]) -> Request:
+    """The request of a command line. Raises RecipeError; prints and exits 0 for --help and --print_config."""
+    parser = make_parser(losses)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise RecipeError(_unknown(unknown, parser))
+    given = vars(known)
+    recipe_path = given.pop("recipe")
+    resume, print_config, imports = given.pop("resume"), given.pop("print_config"), given.pop("import")
+    texts = {key for key, kind, _, _ in _recipe_fields(Recipe) if kind == "str"}  # a folder named 2026 is no number
+    overrides = {key: value if key in texts else _value(key, value) for key, value in given.items()}
+    recipe = load_recipe(recipe_path or DEFAULT_RECIPE, overrides, losses)
+    if print_config:
+        yaml.safe_dump(as_dict(recipe), sys.stdout, sort_keys=False)
+        raise SystemExit(0)
+    return Request(recipe, resume, imports)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without its usage lines and its exit on an error, and without guessing at shortened options."""
+
+    def __init__(self, *, description: str, epilog: str = "", usage: str | None = None) -> None:
+        super().__init__(
+            description=description,
+            epilog=epilog,
+            usage=usage,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises RecipeError."""
+        raise RecipeError(f"{message}; see --help")
+
+
+@contextmanager
+def requests() -> Iterator[None]:
+    """What cannot be built as asked is the request's fault: every ValueError inside becomes a RecipeError."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(str(error)) from error

@@ -1,0 +1,134 @@
+"""Recipe -> objects: the only file that knows every room."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+
+from distill.checkpoint import Checkpoints
+from distill.config import term_schedule
+from distill.distiller import Distiller
+from distill.models.recompute import set_activation_checkpointing, unchanged_statistics
+from distill.nonfinite import Guard
+from distill.optim import create_optimizer, learning_rate_schedule, weight_schedule
+from distill.protocols import Needs
+from distill.recipe import Recipe
+from distill.report import Reporter
+from distill.run import Plan, Run
+from distill.seeds import derive_seed, seed_all
+from pipelines.setup.data import Splits, build_eval_loader, build_train_loader, build_transform, eval_spec
+from pipelines.setup.machine import micro_batch_size
+from pipelines.setup.memory_formats import choose_formats
+from pipelines.setup.models import Models, build_models, check_precision, compile_backbones
+from pipelines.setup.observers import Observers, mark_step
+
+
+def build_plan(recipe: Recipe, num_samples: int) -> Plan:
+    """The numbers of the loop."""
+    train = recipe.train
+    return Plan(
+        epochs=train.epochs,
+        steps_per_epoch=num_samples // train.global_batch_size,
+        global_batch_size=train.global_batch_size,
+        accumulate=train.accumulate,
+        max_steps=train.max_steps,
+        clip_gradient_norm=train.clip_gradient_norm,
+        skip_nonfinite=train.skip_nonfinite,
+        evaluate_every=train.evaluate_every,
+        checkpoint_every=train.checkpoint_every,
+        checkpoint_minutes=train.checkpoint_minutes,
+        log_every=recipe.report.log_every,
+        gradient_shares=recipe.report.gradient_shares,
+    )
+
+
+def rehearse(recipe: Recipe, num_classes: int, device: torch.device) -> None:
+    """Builds everything that the main run needs but the teacher's weights, and throws it away: what is wrong with a request is
+    said before days are spent on training its teacher."""
+    rehearsed = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, weights="random"))
+    models = build_models(rehearsed, num_classes, torch.device("cpu"))
+    check_precision(recipe.teacher, models.teacher, device)
+    build_optimizer(rehearsed, build_distiller(rehearsed, models))
+
+
+def build_optimizer(recipe: Recipe, distiller: Distiller) -> torch.optim.Optimizer:
+    """timm's optimiser over the student and the criteria's projectors."""
+    optim = recipe.optim
+    return create_optimizer(
+        distiller,
+        optim.name,
+        learning_rate=optim.learning_rate,
+        weight_decay=optim.weight_decay,
+        momentum=optim.momentum,
+        decay_bias_and_norm=optim.decay_bias_and_norm,
+        options=optim.options,
+    )
+
+
+def build_distiller(recipe: Recipe, models: Models) -> Distiller:
+    """The module that DDP will wrap."""
+    schedules = {name: weight_schedule(**dataclasses.asdict(term_schedule(entry)[0])) for name, entry in recipe.loss.items()}
+    join = () if models.served is None else (models.served.join,)
+    return Distiller(models.student, models.criteria, schedules, *join)
+
+
+def build(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> tuple[Run, Models]:
+    """The run that a recipe describes, at step 0. The order of initialisation matters:
+
+    1. seed; 2. models and criteria, on the device, with their BatchNorm policy; 3. the average, a copy of the plain
+    student before anything wraps it; 4. the optimiser over what is trained; 5. Accelerate wraps both; 6. compilers, which work
+    at the first call. Restoring comes after.
+    """
+    seed_all(derive_seed(recipe.seed, "initialisation"))
+    batch = micro_batch_size(recipe, accelerator.num_processes)
+    choose = partial(choose_formats, accelerator=accelerator, batch=batch)
+    models = build_models(recipe, splits.train.num_classes, accelerator.device, choose)
+    check_precision(recipe.teacher, models.teacher, accelerator.device)
+    if recipe.train.overlap_teacher and accelerator.device.type != "cuda":
+        accelerator.print("train.overlap_teacher: no effect here, it needs a GPU")
+    ema = recipe.ema
+    average = ModelEmaV3(models.student.model, decay=ema.decay, use_warmup=ema.warmup) if ema.enabled else None
+    distiller = build_distiller(recipe, models)
+    optimizer = build_optimizer(recipe, distiller)
+    prepared, prepared_optimizer = accelerator.prepare(distiller, optimizer)
+    checkpointing = recipe.student.checkpoint_activations
+    if checkpointing:
+        before, after = set_activation_checkpointing(models.student)
+        accelerator.print(f"activations of one image: {after / 1e6:.1f} MB instead of {before / 1e6:.1f} MB (float32)")
+    compile_backbones(recipe, models.student, models.teacher)
+    plan = build_plan(recipe, splits.train.num_samples)
+    spec = eval_spec(recipe, models.student)
+    rank = accelerator.process_index
+    reporter = Reporter(Path(recipe.out), accelerator, plan.last_step, Path(recipe.out).name)
+
+    def begin_step(step: int) -> None:
+        mark_step()
+        seed_all(derive_seed(recipe.seed, "step", step, rank))
+
+    run = Run(
+        accelerator=accelerator,
+        plan=plan,
+        distiller=prepared,
+        classifier=models.student.serving(Needs(), None if average is None else average.module).to(accelerator.device),
+        teacher=models.served,
+        optimizer=prepared_optimizer,
+        guard=Guard(prepared_optimizer, accelerator.scaler, partial(accelerator.reduce, reduction="sum")),
+        learning_rate=learning_rate_schedule(peak=recipe.optim.learning_rate, **dataclasses.asdict(recipe.schedule)),
+        train_loader=build_train_loader(recipe, splits, models, accelerator),
+        eval_loader=build_eval_loader(recipe, splits.val, spec, accelerator),
+        transform=build_transform(recipe, splits.train.num_classes, spec, accelerator.device, models.formats.student),
+        seed_step=begin_step,
+        reporter=reporter,
+        checkpoints=Checkpoints(Path(recipe.out) / "checkpoints", recipe.train.keep_checkpoints),
+        average=average,
+        around_backward=partial(unchanged_statistics, models.student.model) if checkpointing else nullcontext,
+        after_step=Observers(recipe, reporter, rank, plan.last_step),
+        name_samples=lambda ids: [splits.train.key(i) for i in ids],
+    )
+    return run, models

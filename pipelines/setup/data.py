@@ -1,0 +1,157 @@
+"""Recipe -> the shards' indexes, loaders and what happens to a batch on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from distill.batch_transform import BatchTransform
+from distill.config import RecipeError
+from distill.data import dali, reference
+from distill.data.augment.parameters import TrainTransform
+from distill.data.dali_graph import dali_available
+from distill.data.index import ShardIndex
+from distill.models.backbone import Backbone
+from distill.protocols import InputSpec, Loader
+from distill.recipe import Recipe
+from pipelines.setup.machine import micro_batch_size, num_threads
+from pipelines.setup.models import Models
+
+
+class Splits(NamedTuple):
+    """The shard indexes of one data set."""
+
+    train: ShardIndex
+    val: ShardIndex
+
+
+def build_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
+    """Both indexes, checked against their shards and each other; prepares the embedded data set where the recipe asks."""
+    root = Path(recipe.data.train).parent
+    # only into the place that the recipe means: a mistyped --train must not fill somebody's folder
+    if recipe.data.prepare == "digits" and [root / "train", root / "val"] == [Path(recipe.data.train), Path(recipe.data.val)]:
+        from shards.prepare import prepare_digits
+
+        with accelerator.main_process_first():
+            prepare_digits(root)
+    train, val = ShardIndex.open(Path(recipe.data.train)), ShardIndex.open(Path(recipe.data.val))
+    if train.class_names != val.class_names:
+        raise RecipeError(
+            f"data: {recipe.data.train} has {train.num_classes} classes and {recipe.data.val} has {val.num_classes},"
+            " or their names differ; prepare both splits in one run"
+        )
+    if train.num_samples < recipe.train.global_batch_size:
+        raise RecipeError(
+            f"train.global_batch_size: {recipe.train.global_batch_size} is more than the {train.num_samples} training images"
+        )
+    return Splits(train, val)
+
+
+def check_mixing(recipe: Recipe, micro_batch: int) -> None:
+    """Raises RecipeError where Mixup or CutMix cannot go with the losses or the batch."""
+    if not (recipe.augment.mixup or recipe.augment.cutmix):
+        return
+    if micro_batch % 2:
+        raise RecipeError(f"augment.mixup: images are mixed in pairs, and a micro-batch of {micro_batch} is odd")
+    for name, entry in recipe.loss.items():
+        if name == "dkd" or entry.get("base") == "dkd":
+            raise RecipeError(
+                f"loss.{name}: dkd splits off one target class, and mixed images have two; use kd, or no mixup/cutmix"
+            )
+
+
+def eval_spec(recipe: Recipe, model: Backbone) -> InputSpec:
+    """How the student is evaluated: its own way, unless the recipe says otherwise."""
+    spec = model.input_spec
+    if recipe.data.crop_fraction:
+        spec = dataclasses.replace(spec, crop_fraction=recipe.data.crop_fraction)
+    if recipe.data.interpolation != "auto":
+        spec = dataclasses.replace(spec, interpolation=recipe.data.interpolation)
+    return spec
+
+
+def _loader_room(recipe: Recipe) -> tuple[Any, Any]:
+    asked = recipe.data.loader
+    if asked == "dali" and not dali_available():
+        raise RecipeError(
+            "data.loader: 'dali', but nvidia.dali cannot be imported; install nvidia-dali-cuda120 or use 'reference'"
+        )
+    if asked != "reference" and dali_available():
+        return dali.DaliTrainLoader, dali.DaliEvalLoader
+    return reference.ReferenceTrainLoader, reference.ReferenceEvalLoader
+
+
+def fault_report(recipe: Recipe, accelerator: Accelerator) -> Path | None:
+    """Where this process reports bad samples, a JSON line each; nowhere outside a run's folder."""
+    out = Path(recipe.out or "nowhere")
+    return out / f"faults-rank{accelerator.process_index}.jsonl" if out.is_dir() else None
+
+
+def build_train_loader(recipe: Recipe, splits: Splits, models: Models, accelerator: Accelerator) -> Loader:
+    """Training views at the larger of both models' input sizes; the other model resizes on the device."""
+    specs = [m.input_spec for m in (models.student, models.teacher) if m is not None]
+    augment, asked = recipe.augment, recipe.data.interpolation
+    transform = TrainTransform(
+        crop=augment.crop,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        padding=augment.padding,
+        flip=augment.flip,
+        interpolation=specs[0].interpolation if asked == "auto" else asked,
+        rand_augment=augment.rand_augment,
+        color_jitter=augment.color_jitter,
+    )
+    return _loader_room(recipe)[0](
+        splits.train,
+        size=(max(s.height for s in specs), max(s.width for s in specs)),
+        transform=transform,
+        global_batch_size=recipe.train.global_batch_size,
+        accumulate=recipe.train.accumulate,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        seed=recipe.seed,
+        shuffle_block=recipe.data.shuffle_block,
+        device=accelerator.device,
+        num_threads=num_threads(recipe),
+        max_bad_rate=recipe.data.max_bad_rate,
+        fault_report=fault_report(recipe, accelerator),
+    )
+
+
+def build_eval_loader(recipe: Recipe, index: ShardIndex, spec: InputSpec, accelerator: Accelerator) -> Loader:
+    """Every image of a split once, as `spec` says."""
+    return _loader_room(recipe)[1](
+        index,
+        spec=spec,
+        batch_size=recipe.train.evaluate_batch_size or micro_batch_size(recipe, accelerator.num_processes),
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        device=accelerator.device,
+        num_threads=num_threads(recipe),
+        max_bad_rate=recipe.data.max_bad_rate,
+        fault_report=fault_report(recipe, accelerator),
+    )
+
+
+def build_transform(
+    recipe: Recipe, num_classes: int, spec: InputSpec, device: torch.device, channels_last: bool
+) -> BatchTransform:
+    """What happens to a batch on the device before the models see it."""
+    augment = recipe.augment
+    return BatchTransform(
+        num_classes=num_classes,
+        mean=spec.mean,
+        std=spec.std,
+        device=device,
+        channels_last=channels_last,
+        mixup=augment.mixup,
+        cutmix=augment.cutmix,
+        mix_probability=augment.mix_probability,
+        cutmix_share=augment.cutmix_share,
+        erasing=augment.erasing,
+        erasing_mode=augment.erasing_mode,
+    )

@@ -1,0 +1,156 @@
+"""Recipe -> student, teacher and losses, on their device."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from timm.models import is_model_pretrained
+from torch import nn
+
+from distill.config import RecipeError, term_schedule
+from distill.losses import LOSSES
+from distill.models.backbone import Backbone
+from distill.models.batchnorm import set_batchnorm
+from distill.models.build import create_student, create_teacher
+from distill.models.quantize import check_quantisable
+from distill.models.teacher import ServedTeacher
+from distill.models.weights import load_weights
+from distill.protocols import Needs
+from distill.recipe import Recipe, Teacher
+from distill.regions import region_matrix
+from pipelines.setup.memory_formats import Chooser, Formats, as_asked, memory_format
+
+
+class Models(NamedTuple):
+    """Both backbones and the criteria between them, on the device."""
+
+    student: Backbone
+    teacher: Backbone | None
+    criteria: dict[str, nn.Module]
+    formats: Formats
+    served: ServedTeacher | None
+    """The teacher as the steps call it."""
+
+
+def build_models(recipe: Recipe, num_classes: int, device: torch.device, choose: Chooser = as_asked) -> Models:
+    """Student, teacher and criteria; `choose` says which memory format each model gets. Raises ValueError with one line where
+    the pair cannot serve the losses."""
+    name = recipe.student.name
+    if recipe.student.initial_weights == "pretrained" and ":" not in name and not is_model_pretrained(name):
+        raise RecipeError(f"student.initial_weights: timm publishes no weights for {name}; use random or a path")
+    plain = create_student(
+        recipe.student.name,
+        num_classes=num_classes,
+        needs=Needs(),
+        pooling=region_matrix,
+        image_size=recipe.data.image_size or None,
+        drop_rate=recipe.student.drop_rate,
+        drop_path_rate=recipe.student.drop_path_rate,
+        class_tokens=recipe.student.class_tokens,
+        # a fresh head over pretrained weights is what fine-tuning a student means
+        model_kwargs={**recipe.student.model_kwargs, "pretrained": recipe.student.initial_weights == "pretrained" or None},
+    )
+    if recipe.student.initial_weights not in ("random", "pretrained"):
+        load_weights(plain.model, Path(recipe.student.initial_weights))
+    teacher = build_teacher(recipe, num_classes) if recipe.teacher.name != "none" else None
+    criteria = build_criteria(recipe, plain, teacher)
+    student_needs, teacher_needs = needs_of(criteria)
+    # the criteria had to know the channels first; now each backbone is probed for what they read
+    student = plain.serving(student_needs)
+    if teacher is not None:
+        teacher = teacher.serving(teacher_needs)
+    student = set_batchnorm(student, recipe.student.batchnorm)
+    for module in (student, teacher, *criteria.values()):
+        if module is not None:
+            module.to(device)
+    formats = choose(recipe, student, teacher)
+    for module in (student, *criteria.values()):
+        module.to(memory_format=memory_format(formats.student))
+    if teacher is None:
+        return Models(student, None, criteria, formats, None)
+    teacher.to(memory_format=memory_format(formats.teacher))
+    served = ServedTeacher(teacher, memory_format(formats.teacher), teacher_stream(recipe, device))
+    return Models(student, teacher, criteria, formats, served)
+
+
+def build_teacher(recipe: Recipe, num_classes: int) -> Backbone:
+    """The frozen teacher with the recipe's weights."""
+    return create_teacher(
+        recipe.teacher.name,
+        weights=recipe.teacher.weights,
+        num_classes=num_classes,
+        needs=Needs(),
+        pooling=region_matrix,
+        model_kwargs=recipe.teacher.model_kwargs,
+        class_tokens=recipe.teacher.class_tokens,
+        class_map=recipe.teacher.class_map,
+    )
+
+
+def build_criteria(recipe: Recipe, student: Backbone, teacher: Backbone | None) -> dict[str, nn.Module]:
+    """The recipe's losses; parameters named in CONTEXT_PARAMETERS come from the models."""
+    context = {
+        "student_channels": student.stage_channels,
+        "teacher_channels": teacher.stage_channels if teacher is not None else (),
+    }
+    criteria = {}
+    for name, entry in recipe.loss.items():
+        options = term_schedule(entry)[1]
+        wanted = {k: v for k, v in context.items() if k in inspect.signature(LOSSES[name]).parameters}
+        try:
+            criteria[name] = LOSSES[name](**wanted, **options)
+        except ValueError as error:
+            raise RecipeError(f"loss.{name}: {error}") from None
+    return criteria
+
+
+def needs_of(criteria: Mapping[str, nn.Module]) -> tuple[Needs, Needs]:
+    """What all criteria together read of the student, and of the teacher."""
+    student, teacher = Needs(), Needs()
+    for criterion in criteria.values():
+        student |= criterion.student_needs  # type: ignore[operator]
+        teacher |= criterion.teacher_needs or Needs()  # type: ignore[operator]
+    return student, teacher
+
+
+def compile_backbones(recipe: Recipe, student: Backbone, teacher: Backbone | None) -> None:
+    """Compiles the forward (and backward) of the models that `train.compile` names, at their first call.
+
+    In place: the modules, their parameters' names and their copies stay what they were, and evaluation, which sees batches
+    of several sizes through another backbone over the same weights, stays eager.
+    """
+    wanted = {"student": student, "teacher": teacher}
+    for name, backbone in wanted.items():
+        if backbone is not None and recipe.train.compile in (name, "both"):
+            # every training batch has one shape; a general one would be slower
+            backbone.compile(mode=recipe.train.compile_mode, dynamic=False)
+
+
+def check_precision(teacher: Teacher, backbone: Backbone | None, device: torch.device) -> None:
+    """Raises RecipeError with one line where this teacher cannot be had in the precision that the recipe asks for."""
+    if backbone is None:
+        return
+    try:
+        check_quantisable(teacher.name, backbone.model, teacher.precision, device)
+    except ValueError as error:
+        raise RecipeError(f"teacher.precision: {teacher.precision!r} {error}") from None
+
+
+def teacher_stream(recipe: Recipe, device: torch.device) -> torch.cuda.Stream | None:
+    """The stream of the teacher's forward pass where it runs beside the student's; None: everything is in one.
+
+    RecipeError where both models would be replayed from CUDA graphs, which share memory on the promise that they take turns.
+    """
+    train = recipe.train
+    if not train.overlap_teacher:
+        return None
+    if train.compile == "both" and train.compile_mode != "default":
+        raise RecipeError(
+            f"train.overlap_teacher: {train.compile_mode} makes CUDA graphs of both models, which may not run at once;"
+            " say compile_mode default, or compile one model"
+        )
+    return torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -1,0 +1,31 @@
+"""Model outputs for the criteria, made of random maps and a linear head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill.protocols import ModelOutput, Needs
+from distill.regions import pool, region_matrix
+
+CHANNELS = {"student": (4, 6, 8), "teacher": (3, 5, 10, 12)}
+GRIDS = {"student": (28, 14, 7), "teacher": (56, 28, 14, 7)}
+
+
+def model_output(
+    side: str, needs: Needs, seed: int = 0, batch: int = 4, classes: int = 6, dtype=torch.float32, grids=None
+) -> ModelOutput:
+    """What a backbone with a linear head gives for `needs`; the student's stages are leaves that take a gradient."""
+    generator = torch.Generator().manual_seed(seed + len(side))
+    channels, grids = CHANNELS[side], grids or GRIDS[side]
+    stages: dict[int, Tensor] = {}
+    for number, (width, grid) in enumerate(zip(channels, grids, strict=True)):
+        size = grid if isinstance(grid, tuple) else (grid, grid)
+        feature_map = torch.randn(batch, width, *size, generator=generator).to(dtype)
+        stages[number - len(channels)] = feature_map.requires_grad_(side == "student")
+    head = torch.randn(classes, channels[-1], generator=generator).to(dtype)
+    last = stages[-1]
+    region_logits = {
+        regions: (pool(last, region_matrix(*last.shape[-2:], regions)).to(dtype) @ head.T) for regions in needs.region_logits
+    }
+    return ModelOutput(last.mean((-1, -2)) @ head.T, last, region_logits, {}, {i: stages[i] for i in needs.stages})

@@ -1,0 +1,128 @@
+"""The recipe is strict: what is wrong with it is said all at once, before anything is built."""
+
+from pathlib import Path
+
+import pytest
+
+from distill.config import RecipeError, as_dict, load_recipe, parse_yaml
+from distill.losses import LOSSES
+from pipelines.setup.arguments import DEFAULT_RECIPE, parse
+
+RECIPES = sorted((Path(__file__).parents[2] / "pipelines" / "recipes").rglob("*.yaml"))
+
+
+def problems(overrides: dict) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(DEFAULT_RECIPE, overrides, LOSSES)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_loads_and_its_header_names_a_command(path: Path):
+    recipe = load_recipe(path, {}, LOSSES)
+    assert recipe.loss
+    assert "# Command:" in path.read_text()
+    assert Path(recipe.out).name == path.stem
+
+
+def test_all_problems_are_reported_together_with_the_nearest_name():
+    said = problems({"loss.sdd.temprature": 4, "train.epcohs": 3, "optim.learning_rate": "fast", "data.prepare": "cifar"})
+    assert "4 problems" in said
+    assert "loss.sdd.temprature: unknown key, did you mean 'temperature'?" in said
+    assert "train.epcohs: unknown key, did you mean 'epochs'?" in said
+    assert 'optim.learning_rate: "fast": input should be a valid number' in said
+    assert "'none' or 'digits'" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"loss.kdd.weight": 1.0}, "loss.kdd: unknown key, did you mean 'kd'?"),
+        ({"train.epochs": 1.5}, "train.epochs: 1.5"),
+        ({"train.epochs": True}, "train.epochs: true"),
+        ({"train.epochs": 0}, "greater than or equal to 1"),
+        ({"augment.scale": [0.5]}, "augment.scale"),
+        ({"augment.scale": [0.9, 0.1]}, "not a range inside (0, 1]"),
+        ({"teacher.name": "none"}, "loss.sdd: needs a teacher"),
+        ({"schedule.name": "step"}, "schedule.decay_epochs: empty"),
+        ({"schedule.decay_epochs": [3]}, "belongs to 'step'"),
+        ({"train.accumulate": 7}, "7 does not divide train.global_batch_size 64"),
+        ({"loss": {}}, "loss: no loss is left"),
+        ({"loss": [1]}, "loss: [1]"),
+        ({"student": "resnet18"}, "student"),
+        (
+            {"loss.msdcrd.stages": "foo"},
+            """loss.msdcrd.stages: "foo": input should be 'last' or 'all', or input should be a valid array""",
+        ),
+    ],
+)
+def test_a_wrong_value_or_combination_is_named_with_its_rule(overrides: dict, expected: str):
+    assert expected in problems(overrides)
+
+
+def test_numbers_in_scientific_notation_are_numbers():
+    assert parse_yaml("1e-4") == 1e-4
+    assert parse_yaml("{a: 2E+3, b: 1.5e-2, c: e5}") == {"a": 2000.0, "b": 0.015, "c": "e5"}
+
+
+def test_no_is_a_precision_and_not_false():
+    assert parse_yaml("{a: no, b: on, c: true, d: False}") == {"a": "no", "b": "on", "c": True, "d": False}
+    assert parse(["--train.mixed_precision", "no"], LOSSES).recipe.train.mixed_precision == "no"
+
+
+def test_yaml_cannot_construct_objects():
+    with pytest.raises(Exception, match="could not determine a constructor"):
+        parse_yaml("!!python/object/apply:os.system ['true']")
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("train:\n  epochs: 3\n  epochs: 5\n")
+    with pytest.raises(RecipeError, match=r"twice.yaml: .*'epochs' is given twice; drop one .*line 3"):
+        load_recipe(path, {}, LOSSES)
+
+
+def test_overrides_add_change_and_drop():
+    request = parse(
+        ["--loss.msdcrd", "null", "--loss.kd.weight", "0.5", "--train.epochs", "3", "--student", "resnet18"], LOSSES
+    )
+    assert set(request.recipe.loss) == {"cross_entropy", "sdd", "kd"}
+    assert request.recipe.loss["kd"]["weight"] == 0.5
+    assert request.recipe.train.epochs == 3
+    assert request.recipe.student.name == "resnet18"
+
+
+def test_a_name_that_looks_like_a_number_stays_a_name():
+    assert parse(["--out", "20261121"], LOSSES).recipe.out == "20261121"
+
+
+@pytest.mark.parametrize("argument", ["--train.epoch", "--studnet", "--loss.sdd.temprature"])
+def test_an_unknown_option_is_refused_with_the_nearest(argument: str):
+    with pytest.raises(RecipeError, match=r"unknown option, did you mean --"):
+        parse([argument, "3"], LOSSES)
+
+
+def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path):
+    import yaml
+
+    recipe = load_recipe(DEFAULT_RECIPE, {}, LOSSES)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(yaml.safe_dump(as_dict(recipe)))
+    assert as_dict(load_recipe(copy, {}, LOSSES)) == as_dict(recipe)
+
+
+def test_help_shows_every_section_and_a_command(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"], LOSSES)
+    said = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "accelerate launch pipelines/imagenet.py" in said
+    for text in ("--teacher ", "--train.epochs", "--loss.sdd.scales", "--loss.msdcrd.weight"):
+        assert text in said
+
+
+def test_print_config_prints_what_would_run(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--print_config", "--seed", "7"], LOSSES)
+    assert caught.value.code == 0
+    assert parse_yaml(capsys.readouterr().out)["seed"] == 7

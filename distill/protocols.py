@@ -1,12 +1,13 @@
-"""What the rooms of the project say to each other: plain data and protocols, no behaviour, no imports of ours.
+"""The words that the rooms of the project share: plain data and interfaces, no behaviour, no imports of ours.
 
-Shapes, by letter: B images of this process's micro-batch, K classes, C channels, H x W pixels or grid cells, R regions.
+Shapes, by letter: B images of this process's micro-batch, K classes, C channels, H x W pixels or grid cells, R regions,
+D numbers of an embedding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -20,7 +21,7 @@ class Batch(NamedTuple):
     labels: Tensor
     """int64 [B], class indices."""
     sample_ids: Tensor
-    """int64 [B] on the CPU: the row of each sample in the shard index."""
+    """int64 [B]: the row in the shard index of each image that is really shown, 0 to the number of samples less one."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,22 @@ class Needs:
     region_features: tuple[Regions, ...] = ()
     stages: tuple[int, ...] = ()
     """Stages of the backbone counted from its end: -1 is the feature map itself, -2 the stage before it, ..."""
+    preactivations: tuple[int, ...] = ()
+    """The same stages, before the activation that ends them; the stage itself where none does."""
+    blocks: tuple[int, ...] = ()
+    """Maps of `forward_intermediates` by its own index, as the network has them: no curation, equal resolutions kept."""
+    embedding: bool = False
+    """What the model's last linear layer reads."""
+    head_bias: bool = False
+    """The logits of an empty feature map: the part of the logits that no cell of the map gives."""
 
     def __or__(self, other: Needs) -> Needs:
         """The union of both, in order of first mention."""
 
-        def merged(mine: tuple, theirs: tuple) -> tuple:
-            return tuple(dict.fromkeys(mine + theirs))
+        def merged(mine: Any, theirs: Any) -> Any:
+            return mine or theirs if isinstance(mine, bool) else tuple(dict.fromkeys(mine + theirs))
 
-        return Needs(
-            merged(self.region_logits, other.region_logits),
-            merged(self.region_features, other.region_features),
-            merged(self.stages, other.stages),
-        )
+        return Needs(**{f.name: merged(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
 
 
 class ModelOutput(NamedTuple):
@@ -88,6 +93,55 @@ class ModelOutput(NamedTuple):
     """[B, R, C] in float32: `feature_map` pooled over each region."""
     stages: Mapping[int, Tensor]
     """[B, C_i, H_i, W_i] for each stage asked for, by the index it was asked with; [-1] is `feature_map`."""
+    preactivations: Mapping[int, Tensor] = {}
+    """[B, C_i, H_i, W_i] for each one asked for, by the stage's index."""
+    blocks: Mapping[int, Tensor] = {}
+    """[B, C_i, H_i, W_i] for each block asked for, by the index it was asked with."""
+    embedding: Tensor | None = None
+    """[B, D], what the last linear layer reads."""
+    head_bias: Tensor | None = None
+    """[K], the logits of an empty feature map."""
+
+
+class MapShape(NamedTuple):
+    """The shape of one image's map."""
+
+    channels: int
+    height: int
+    width: int
+
+
+class Affine(NamedTuple):
+    """Scale and shift of a normalisation layer, each [C], detached, on the CPU."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before the first step, at its own input size; criteria are made from it."""
+
+    num_classes: int
+    stages: tuple[MapShape, ...]
+    """First to last; the last is the feature map."""
+    blocks: tuple[MapShape, ...] = ()
+    """Maps of `forward_intermediates`, by its own index."""
+    embedding: int = 0
+    """Numbers that the last linear layer reads of an image; 0 where the model has no such layer."""
+    preactivation_norms: tuple[Affine | None, ...] = ()
+    """For each stage the normalisation that its pre-activation comes from; None where there is none."""
+
+
+class DataFacts(NamedTuple):
+    """What is known of the training data before the first step."""
+
+    num_samples: int
+    """Samples of the training split; `Target.sample_ids` are smaller."""
+    sample_labels: Tensor
+    """int64 [num_samples] on the CPU: the class of every sample."""
+    micro_batch: int
+    """B, the images of one call on one process; the same in every call."""
 
 
 class Progress(NamedTuple):

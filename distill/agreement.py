@@ -18,7 +18,7 @@ class Interrupted(RuntimeError):
     """The run was asked to stop, has saved, and can be resumed."""
 
 
-class Verdict(NamedTuple):
+class Agreed(NamedTuple):
     """What all processes agreed on."""
 
     stop: bool
@@ -52,9 +52,9 @@ class Control:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
 
-    def agree(self, poisoned: bool = False) -> Verdict:
+    def agree(self, poisoned: bool = False) -> Agreed:
         """What any process has to say. A collective: every process calls it at the same points."""
-        return Verdict(*self._most(self.received, poisoned))
+        return Agreed(*self._most(self.received, poisoned))
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so. A collective, as `agree`."""

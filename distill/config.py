@@ -21,9 +21,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 
 from distill.recipe import Recipe, TermSchedule
 
-CONTEXT_PARAMETERS = ("student_channels", "teacher_channels")
-"""Parameters of a loss that the builder fills from the models; they are no recipe keys."""
-
 
 class RecipeError(ValueError):
     """A request that cannot be served as it was made; the message names each problem and its remedy."""
@@ -64,14 +61,19 @@ def parse_yaml(text: str) -> Any:
 
 
 def loss_options(cls: type) -> dict[str, tuple[Any, Any]]:
-    """Recipe keys of a loss class: name -> (annotation, default or ...), from the signature of its constructor."""
+    """Recipe keys of a loss class: name -> (annotation, default or ...). They are its constructor's keyword-only parameters:
+    those before `*` come from the run."""
     hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
-    parameters = list(inspect.signature(cls).parameters.values())
     return {
         p.name: (hints[p.name], ... if p.default is p.empty else p.default)
-        for p in parameters
-        if p.name not in CONTEXT_PARAMETERS
+        for p in inspect.signature(cls).parameters.values()
+        if p.kind is p.KEYWORD_ONLY
     }
+
+
+def run_parameters(cls: type) -> list[str]:
+    """The constructor parameters of a loss class that come from the run: those before `*`."""
+    return [p.name for p in inspect.signature(cls).parameters.values() if p.kind is not p.KEYWORD_ONLY]
 
 
 def _loss_adapter(cls: type) -> TypeAdapter:

@@ -8,20 +8,20 @@ from typing import cast
 from torch import Tensor, nn
 
 from distill.optim import Schedule
-from distill.protocols import Losses, ModelOutput, Progress
+from distill.protocols import Criterion, Losses, ModelOutput, Target
 
 
 class Distiller(nn.Module):
-    """Student backbone + weighted criteria: images in, losses out.
+    """Student backbone and weighted criteria: images in, losses out.
 
-    `criteria` are `nn.Module`s that satisfy `protocols.Criterion`, each with the schedule of its weight. A term whose weight
-    is 0 is still computed: its projector must take part in every step for DDP, and its value is wanted in the log.
+    Each criterion has the schedule of its weight. A term whose weight is 0 is still computed: its projector must take part in
+    every step for DDP, and its value is wanted in the log.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        criteria: Mapping[str, nn.Module],
+        criteria: Mapping[str, Criterion],
         weights: Mapping[str, Schedule],
         before_losses: Callable[[], None] = lambda: None,
     ) -> None:
@@ -29,21 +29,29 @@ class Distiller(nn.Module):
         super().__init__()
         if criteria.keys() != weights.keys():
             raise ValueError(f"criteria {sorted(criteria)} and weights {sorted(weights)} differ; each term needs both")
+        for name, criterion in criteria.items():
+            unknown = criterion.no_weight_decay - {key for key, _ in criterion.named_parameters()}
+            if unknown:
+                raise ValueError(f"loss {name}: no_weight_decay names {sorted(unknown)}, which are none of its parameters")
         self.student = student
         self.criteria = nn.ModuleDict(criteria)
         self.weights = dict(weights)
         self.before_losses = before_losses
+        # DDP sends rank 0's buffers to all ranks before every forward pass. The student's BatchNorm statistics need that: a
+        # resumed run has rank 0's on every rank, so a run that goes on must have them too. A criterion's state does not: it is
+        # kept alike on every rank by the criterion, and a memory bank is gigabytes. DDP reads this list.
+        self._ddp_params_and_buffers_to_ignore = [f"criteria.{name}" for name, _ in self.criteria.named_buffers()]
 
-    def forward(self, images: Tensor, labels: Tensor, teacher: ModelOutput | None, progress: Progress) -> Losses:
-        """images float [B, 3, H, W] in [0, 1]; labels int64 [B] or float [B, K] -> `Losses`."""
+    def forward(self, images: Tensor, teacher: ModelOutput | None, target: Target) -> Losses:
+        """images float [B, 3, H, W] in [0, 1], what the teacher gave for them, and what else the step knows -> `Losses`."""
         output = self.student(images)
         self.before_losses()
         terms: dict[str, Tensor] = {}
         statistics: dict[str, Tensor] = {}
         for name, criterion in self.criteria.items():
-            terms[name], found = criterion(output, teacher, labels)
+            terms[name], found = criterion(output, teacher, target)
             statistics |= {f"{name}/{key}": value for key, value in found.items()}
-        weighted = [self.weights[name](progress) * term for name, term in terms.items()]
+        weighted = [self.weights[name](target.progress) * term for name, term in terms.items()]
         total = weighted[0]
         for term in weighted[1:]:
             total = total + term
@@ -54,6 +62,11 @@ class Distiller(nn.Module):
         """The timm model inside the student's backbone."""
         return cast(nn.Module, self.student.model)
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that criteria keep from weight decay."""
+        criteria = cast(Mapping[str, Criterion], self.criteria)
+        return {f"criteria.{name}.{key}" for name, criterion in criteria.items() for key in criterion.no_weight_decay}
+
     def trained_state(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint keeps: the plain student and the criteria's parameters, apart."""
+        """What a checkpoint keeps: the plain student, and the criteria's parameters and state, apart."""
         return {"student": self.plain_student.state_dict(), "criteria": self.criteria.state_dict()}

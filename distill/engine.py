@@ -14,7 +14,7 @@ from torch import Tensor
 from distill.agreement import Interrupted
 from distill.evaluation import evaluate, known_bad_samples
 from distill.nonfinite import Suspect
-from distill.protocols import Batch, Losses
+from distill.protocols import Batch, Losses, Progress, Target
 from distill.run import Run, save
 
 
@@ -23,7 +23,7 @@ class NonFiniteError(RuntimeError):
 
 
 def fit(run: Run) -> dict[str, Any]:
-    """Trains from `run.counters` to the end of the plan and returns the last evaluation and the counts of the run.
+    """Trains from `run.counters` to the last step and returns the last evaluation and the counts of the run.
 
     Raises NonFiniteError before a poisoned step is made, Interrupted after a requested stop was saved.
     """
@@ -33,9 +33,9 @@ def fit(run: Run) -> dict[str, Any]:
     try:
         while True:
             counters.seconds = spent_before + time.perf_counter() - begin
-            if counters.evaluated_step != counters.step and run.plan.evaluation_due(counters.step):
+            if counters.evaluated_step != counters.step and run.settings.evaluation_due(counters.step):
                 evaluate_student(run)
-            if counters.step >= run.plan.last_step:
+            if counters.step >= run.settings.last_step:
                 break
             train_epoch(run)
         run.checkpoints.wait()
@@ -45,7 +45,7 @@ def fit(run: Run) -> dict[str, Any]:
     return {
         **{k: counters.evaluation[k] for k in ("top1", "top5", "loss")},
         "best_top1": counters.best_top1,
-        "epochs": counters.step / run.plan.steps_per_epoch,
+        "epochs": counters.step / run.settings.steps_per_epoch,
         "steps": counters.step,
         "images_per_second": run.throughput.images_per_second,
         "seconds": counters.seconds,
@@ -55,29 +55,31 @@ def fit(run: Run) -> dict[str, Any]:
 
 
 def train_epoch(run: Run) -> None:
-    """Trains from the present step to the end of its epoch (or of the plan), logging and saving on the way."""
-    plan, counters = run.plan, run.counters
-    epoch, done = divmod(counters.step, plan.steps_per_epoch)
-    batches = run.train_loader.epoch(epoch, start=done * plan.accumulate)
-    last = min(plan.last_step, (epoch + 1) * plan.steps_per_epoch)
+    """Trains from the present step to the end of its epoch (or of the run), logging and saving on the way."""
+    settings, counters = run.settings, run.counters
+    epoch, done = divmod(counters.step, settings.steps_per_epoch)
+    batches = run.train_loader.epoch(epoch, start=done * settings.accumulate)
+    last = min(settings.last_step, (epoch + 1) * settings.steps_per_epoch)
     run.distiller.train()
     while counters.step < last:
         run.watch(counters.step, "waiting for data")
-        values, stop = train_step(run, list(islice(batches, plan.accumulate)))
-        counters.step += 1
+        step = counters.step + 1
+        logged = step % settings.log_every == 0 or step == last
+        values, stop = train_step(run, list(islice(batches, settings.accumulate)), logged)
+        counters.step = step
         run.after_step()
-        run.throughput.step(plan.global_batch_size)
+        run.throughput.step(settings.global_batch_size)
         run.reporter.advance()
-        logged, due = counters.step % plan.log_every == 0 or counters.step == last, _save_due(run)
+        due = _save_due(run)
         if logged or due or stop:
-            settle(run)
+            settle(run)  # a log or a checkpoint must not count a step that turns out not to have been made
         if logged:
             log_step(run, values)
         if stop:
             save(run)
             run.checkpoints.wait()
             raise Interrupted(f"stopped at step {counters.step}, saved; the same command with --resume goes on")
-        if counters.step < last and due:
+        if due and counters.step < last:
             save(run)
     run.throughput.pause()
     save(run)  # before the evaluation, which a resumed run makes again if it was not finished
@@ -85,57 +87,66 @@ def train_epoch(run: Run) -> None:
 
 def _save_due(run: Run) -> bool:
     """Whether a checkpoint is due, the same on every process: saving is a collective, and clocks differ."""
-    plan = run.plan
-    if plan.checkpoint_every and run.counters.step % plan.checkpoint_every == 0:
+    settings = run.settings
+    if settings.checkpoint_every and run.counters.step % settings.checkpoint_every == 0:
         return True
-    if not plan.checkpoint_minutes:
+    if not settings.checkpoint_minutes:
         return False
-    overdue = run.checkpoints.seconds_since_save > 60 * plan.checkpoint_minutes
+    overdue = run.checkpoints.seconds_since_save > 60 * settings.checkpoint_minutes
     return run.control.any(run.accelerator.is_main_process and overdue)  # only the main process's clock starts anew at a save
 
 
-def train_step(run: Run, batches: list[Batch]) -> tuple[dict[str, Tensor], bool]:
-    """One optimiser step over `accumulate` micro-batches: its mean values (detached, on the device), and whether any
-    process was asked to stop."""
-    accelerator, plan, progress = run.accelerator, run.plan, run.progress
-    if len(batches) != plan.accumulate:
-        raise RuntimeError(f"step {progress.step}: the loader gave {len(batches)} micro-batches of {plan.accumulate}")
+def train_step(run: Run, batches: list[Batch], logged: bool) -> tuple[dict[str, Tensor], bool]:
+    """One optimiser step over `accumulate` micro-batches.
+
+    logged: whether its values will be written, so that what is measured only for the log is measured. Returns the step's mean
+    values (detached, on the device), and whether any process was asked to stop.
+    """
+    settings, progress = run.settings, run.progress
+    if len(batches) != settings.accumulate:
+        raise RuntimeError(f"step {progress.step}: the loader gave {len(batches)} micro-batches of {settings.accumulate}")
     run.watch(progress.step, "forward and backward")
+    # 1. Seeds come first: whatever the step draws (mixing, dropout, a criterion) is a function of (seed, step, rank), so that
+    #    a resumed run draws it again and no generator's state is in a checkpoint.
     run.seed_step(progress.step)
+    # 2. The rate is a pure function of progress; a prepared scheduler would move once per process.
     for group in run.optimizer.param_groups:
         group["lr"] = run.learning_rate(progress) * group.get("lr_scale", 1.0)
-    logged = (progress.step + 1) % plan.log_every == 0
+    # 3. Gradients add up over the micro-batches; DDP reduces them once, in the last one's backward pass.
     values: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
-        images, labels = run.transform(batch)
-        with torch.no_grad(), accelerator.autocast():
-            teacher = None if run.teacher is None else run.teacher(images)
-        last = number == plan.accumulate - 1
-        with nullcontext() if last else accelerator.no_sync(run.distiller):
-            losses: Losses = run.distiller(images, labels, teacher, progress)
-            with run.around_backward():
-                if plan.gradient_shares and logged and last:
-                    values |= _gradient_shares(run, losses)
-                accelerator.backward(losses.total / plan.accumulate)
-        for name, value in _named(losses).items():
-            values[name] = values.get(name, 0) + value / plan.accumulate
+        last = number == settings.accumulate - 1
+        for name, value in _forward_backward(run, batch, progress, last, logged).items():
+            values[name] = values.get(name, 0) + value
+    # 4. The norm is that of the summed gradient, so the same on all ranks; clipping comes before the guard judges it.
     values["gradient_norm"] = _clip(run)
+    # 5. All ranks make the step, or none does.
     run.watch(progress.step, "optimiser step")
-    suspect = Suspect(progress.step, values, [batch.sample_ids for batch in batches])
-    if run.guard.deferred:
-        held_back = run.guard.step(suspect)
-        verdict = run.control.agree()
-    else:
-        verdict = run.control.agree(poisoned=run.guard.is_poisoned(values))
-        held_back = suspect if verdict.poisoned else None
-        if held_back is None:
-            run.optimizer.step()
-    if held_back is not None:
-        _hold_back(run, held_back)
+    verdict = run.guard.step(Suspect(progress.step, values, [batch.sample_ids for batch in batches]), run.control)
+    if verdict.held_back is not None:
+        _hold_back(run, verdict.held_back)
     run.optimizer.zero_grad()
-    if run.average is not None and not verdict.poisoned:
+    # 6. The average follows the weights that the step left behind.
+    if run.average is not None and verdict.made:
         run.average.update(run.unwrapped.plain_student, step=progress.step + 1)
     return values, verdict.stop
+
+
+def _forward_backward(run: Run, batch: Batch, progress: Progress, last: bool, logged: bool) -> dict[str, Tensor]:
+    """Gradients of one micro-batch, added to those of the step, and its share of the step's values."""
+    accelerator, accumulate = run.accelerator, run.settings.accumulate
+    images, labels = run.transform(batch)
+    with torch.no_grad(), accelerator.autocast():  # the teacher is outside of DDP, so nothing else puts it under autocast
+        teacher = None if run.teacher is None else run.teacher(images)
+    target = Target(labels, batch.sample_ids.to(labels.device), progress, run.generator)
+    shares: dict[str, Tensor] = {}
+    with nullcontext() if last else accelerator.no_sync(run.distiller):
+        losses: Losses = run.distiller(images, teacher, target)
+        with run.around_backward():
+            if run.settings.gradient_shares and logged and last:
+                shares = _gradient_shares(run, losses)
+            accelerator.backward(losses.total / accumulate)
+    return {name: value / accumulate for name, value in _named(losses).items()} | shares
 
 
 def _named(losses: Losses) -> dict[str, Tensor]:
@@ -146,7 +157,7 @@ def _named(losses: Losses) -> dict[str, Tensor]:
 def _clip(run: Run) -> Tensor:
     """The gradient's norm before clipping: of the summed gradient, so the same on all ranks."""
     parameters = [p for p in run.distiller.parameters() if p.requires_grad]
-    norm = run.accelerator.clip_grad_norm_(parameters, run.plan.clip_gradient_norm or math.inf)
+    norm = run.accelerator.clip_grad_norm_(parameters, run.settings.clip_gradient_norm or math.inf)
     return torch.as_tensor(norm, device=run.accelerator.device).detach()
 
 
@@ -158,7 +169,7 @@ def settle(run: Run) -> None:
 
 
 def _hold_back(run: Run, suspect: Suspect) -> None:
-    """Counts a step that is not made and dumps what it saw; raises NonFiniteError where the plan allows no more of them."""
+    """Counts a step that is not made and dumps what it saw; raises NonFiniteError where the settings allow no more of them."""
     counters, rank, step = run.counters, run.accelerator.process_index, suspect.step
     found = {name: value.item() for name, value in suspect.values.items()}
     bad = [name for name, value in found.items() if not math.isfinite(value)]
@@ -174,14 +185,14 @@ def _hold_back(run: Run, suspect: Suspect) -> None:
     )
     counters.skipped_steps += 1
     where = f"step {step}, rank {rank}: {', '.join(bad) if bad else 'nothing here, but on another rank'} not finite"
-    if counters.skipped_steps > run.plan.skip_nonfinite:
+    if counters.skipped_steps > run.settings.skip_nonfinite:
         raise NonFiniteError(
             f"{where}; the step was not made and the last checkpoint is intact; the batch is in {dump}; a lower learning"
             " rate or bf16 instead of fp16 usually helps, train.skip_nonfinite lets a few such steps pass"
         )
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.update()  # it unscaled this gradient and must forget that
-    run.reporter.say(f"{where}; skipped, {counters.skipped_steps} of {run.plan.skip_nonfinite} (see {dump})")
+    run.reporter.say(f"{where}; skipped, {counters.skipped_steps} of {run.settings.skip_nonfinite} (see {dump})")
 
 
 def _gradient_shares(run: Run, losses: Losses) -> dict[str, Tensor]:
@@ -233,7 +244,8 @@ def evaluate_student(run: Run) -> None:
         if run.accelerator.is_main_process:
             run.checkpoints.mark_best(counters.step)
     values = {f"eval/{name}": value for name, value in counters.evaluation.items()}
-    run.reporter.log(counters.step, counters.step / run.plan.steps_per_epoch, {**values, "eval/best_top1": counters.best_top1})
+    values["eval/best_top1"] = counters.best_top1
+    run.reporter.log(counters.step, counters.step / run.settings.steps_per_epoch, values)
 
 
 def pulse(run: Run) -> bool:

@@ -1,4 +1,4 @@
-"""Keeps a step whose loss or gradient is not finite from being made, without making the host wait where it need not."""
+"""The guard against steps whose loss or gradient is not finite; the host waits for the device only where it must."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distill.agreement import Control
+
 
 class Suspect(NamedTuple):
     """A step that was not made, or may turn out not to have been."""
@@ -17,6 +19,17 @@ class Suspect(NamedTuple):
     values: dict[str, Tensor]
     sample_ids: Sequence[Tensor]
     """Of its micro-batches."""
+
+
+class Verdict(NamedTuple):
+    """What became of a step."""
+
+    made: bool
+    """False where it was held back; a `deferred` guard does not know yet and says True."""
+    held_back: Suspect | None
+    """This step, or with a `deferred` guard the one before it, where it was poisoned."""
+    stop: bool
+    """Whether any process was asked to stop."""
 
 
 class _Pending(NamedTuple):
@@ -58,8 +71,18 @@ class Guard:
         total, norm = _judged(values).tolist()
         return not (math.isfinite(total) and (math.isfinite(norm) or self._scaler is not None))
 
-    def step(self, suspect: Suspect) -> Suspect | None:
-        """Deferred: makes the step unless it is poisoned on any process. The step before this one, if that was."""
+    def step(self, suspect: Suspect, control: Control) -> Verdict:
+        """Makes the optimiser's step unless it is poisoned on any process. A collective."""
+        if self.deferred:
+            before = self._step_on_device(suspect)
+            return Verdict(True, before, control.agree().stop)
+        stop, poisoned = control.agree(poisoned=self.is_poisoned(suspect.values))
+        if not poisoned:
+            self._optimizer.step()
+        return Verdict(not poisoned, suspect if poisoned else None, stop)
+
+    def _step_on_device(self, suspect: Suspect) -> Suspect | None:
+        """The step before this one, if that was poisoned."""
         poisoned = (~torch.isfinite(_judged(suspect.values))).any().float()
         poisoned = self._reduce(poisoned).clamp(max=1)
         inner = getattr(self._optimizer, "optimizer", self._optimizer)

@@ -18,18 +18,21 @@ Schedule = Callable[[Progress], float]
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, decay_bias_and_norm: bool) -> list[dict[str, Any]]:
-    """The trained parameters of `module`: one group, all decayed, or two, the second (1-d parameters) without decay.
+    """The trained parameters of `module`: one group that is decayed and, where there are any, one that is not.
 
-    The papers decay every parameter; most recipes since leave biases and normalisation alone.
+    The papers decay every parameter; most recipes since leave biases and normalisation (1-d parameters) alone. Parameters that
+    `module.no_weight_decay()` names, as timm's models do, are never decayed.
     """
-    trained = [p for p in module.parameters() if p.requires_grad]
-    if decay_bias_and_norm:
-        return [{"params": trained, "weight_decay": weight_decay}]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [g for g in groups if g["params"]]
+    spared: set[str] = getattr(module, "no_weight_decay", set)()
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        spare = name in spared or (parameter.ndim <= 1 and not decay_bias_and_norm)
+        (plain if spare else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def create_optimizer(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 class Batch(NamedTuple):
@@ -169,21 +170,60 @@ class Losses(NamedTuple):
     """What criteria report beside their value (`sdd/complementary_share`, ...), detached."""
 
 
-@runtime_checkable
-class Criterion(Protocol):
-    """A loss: a thin `nn.Module` over pure functions, made of plain arguments.
+class Target(NamedTuple):
+    """What a step knows beside the models' outputs. A run gives all of it; a loop of your own, what its criteria read."""
 
-    Its parameters (a projector) train with the student and are dropped afterwards. Computes in float32 whatever autocast
-    says, and gives the teacher no gradient.
+    labels: Tensor
+    """int64 [B], or float [B, K] (soft: mixed images) for criteria that accept it."""
+    sample_ids: Tensor | None = None
+    """int64 [B] on the labels' device: each image's row in the index of the training split."""
+    progress: Progress = Progress(0, 1, 1)
+    generator: torch.Generator | None = None
+    """On the labels' device, seeded from (seed, step, rank): what is drawn from it is drawn again by a resumed run."""
+
+
+class Gathered(NamedTuple):
+    """Rows of vectors that every process gathers from every other."""
+
+    rows: int
+    """Of one process."""
+    width: int
+    """Numbers of a row."""
+    gathered: bool
+    """Whether the loss is set to gather them; without, each process keeps to its own."""
+
+
+class Criterion(nn.Module):
+    """The base of every loss: what it reads, and what the run has to know of it. A subclass gives the needs and `forward`.
+
+    Constructor parameters before `*` come from the run: `student` and `teacher` (`ModelFacts`; the teacher's is None where
+    there is none) and `data` (`DataFacts`), whichever it names. Those after `*` are its recipe keys, with their defaults.
+
+    Its parameters (a projector) train with the student and are dropped afterwards. Its buffers are its state: checkpoints
+    keep them, and DDP never sends them from rank to rank. So a state that steps change must be changed alike on every rank
+    (gather first), under `torch.no_grad()`, and from finite values only: a step that turns out to be poisoned is not made,
+    but its forward pass has run.
     """
 
-    student_needs: Needs
-    teacher_needs: Needs | None
-    """`teacher_needs` of a criterion that never looks at the teacher is `None`."""
+    student_needs: Needs = Needs()
+    teacher_needs: Needs | None = Needs()
+    """None for a criterion that never looks at the teacher."""
+    accepts_soft_labels: bool = True
+    """Whether it can be computed with mixed images, whose labels are float [B, K]."""
+    no_weight_decay: frozenset[str] = frozenset()
+    """Names of its parameters that the optimiser does not decay."""
 
-    def __call__(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """`labels` int64 [B], or float [B, K] (soft) where the criterion allows it -> scalar loss, detached statistics."""
-        ...
+    def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, a float32 scalar whatever autocast says, without a gradient to the teacher; and detached statistics."""
+        raise NotImplementedError
+
+    def advice(self) -> str:
+        """What makes this loss cheaper, as options of the recipe, for reports; empty where nothing does."""
+        return ""
+
+    def traffic(self) -> tuple[Gathered, ...]:
+        """What the last call gathered from all processes, or would gather on several."""
+        return ()
 
 
 class Loader(Protocol):

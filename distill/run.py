@@ -20,11 +20,12 @@ from distill.nonfinite import Guard
 from distill.optim import Schedule
 from distill.protocols import Batch, Loader, Progress
 from distill.report import Reporter
+from distill.seeds import derive_seed, seed_all
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The numbers of a run; every one is in the recipe."""
+class LoopSettings:
+    """The numbers of the loop; every one is in the recipe."""
 
     epochs: int
     steps_per_epoch: int
@@ -70,7 +71,13 @@ class Run:
     """Everything that one training run holds, built by the caller; `counters` is where it stands."""
 
     accelerator: Accelerator
-    plan: Plan
+    settings: LoopSettings
+    control: Control
+    """What all processes decide together."""
+    watch: Callable[[int, str], None]
+    """Told of every step and phase that begins; a watchdog ends the run when it hears nothing for too long."""
+    seed: int
+    """The recipe's; every random number of a step is derived from it, the step and the rank."""
     distiller: nn.Module
     """A `Distiller` as Accelerate prepared it: perhaps inside DDP."""
     classifier: nn.Module
@@ -82,16 +89,13 @@ class Run:
     train_loader: Loader
     eval_loader: Loader
     transform: Callable[[Batch], tuple[Tensor, Tensor]]
-    seed_step: Callable[[int], None]
-    """Called before every optimiser step: seeds this process's generators for it."""
+    """A loader's batch -> images and labels as the models see them."""
+    generator: torch.Generator
+    """The criteria's, on the device."""
     reporter: Reporter
     checkpoints: Checkpoints
     average: Any = None
     """timm's ModelEmaV3 of the plain student, or None."""
-    control: Control = field(default_factory=Control)
-    """What all processes decide together."""
-    watch: Callable[[int, str], None] = lambda step, phase: None
-    """Told of every step and phase that begins; a watchdog ends the run when it hears nothing for too long."""
     around_backward: Callable[[], AbstractContextManager[None]] = nullcontext
     """Entered around every backward pass."""
     after_step: Callable[[], None] = lambda: None
@@ -109,7 +113,14 @@ class Run:
     @property
     def progress(self) -> Progress:
         """Where schedules are read."""
-        return Progress(self.counters.step, self.plan.steps_per_epoch, self.plan.epochs * self.plan.steps_per_epoch)
+        steps_per_epoch = self.settings.steps_per_epoch
+        return Progress(self.counters.step, steps_per_epoch, self.settings.epochs * steps_per_epoch)
+
+    def seed_step(self, step: int) -> None:
+        """Seeds this process's generators for an optimiser step; ranks draw different numbers."""
+        rank = self.accelerator.process_index
+        seed_all(derive_seed(self.seed, "step", step, rank))
+        self.generator.manual_seed(derive_seed(self.seed, "criteria", step, rank))
 
 
 def save(run: Run) -> None:
@@ -117,7 +128,7 @@ def save(run: Run) -> None:
     counters = run.counters
     run.watch(counters.step, "saving")
     counters.images, counters.training_seconds = run.throughput.images, run.throughput.seconds
-    data = data_state(run)
+    data = agree_on_data(run)
     if not run.accelerator.is_main_process:
         return
     weights = run.unwrapped.trained_state()
@@ -128,10 +139,10 @@ def save(run: Run) -> None:
     run.checkpoints.save(counters.step, Snapshot(weights, state, {**vars(counters), "data": data}))
 
 
-def data_state(run: Run) -> dict[str, Any]:
+def agree_on_data(run: Run) -> dict[str, Any]:
     """Where the data stands, the same on every process: position, what both streams depend on, and the samples that any
     process found bad, which from now on all of them know. A collective."""
-    epoch, step = divmod(run.counters.step, run.plan.steps_per_epoch)
+    epoch, step = divmod(run.counters.step, run.settings.steps_per_epoch)
     states = {}
     for name, loader in (("train", run.train_loader), ("val", run.eval_loader)):
         states[name] = {**loader.state(), "bad_samples": known_bad_samples(loader)}

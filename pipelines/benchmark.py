@@ -26,6 +26,7 @@ if __name__ == "__main__":
 import torch
 from accelerate.utils import gather_object
 
+from distill.agreement import Control
 from distill.config import RecipeError, as_dict
 from distill.losses import LOSSES
 from distill.models.build import import_models
@@ -131,7 +132,7 @@ class Bench:
         check_mixing(self.recipe, self.batch)
         with requests():
             self.splits: Splits = build_splits(self.recipe, self.accelerator)
-            self.run, self.models = build(self.recipe, self.accelerator, self.splits)
+            self.run, self.models = build(self.recipe, self.accelerator, self.splits, Control())
         teacher, device = self.models.teacher, self.accelerator.device
         self.teacher_flops = 0.0 if teacher is None else flops_per_image(teacher.model, teacher.input_spec, device)
         lower_teacher(self.recipe, self.models, self.accelerator)  # with random weights there is nothing to agree with
@@ -144,7 +145,7 @@ class Bench:
     def _stream(self) -> Iterator[Batch]:
         stream = endless(self.run.train_loader)
         if self.asked.data == "memory":
-            return cycle(list(islice(stream, IN_MEMORY * self.run.plan.accumulate)))
+            return cycle(list(islice(stream, IN_MEMORY * self.run.settings.accumulate)))
         return stream
 
     def steps(self, count: int, marks: bool = False, local: bool = False) -> list[dict[str, float]]:
@@ -187,7 +188,7 @@ class Bench:
             gradient_bytes=sum(p.nbytes for p in trained),
             buckets=list(self.communication.buckets),
             arrivals=arrivals.timetable(),
-            contrasts=contrasts[-len(contrasts) // self.run.plan.accumulate :] if contrasts else [],
+            contrasts=contrasts[-len(contrasts) // self.run.settings.accumulate :] if contrasts else [],
             bytes_per_image=float(train.records["size"].mean()),
             training_images=train.num_samples,
         )
@@ -319,7 +320,7 @@ def measure(asked: Asked, out: str) -> Report:
     slowest = max(gather_object([total]))
     step = Step(
         ms=total,
-        images_per_second=1000 * bench.run.plan.global_batch_size / slowest,
+        images_per_second=1000 * bench.run.settings.global_batch_size / slowest,
         steps=len(steps),
         all_ms=[sum(each.values()) for each in steps],
         unmarked_ms=statistics.median(unmarked),

@@ -36,7 +36,7 @@ from distill.recipe import Recipe
 from distill.run import Run, restore
 from distill.watchdog import Watchdog
 from pipelines.setup.arguments import Request, parse, requests
-from pipelines.setup.build import build, build_plan, rehearse
+from pipelines.setup.build import build, build_settings, rehearse
 from pipelines.setup.data import Splits, build_splits, check_mixing, eval_spec
 from pipelines.setup.machine import build_accelerator, keep_freed_memory, micro_batch_size
 from pipelines.setup.memory_formats import MANIFEST
@@ -80,7 +80,7 @@ def with_trained_teacher(recipe: Recipe, splits: Splits, session: Session) -> Re
     check_recipe(Path(first.out), first)
     if not (Path(first.out) / "summary.json").is_file():
         with requests():
-            rehearse(recipe, splits.train.num_classes, session.accelerator.device)
+            rehearse(recipe, session.accelerator, splits)
         execute(Request(first, resume=True, imports=[]), session)
     return dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, weights=str(Path(first.out) / "student")))
 
@@ -154,13 +154,12 @@ def execute(request: Request, session: Session) -> dict[str, Any]:
     check_contents(out, contents)
     if (out / "summary.json").is_file():
         summary = json.loads((out / "summary.json").read_text())
-        if summary["steps"] >= build_plan(asked, splits.train.num_samples).last_step:
+        if summary["steps"] >= build_settings(asked, splits.train.num_samples).last_step:
             accelerator.print(f"{out}: this run is finished")
             return summary
     recipe = with_trained_teacher(asked, splits, session)
     with requests():
-        run, models = build(recipe, accelerator, splits)
-    run.control, run.watch = session.control, session.watchdog.progress
+        run, models = build(recipe, accelerator, splits, session.control, session.watchdog.progress)
     contents["teacher"] = digest(models.teacher)
     check_contents(out, contents)
     start_trackers(recipe, accelerator)

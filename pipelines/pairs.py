@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 from distill.losses.msdcrd import MSDCRD
 from distill.models.build import import_models
 from distill.models.describe import Description, create_outline, describe
-from distill.protocols import Needs, Regions
+from distill.protocols import MapShape, ModelFacts, Needs, Regions
 from distill.regions import region_matrix
 from pipelines.measure.compatibility import check_all
 
@@ -93,9 +93,10 @@ def losses(teacher: Description, student: Description) -> dict[str, str]:
 
 def projector_parameters(teacher: Description, student: Description) -> dict[str, int]:
     """What MSDCRD's default projectors add while training, for the last stage and for all."""
+    sides = [ModelFacts(0, tuple(MapShape(width, 0, 0) for width in each.stage_channels)) for each in (student, teacher)]
     counts = {}
     for stages in ("last", "all"):
-        criterion = MSDCRD(student.stage_channels, teacher.stage_channels, stages=stages)
+        criterion = MSDCRD(*sides, stages=stages)
         counts[stages] = sum(p.numel() for p in criterion.parameters())
     return counts
 

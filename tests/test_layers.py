@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "distill.optim": LEAVES,
     "distill.batch_transform": LEAVES,
     "distill.agreement": set(),
-    "distill.nonfinite": set(),
+    "distill.nonfinite": {"distill.agreement"},
     "distill.watchdog": set(),
     "distill.evaluation": LEAVES | {"distill.agreement", "distill.metrics", "distill.batch_transform"},
     "distill.checkpoint": {"distill.files"},

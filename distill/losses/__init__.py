@@ -3,8 +3,9 @@
 from distill.losses.logits import DKD, KD, NKD, CrossEntropy
 from distill.losses.msdcrd import MSDCRD
 from distill.losses.sdd import SDD
+from distill.protocols import Criterion
 
-LOSSES: dict[str, type] = {
+LOSSES: dict[str, type[Criterion]] = {
     "cross_entropy": CrossEntropy,
     "kd": KD,
     "dkd": DKD,

@@ -6,12 +6,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.losses.divergence import RowLoss, Rows, compare, soften, weighted_excess, widen
 from distill.losses.inputs import check_pair, check_temperature, check_weights, soft_labels, teacher_of
 from distill.precision import full_precision, no_autocast
-from distill.protocols import ModelOutput, Needs
+from distill.protocols import Criterion, ModelOutput, Target
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
@@ -146,25 +146,24 @@ def _nkd_rows(
     return loss, gradient.scatter_add_(-1, labels, -own)
 
 
-class CrossEntropy(nn.Module):
+class CrossEntropy(Criterion):
     """Cross-entropy with the labels, hard or soft; needs no teacher.
 
     Args:
         label_smoothing: share of the target spread evenly over all classes, from 0 to 1.
     """
 
-    student_needs = Needs()
-    teacher_needs: Needs | None = None
+    teacher_needs = None
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    def __init__(self, *, label_smoothing: float = 0.0) -> None:
         super().__init__()
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing {label_smoothing} must lie in 0..1")
         self.label_smoothing = label_smoothing
 
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch mean; labels int [B] or float [B, K]."""
-        logits = full_precision(student.logits)
+        logits, labels = full_precision(student.logits), target.labels
         labels = labels.to(logits.dtype) if soft_labels(labels, logits) else labels.long()
         with no_autocast(logits):
             # Cross-entropy passes over label -100 by default, which would hide a wrong label on a GPU; no label is passed over.
@@ -172,28 +171,25 @@ class CrossEntropy(nn.Module):
             return F.cross_entropy(logits, labels, ignore_index=none, label_smoothing=self.label_smoothing), {}
 
 
-class KD(nn.Module):
+class KD(Criterion):
     """Knowledge distillation (Hinton et al. 2015): the batch mean of `kd_loss`.
 
     Args:
         temperature: what both models' logits are divided by; the loss is multiplied by its square.
     """
 
-    student_needs = Needs()
-    teacher_needs: Needs | None = Needs()
-
-    def __init__(self, temperature: float = 4.0) -> None:
+    def __init__(self, *, temperature: float = 4.0) -> None:
         super().__init__()
         check_temperature(temperature)
         self.temperature = temperature
 
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch mean; the labels, hard or soft, are not read."""
         teacher = teacher_of(teacher, "kd")
         return kd_loss(student.logits, teacher.logits, self.temperature).mean(), {}
 
 
-class DKD(nn.Module):
+class DKD(Criterion):
     """Decoupled knowledge distillation (Zhao et al., CVPR 2022): the batch mean of `dkd_loss`.
 
     Args:
@@ -202,22 +198,21 @@ class DKD(nn.Module):
         temperature: what both models' logits are divided by; 4 on CIFAR-100, 1 on ImageNet.
     """
 
-    student_needs = Needs()
-    teacher_needs: Needs | None = Needs()
+    accepts_soft_labels = False
 
-    def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
+    def __init__(self, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
         super().__init__()
         check_temperature(temperature)
         check_weights(alpha=alpha, beta=beta)
         self.options = {"alpha": alpha, "beta": beta, "temperature": temperature}
 
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch mean; labels int [B]."""
         teacher = teacher_of(teacher, "dkd")
-        return dkd_loss(student.logits, teacher.logits, labels, **self.options).mean(), {}
+        return dkd_loss(student.logits, teacher.logits, target.labels, **self.options).mean(), {}
 
 
-class NKD(nn.Module):
+class NKD(Criterion):
     """Normalised knowledge distillation (Yang et al., ICCV 2023): the batch mean of `nkd_loss`.
 
     Args:
@@ -226,17 +221,14 @@ class NKD(nn.Module):
         mask_target: leave the target out of that part, as the paper; False is what SDD's repository computes.
     """
 
-    student_needs = Needs()
-    teacher_needs: Needs | None = Needs()
-
-    def __init__(self, gamma: float = 1.5, temperature: float = 1.0, mask_target: bool = True) -> None:
+    def __init__(self, *, gamma: float = 1.5, temperature: float = 1.0, mask_target: bool = True) -> None:
         super().__init__()
         check_temperature(temperature)
         check_weights(gamma=gamma)
         self.gamma, self.temperature, self.mask_target = gamma, temperature, mask_target
 
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch mean; labels int [B], or float [B, K] of which the largest class counts."""
         teacher = teacher_of(teacher, "nkd")
-        rows = nkd_loss(student.logits, teacher.logits, labels, self.gamma, self.temperature, self.mask_target)
+        rows = nkd_loss(student.logits, teacher.logits, target.labels, self.gamma, self.temperature, self.mask_target)
         return rows.mean(), {}

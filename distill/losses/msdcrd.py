@@ -17,7 +17,7 @@ from distill.losses.contrast import Contrast, default_chunk_rows, gather_columns
 from distill.losses.inputs import check_pair, check_temperature, teacher_of
 from distill.losses.projector import Projector, build_projector
 from distill.precision import full_precision, full_precision_type, no_autocast
-from distill.protocols import ModelOutput, Needs, Regions
+from distill.protocols import Criterion, Gathered, ModelFacts, ModelOutput, Needs, Regions, Target
 from distill.regions import Grid, cached_matrix, pool, region_matrix, scale_slices, usable_scales
 
 FORMS = ("log", "eq12")
@@ -116,7 +116,7 @@ def mean_negatives(categories: Tensor, mask_same_category: bool) -> Tensor:
 def chosen_stages(stages: Literal["last", "all"] | tuple[int, ...], pairs: int) -> tuple[int, ...]:
     """The stages as indices from the end, -1 first as given or for `all`; raises ValueError for one that a model lacks."""
     if pairs < 1:
-        raise ValueError("msdcrd compares stages of both models, and one of them has none")
+        raise ValueError("msdcrd compares stages of both models, and one has none")
     if stages == "last":
         return (-1,)
     if stages == "all":
@@ -130,12 +130,12 @@ def chosen_stages(stages: Literal["last", "all"] | tuple[int, ...], pairs: int) 
     return tuple(stages)
 
 
-class MSDCRD(nn.Module):
+class MSDCRD(Criterion):
     """Multi-scale decoupled contrastive representation distillation (arXiv 2502.05835v1).
 
     Args:
-        student_channels: of the student's stages, first to last, the last being the map that the head reads.
-        teacher_channels: of the teacher's; stages are paired from the end.
+        student: facts of the student; its stages give the projectors' inputs.
+        teacher: facts of the teacher; its stages are paired with the student's from the end.
         stages: last, all, or indices from the end, such as [-1, -2].
         scales: grids of regions; one larger than either map of a stage is left out for that stage.
         windows: sizes of sliding windows over the teacher's last map, taken at the same relative places of every map.
@@ -151,8 +151,9 @@ class MSDCRD(nn.Module):
 
     def __init__(
         self,
-        student_channels: tuple[int, ...],
-        teacher_channels: tuple[int, ...],
+        student: ModelFacts,
+        teacher: ModelFacts,
+        *,
         stages: Literal["last", "all"] | tuple[int, ...] = "all",
         scales: tuple[int, ...] = (1, 2, 4),
         windows: tuple[int, ...] = (),
@@ -168,11 +169,12 @@ class MSDCRD(nn.Module):
         super().__init__()
         check_temperature(temperature)
         check_form(form, chunk_rows)
-        self.stages = chosen_stages(stages, min(len(student_channels), len(teacher_channels)))
+        self.stages = chosen_stages(stages, min(len(student.stages), len(teacher.stages)))
         self.regions = Regions(tuple(scales), "area", tuple(windows), stride)
         largest = max(windows, default=1)
         region_matrix(largest, largest, self.regions)  # raises for regions that no map can have
-        self.mask_same_category = mask_same_category
+        self.mask_same_category, self.gather = mask_same_category, gather
+        self._contrasts: list[Gathered] = []
         self.contrast = partial(
             contrast,
             temperature=temperature,
@@ -182,15 +184,17 @@ class MSDCRD(nn.Module):
             chunk_rows=chunk_rows,
         )
         self.projectors = nn.ModuleList(
-            build_projector(projector, student_channels[stage], teacher_channels[stage], kernel_size) for stage in self.stages
+            build_projector(projector, student.stages[stage].channels, teacher.stages[stage].channels, kernel_size)
+            for stage in self.stages
         )
         self.student_needs = Needs(stages=self.stages)
         categories = (self.regions,) if mask_same_category else ()
-        self.teacher_needs: Needs | None = Needs(region_logits=categories, stages=self.stages)
+        self.teacher_needs = Needs(region_logits=categories, stages=self.stages)
 
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over stages (eq. 13); and each stage's loss, mean related cosine and mean number of this rank's negatives."""
         teacher = teacher_of(teacher, "msdcrd")
+        self._contrasts.clear()
         total, statistics = student.logits.new_zeros((), dtype=torch.float32), {}
         for stage, projector in zip(self.stages, self.projectors, strict=True):
             mine, theirs = projector(student.stages[stage]), teacher.stages[stage].detach()
@@ -200,6 +204,14 @@ class MSDCRD(nn.Module):
             statistics[f"stage{stage}/related_cosine"] = cosine
             statistics[f"stage{stage}/negatives"] = negatives
         return total, statistics
+
+    def advice(self) -> str:
+        """Fewer stages."""
+        return "--loss.msdcrd.stages last leaves the earlier maps out"
+
+    def traffic(self) -> tuple[Gathered, ...]:
+        """The teacher's rows of each stage, with a category each."""
+        return tuple(self._contrasts)
 
     def _stage_loss(self, mine: Tensor, theirs: Tensor, teacher: ModelOutput) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, mean related cosine and mean number of negatives of one pair of [B, C, H, W] maps."""
@@ -213,6 +225,7 @@ class MSDCRD(nn.Module):
             for each, grid in zip((mine, theirs), grids, strict=True)
         )
         categories = self._categories(teacher, scales, len(regions), mine.device)
+        self._contrasts.append(Gathered(len(targets), targets.shape[1], self.gather))
         loss, cosine = self.contrast(regions, targets, categories)
         return loss, cosine, mean_negatives(categories, self.mask_same_category)
 

@@ -13,11 +13,11 @@ from inspect import signature
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.losses.inputs import check_pair, check_temperature, check_weights, soft_labels, teacher_of
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
-from distill.protocols import ModelOutput, Needs, Regions
+from distill.protocols import Criterion, ModelOutput, Needs, Regions, Target
 from distill.regions import RULES, complementary, pooling_matrix, scale_slices
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def _reduce(losses: Tensor, reduction: str) -> Tensor:
     return losses.mean() if reduction == "mean" else losses.sum(1).mean()
 
 
-class SDD(nn.Module):
+class SDD(Criterion):
     """Scale Decoupled Distillation over KD, DKD or NKD (arXiv 2403.13512).
 
     Args:
@@ -126,6 +126,7 @@ class SDD(nn.Module):
 
     def __init__(
         self,
+        *,
         base: Literal["kd", "dkd", "nkd"] = "kd",
         scales: tuple[int, ...] = (1, 2),
         pooling: Literal["area", "adaptive", "cascade"] = "area",
@@ -152,18 +153,23 @@ class SDD(nn.Module):
         self.scales, self.complementary_weight = tuple(scales), complementary_weight
         self.regions = Regions(scales=self.scales, mode=pooling)
         self.student_needs = Needs(region_logits=(self.regions,))
-        self.teacher_needs: Needs | None = Needs(region_logits=(self.regions,))
+        self.teacher_needs = Needs(region_logits=(self.regions,))
+        self.accepts_soft_labels = base != "dkd"
 
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss; and the share of complementary regions, both kinds' parts of the loss, and the mean loss per scale.
 
         loss = consistent_loss + complementary_weight * complementary_loss; the means per scale are unweighted.
         """
         teacher = teacher_of(teacher, "sdd")
         mine, theirs = student.region_logits[self.regions], teacher.region_logits[self.regions]
-        losses, outside = region_losses(mine, theirs, labels, self.base, self.rule, self.base_options)
+        losses, outside = region_losses(mine, theirs, target.labels, self.base, self.rule, self.base_options)
         loss = _weighted(losses, outside, self.complementary_weight, self.reduction)
         return loss, self._statistics(losses.detach(), outside)
+
+    def advice(self) -> str:
+        """Fewer regions."""
+        return "--loss.sdd.scales '[1, 2]' has few regions"
 
     def _statistics(self, losses: Tensor, outside: Tensor) -> dict[str, Tensor]:
         statistics = {

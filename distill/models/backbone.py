@@ -18,7 +18,7 @@ from distill.models.region_logits.layout import Features, Layout, TimmModel
 from distill.models.region_logits.mechanisms import Sight, SplitHead, pooled
 from distill.models.region_logits.plan import Pooling, RegionPlan, plan_regions, take
 from distill.models.region_logits.probe import Anatomy, examine
-from distill.protocols import InputSpec, ModelOutput, Needs
+from distill.protocols import InputSpec, MapShape, ModelFacts, ModelOutput, Needs
 
 
 class Backbone(nn.Module):
@@ -71,6 +71,7 @@ class Backbone(nn.Module):
         self.layout: Layout = anatomy.layout
         self.grid = (anatomy.layout.height, anatomy.layout.width)
         self.stage_channels = anatomy.stage_channels
+        self.facts = ModelFacts(self.num_classes, tuple(MapShape(width, 0, 0) for width in anatomy.stage_channels))
         self.stage_indices = _wanted_stages(self.name, needs, anatomy)
         self.plan: RegionPlan = plan_regions(needs, self.grid, pooling)
         self.region_head: nn.Module | None = None

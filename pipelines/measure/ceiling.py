@@ -71,7 +71,7 @@ class Alone:
         for _ in range(steps):
             line.begin_step()
             mark_step()
-            for _ in range(self._run.plan.accumulate):
+            for _ in range(self._run.settings.accumulate):
                 self._micro_batch(line)
             line.enter(OPTIMISER)
             self._optimizer.step()

@@ -225,8 +225,8 @@ def make_steps(run: Run, stream: Iterator[Batch], steps: int, line: Timeline) ->
     """So many optimiser steps as training makes them; each begins on the line with waiting for its data."""
     for _ in range(steps):
         line.begin_step()
-        batches = list(islice(stream, run.plan.accumulate))
+        batches = list(islice(stream, run.settings.accumulate))
         line.enter(REST)
-        train_step(run, batches)
+        train_step(run, batches, logged=False)
         run.counters.step += 1
     line.end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 
+from distill.agreement import Control
 from distill.checkpoint import Checkpoints
 from distill.config import term_schedule
 from distill.distiller import Distiller
@@ -20,19 +22,18 @@ from distill.optim import create_optimizer, learning_rate_schedule, weight_sched
 from distill.protocols import Needs
 from distill.recipe import Recipe
 from distill.report import Reporter
-from distill.run import Plan, Run
+from distill.run import LoopSettings, Run
 from distill.seeds import derive_seed, seed_all
-from pipelines.setup.data import Splits, build_eval_loader, build_train_loader, build_transform, eval_spec
-from pipelines.setup.machine import micro_batch_size
+from pipelines.setup.data import Splits, build_eval_loader, build_train_loader, build_transform, data_facts, eval_spec
 from pipelines.setup.memory_formats import choose_formats
 from pipelines.setup.models import Models, build_models, check_precision, compile_backbones
-from pipelines.setup.observers import Observers, mark_step
+from pipelines.setup.observers import Observers
 
 
-def build_plan(recipe: Recipe, num_samples: int) -> Plan:
+def build_settings(recipe: Recipe, num_samples: int) -> LoopSettings:
     """The numbers of the loop."""
     train = recipe.train
-    return Plan(
+    return LoopSettings(
         epochs=train.epochs,
         steps_per_epoch=num_samples // train.global_batch_size,
         global_batch_size=train.global_batch_size,
@@ -48,12 +49,13 @@ def build_plan(recipe: Recipe, num_samples: int) -> Plan:
     )
 
 
-def rehearse(recipe: Recipe, num_classes: int, device: torch.device) -> None:
+def rehearse(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> None:
     """Builds everything that the main run needs but the teacher's weights, and throws it away: what is wrong with a request is
     said before days are spent on training its teacher."""
     rehearsed = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, weights="random"))
-    models = build_models(rehearsed, num_classes, torch.device("cpu"))
-    check_precision(recipe.teacher, models.teacher, device)
+    data = data_facts(recipe, splits.train, accelerator.num_processes)
+    models = build_models(rehearsed, splits.train.num_classes, data, torch.device("cpu"))
+    check_precision(recipe.teacher, models.teacher, accelerator.device)
     build_optimizer(rehearsed, build_distiller(rehearsed, models))
 
 
@@ -78,17 +80,23 @@ def build_distiller(recipe: Recipe, models: Models) -> Distiller:
     return Distiller(models.student, models.criteria, schedules, *join)
 
 
-def build(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> tuple[Run, Models]:
-    """The run that a recipe describes, at step 0. The order of initialisation matters:
+def build(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    splits: Splits,
+    control: Control,
+    watch: Callable[[int, str], None] = lambda step, phase: None,
+) -> tuple[Run, Models]:
+    """The run that a recipe describes, at step 0; `control` and `watch` as in `Run`. The order of initialisation matters:
 
     1. seed; 2. models and criteria, on the device, with their BatchNorm policy; 3. the average, a copy of the plain
     student before anything wraps it; 4. the optimiser over what is trained; 5. Accelerate wraps both; 6. compilers, which work
     at the first call. Restoring comes after.
     """
     seed_all(derive_seed(recipe.seed, "initialisation"))
-    batch = micro_batch_size(recipe, accelerator.num_processes)
-    choose = partial(choose_formats, accelerator=accelerator, batch=batch)
-    models = build_models(recipe, splits.train.num_classes, accelerator.device, choose)
+    data = data_facts(recipe, splits.train, accelerator.num_processes)
+    choose = partial(choose_formats, accelerator=accelerator, batch=data.micro_batch)
+    models = build_models(recipe, splits.train.num_classes, data, accelerator.device, choose)
     check_precision(recipe.teacher, models.teacher, accelerator.device)
     if recipe.train.overlap_teacher and accelerator.device.type != "cuda":
         accelerator.print("train.overlap_teacher: no effect here, it needs a GPU")
@@ -102,18 +110,16 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> tuple[Run
         before, after = set_activation_checkpointing(models.student)
         accelerator.print(f"activations of one image: {after / 1e6:.1f} MB instead of {before / 1e6:.1f} MB (float32)")
     compile_backbones(recipe, models.student, models.teacher)
-    plan = build_plan(recipe, splits.train.num_samples)
+    settings = build_settings(recipe, splits.train.num_samples)
     spec = eval_spec(recipe, models.student)
     rank = accelerator.process_index
-    reporter = Reporter(Path(recipe.out), accelerator, plan.last_step, Path(recipe.out).name)
-
-    def begin_step(step: int) -> None:
-        mark_step()
-        seed_all(derive_seed(recipe.seed, "step", step, rank))
-
+    reporter = Reporter(Path(recipe.out), accelerator, settings.last_step, Path(recipe.out).name)
     run = Run(
         accelerator=accelerator,
-        plan=plan,
+        settings=settings,
+        control=control,
+        watch=watch,
+        seed=recipe.seed,
         distiller=prepared,
         classifier=models.student.serving(Needs(), None if average is None else average.module).to(accelerator.device),
         teacher=models.served,
@@ -123,12 +129,12 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> tuple[Run
         train_loader=build_train_loader(recipe, splits, models, accelerator),
         eval_loader=build_eval_loader(recipe, splits.val, spec, accelerator),
         transform=build_transform(recipe, splits.train.num_classes, spec, accelerator.device, models.formats.student),
-        seed_step=begin_step,
+        generator=torch.Generator(accelerator.device),
         reporter=reporter,
         checkpoints=Checkpoints(Path(recipe.out) / "checkpoints", recipe.train.keep_checkpoints),
         average=average,
         around_backward=partial(unchanged_statistics, models.student.model) if checkpointing else nullcontext,
-        after_step=Observers(recipe, reporter, rank, plan.last_step),
+        after_step=Observers(recipe, reporter, rank, settings.last_step),
         name_samples=lambda ids: [splits.train.key(i) for i in ids],
     )
     return run, models

@@ -16,7 +16,7 @@ from distill.data.augment.parameters import TrainTransform
 from distill.data.dali_graph import dali_available
 from distill.data.index import ShardIndex
 from distill.models.backbone import Backbone
-from distill.protocols import InputSpec, Loader
+from distill.protocols import DataFacts, InputSpec, Loader
 from distill.recipe import Recipe
 from pipelines.setup.machine import micro_batch_size, num_threads
 from pipelines.setup.models import Models
@@ -51,17 +51,15 @@ def build_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
     return Splits(train, val)
 
 
+def data_facts(recipe: Recipe, train: ShardIndex, world_size: int) -> DataFacts:
+    """What criteria may know of the training split."""
+    return DataFacts(train.num_samples, torch.from_numpy(train.labels), micro_batch_size(recipe, world_size))
+
+
 def check_mixing(recipe: Recipe, micro_batch: int) -> None:
-    """Raises RecipeError where Mixup or CutMix cannot go with the losses or the batch."""
-    if not (recipe.augment.mixup or recipe.augment.cutmix):
-        return
-    if micro_batch % 2:
+    """Raises RecipeError where Mixup or CutMix cannot go with the batch."""
+    if (recipe.augment.mixup or recipe.augment.cutmix) and micro_batch % 2:
         raise RecipeError(f"augment.mixup: images are mixed in pairs, and a micro-batch of {micro_batch} is odd")
-    for name, entry in recipe.loss.items():
-        if name == "dkd" or entry.get("base") == "dkd":
-            raise RecipeError(
-                f"loss.{name}: dkd splits off one target class, and mixed images have two; use kd, or no mixup/cutmix"
-            )
 
 
 def eval_spec(recipe: Recipe, model: Backbone) -> InputSpec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import torch
 from timm.models import is_model_pretrained
 from torch import nn
 
-from distill.config import RecipeError, term_schedule
+from distill.config import RecipeError, run_parameters, term_schedule
 from distill.losses import LOSSES
 from distill.models.backbone import Backbone
 from distill.models.batchnorm import set_batchnorm
@@ -19,7 +18,7 @@ from distill.models.build import create_student, create_teacher
 from distill.models.quantize import check_quantisable
 from distill.models.teacher import ServedTeacher
 from distill.models.weights import load_weights
-from distill.protocols import Needs
+from distill.protocols import Criterion, DataFacts, ModelFacts, Needs
 from distill.recipe import Recipe, Teacher
 from distill.regions import region_matrix
 from pipelines.setup.memory_formats import Chooser, Formats, as_asked, memory_format
@@ -30,13 +29,13 @@ class Models(NamedTuple):
 
     student: Backbone
     teacher: Backbone | None
-    criteria: dict[str, nn.Module]
+    criteria: dict[str, Criterion]
     formats: Formats
     served: ServedTeacher | None
     """The teacher as the steps call it."""
 
 
-def build_models(recipe: Recipe, num_classes: int, device: torch.device, choose: Chooser = as_asked) -> Models:
+def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torch.device, choose: Chooser = as_asked) -> Models:
     """Student, teacher and criteria; `choose` says which memory format each model gets. Raises ValueError with one line where
     the pair cannot serve the losses."""
     name = recipe.student.name
@@ -57,18 +56,18 @@ def build_models(recipe: Recipe, num_classes: int, device: torch.device, choose:
     if recipe.student.initial_weights not in ("random", "pretrained"):
         load_weights(plain.model, Path(recipe.student.initial_weights))
     teacher = build_teacher(recipe, num_classes) if recipe.teacher.name != "none" else None
-    criteria = build_criteria(recipe, plain, teacher)
+    criteria = build_criteria(recipe, plain.facts, None if teacher is None else teacher.facts, data)
     student_needs, teacher_needs = needs_of(criteria)
     # the criteria had to know the channels first; now each backbone is probed for what they read
     student = plain.serving(student_needs)
     if teacher is not None:
         teacher = teacher.serving(teacher_needs)
     student = set_batchnorm(student, recipe.student.batchnorm)
-    for module in (student, teacher, *criteria.values()):
-        if module is not None:
-            module.to(device)
+    trained: list[nn.Module] = [student, *criteria.values()]
+    for module in trained if teacher is None else [*trained, teacher]:
+        module.to(device)
     formats = choose(recipe, student, teacher)
-    for module in (student, *criteria.values()):
+    for module in trained:
         module.to(memory_format=memory_format(formats.student))
     if teacher is None:
         return Models(student, None, criteria, formats, None)
@@ -91,29 +90,33 @@ def build_teacher(recipe: Recipe, num_classes: int) -> Backbone:
     )
 
 
-def build_criteria(recipe: Recipe, student: Backbone, teacher: Backbone | None) -> dict[str, nn.Module]:
-    """The recipe's losses; parameters named in CONTEXT_PARAMETERS come from the models."""
-    context = {
-        "student_channels": student.stage_channels,
-        "teacher_channels": teacher.stage_channels if teacher is not None else (),
-    }
+def build_criteria(recipe: Recipe, student: ModelFacts, teacher: ModelFacts | None, data: DataFacts) -> dict[str, Criterion]:
+    """The recipe's losses. Each gets the facts that its constructor names before `*`, and its recipe keys.
+
+    RecipeError where a loss cannot be made of these models, or cannot be computed with mixed images that the recipe asks for.
+    """
+    facts = {"student": student, "teacher": teacher, "data": data}
+    mixed = [name for name in ("mixup", "cutmix") if getattr(recipe.augment, name)]
     criteria = {}
     for name, entry in recipe.loss.items():
-        options = term_schedule(entry)[1]
-        wanted = {k: v for k, v in context.items() if k in inspect.signature(LOSSES[name]).parameters}
+        wanted = {key: facts[key] for key in run_parameters(LOSSES[name])}
         try:
-            criteria[name] = LOSSES[name](**wanted, **options)
+            criteria[name] = LOSSES[name](**wanted, **term_schedule(entry)[1])
         except ValueError as error:
             raise RecipeError(f"loss.{name}: {error}") from None
+        if mixed and not criteria[name].accepts_soft_labels:
+            raise RecipeError(
+                f"loss.{name}: needs one class per image, and images mixed by augment.{mixed[0]} have two; drop either"
+            )
     return criteria
 
 
-def needs_of(criteria: Mapping[str, nn.Module]) -> tuple[Needs, Needs]:
+def needs_of(criteria: Mapping[str, Criterion]) -> tuple[Needs, Needs]:
     """What all criteria together read of the student, and of the teacher."""
     student, teacher = Needs(), Needs()
     for criterion in criteria.values():
-        student |= criterion.student_needs  # type: ignore[operator]
-        teacher |= criterion.teacher_needs or Needs()  # type: ignore[operator]
+        student |= criterion.student_needs
+        teacher |= criterion.teacher_needs or Needs()
     return student, teacher
 
 

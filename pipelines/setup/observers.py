@@ -34,7 +34,7 @@ WARM_UP = 6
 
 
 class Observers:
-    """Called after every step of this process: says what was compiled, once it is, and writes the profile.
+    """What happens after every step of this process: it says what was compiled, once it is, and writes the profile.
 
     RecipeError where the run's `steps` are too few for a profile.
     """
@@ -59,6 +59,7 @@ class Observers:
         self._steps += 1
         if self._steps == 1 and self._compiles:
             self._reporter.say(compile_report())
+        mark_step()
         if self._profile is not None:
             if self._steps == 1:
                 self._profile.start()

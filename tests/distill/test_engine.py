@@ -27,7 +27,7 @@ def run(digits: Path, tmp_path: Path, fresh_accelerate: None, request: pytest.Fi
     recipe = recipe_of(digits, tmp_path, *getattr(request, "param", []))
     accelerator = build_accelerator(recipe)
     accelerator.init_trackers("trackers")
-    built, _ = build(recipe, accelerator, build_splits(recipe, accelerator))
+    built, _ = build(recipe, accelerator, build_splits(recipe, accelerator), Control())
     built.reporter.start(0, 0)
     yield built
     built.reporter.close()
@@ -131,13 +131,13 @@ def test_a_step_that_is_not_logged_never_waits_for_the_device(run: Run, monkeypa
         guard = Guard(optimizer, None, lambda tensor: tensor)
         shapes = replace(run, distiller=distiller, teacher=teacher, optimizer=optimizer, guard=guard)
         seen = Batch(fake.from_tensor(batch.images), fake.from_tensor(batch.labels), batch.sample_ids)
-        values, _ = train_step(shapes, [seen])
+        values, _ = train_step(shapes, [seen], logged=False)
         assert values["loss/total"].shape == ()
         with pytest.raises(DataDependentOutputException):
             log_step(shapes, values)
         guard.deferred = False
         with pytest.raises(DataDependentOutputException):
-            train_step(shapes, [seen])
+            train_step(shapes, [seen], logged=False)
 
 
 @pytest.mark.parametrize("run", [["--train.overlap_teacher", "true"]], indirect=True)
@@ -151,8 +151,17 @@ def test_the_teachers_outputs_are_asked_for_after_the_students_forward_and_befor
     assert distiller.before_losses == run.teacher.join
     join = distiller.before_losses
     distiller.before_losses = lambda: (order.append("join"), join())
-    train_step(run, [next(run.train_loader.epoch(0))])
+    train_step(run, [next(run.train_loader.epoch(0))], logged=True)
     assert order == ["teacher", "student", "join", "loss"]
+
+
+@pytest.mark.parametrize("run", [["--report.gradient_shares", "true", "--report.log_every", "4"]], indirect=True)
+def test_every_line_of_the_log_has_the_same_values(run: Run):
+    """An epoch's last step is logged whatever `log_every` says, and with all that other lines have."""
+    train_epoch(run)
+    lines = metrics(run.reporter.folder)
+    assert [line["step"] for line in lines] == [4, 6]
+    assert lines[0].keys() == lines[1].keys()
 
 
 @pytest.mark.parametrize("run", [["--report.gradient_shares", "true", "--loss.kd.weight", "0"]], indirect=True)

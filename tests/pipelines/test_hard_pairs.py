@@ -20,11 +20,11 @@ from distill.models.backbone import Backbone
 from distill.models.build import create_student
 from distill.models.describe import create_outline
 from distill.models.input_spec import input_spec_of
-from distill.protocols import Batch, Needs, Progress
+from distill.protocols import Batch, Needs, Progress, Target
 from distill.regions import region_matrix
 from shards.prepare import main as prepare
 
-PHOTOGRAPHS = Path(__file__).parent / "../../shared/data/imagenet_sample.tar"
+PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "../shared/data/imagenet_sample.tar"
 IMAGES = 8
 CLASSES = 1000  # of which these images are some; a random teacher would put all regions into one of eight
 PAIRS = [
@@ -96,7 +96,7 @@ def test_the_pair_trains_with_both_papers_losses(
     criteria = {
         "cross_entropy": LOSSES["cross_entropy"](),
         "sdd": LOSSES["sdd"](base="dkd"),
-        "msdcrd": LOSSES["msdcrd"](plain.stage_channels, teacher.stage_channels),
+        "msdcrd": LOSSES["msdcrd"](plain.facts, teacher.facts),
     }
     student = plain.serving(criteria["sdd"].student_needs | criteria["msdcrd"].student_needs).train()
     teacher = teacher.serving(criteria["sdd"].teacher_needs | criteria["msdcrd"].teacher_needs)
@@ -109,7 +109,7 @@ def test_the_pair_trains_with_both_papers_losses(
         images = to_pixels(batch.images)
         with torch.no_grad():
             theirs = teacher(images)
-        losses = distiller(images, batch.labels, theirs, Progress(step, 2, 2))
+        losses = distiller(images, theirs, Target(batch.labels, batch.sample_ids, Progress(step, 2, 2)))
         assert losses.terms.keys() == criteria.keys()
         assert all(bool(term.isfinite()) and float(term.detach()) > 0 for term in losses.terms.values()), losses.terms
         optimizer.zero_grad()

@@ -182,7 +182,7 @@ def test_bad_requests_get_one_clear_line_and_exit_code_2(digits: Path, tmp_path:
         ("--train.global_batch_size", "2000"): f"2000 is more than the {TRAIN_IMAGES} training images",
         ("--train.accumulate", "7"): "7 does not divide",
         ("--teacher-weights", str(tmp_path / "no.safetensors")): "no.safetensors",
-        ("--augment.mixup", "0.2"): "dkd splits off one target class",
+        ("--augment.mixup", "0.2"): "needs one class per image, and images mixed by augment.mixup have two",
         ("--augment.mixup", "0.2", "--train.global_batch_size", "23"): "a micro-batch of 23 is odd",
         ("--out", str(digits / "_info.json")): "cannot be a run's folder",
         ("--report.trackers", "[nonesuch]"): "report.trackers: nonesuch cannot be had",

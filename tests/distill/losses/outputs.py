@@ -5,11 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.protocols import ModelOutput, Needs
+from distill.protocols import MapShape, ModelFacts, ModelOutput, Needs
 from distill.regions import pool, region_matrix
 
 CHANNELS = {"student": (4, 6, 8), "teacher": (3, 5, 10, 12)}
 GRIDS = {"student": (28, 14, 7), "teacher": (56, 28, 14, 7)}
+FACTS = {
+    side: ModelFacts(6, tuple(MapShape(width, grid, grid) for width, grid in zip(CHANNELS[side], GRIDS[side], strict=True)))
+    for side in CHANNELS
+}
+
+
+def facts(*channels: int) -> ModelFacts:
+    """A model whose stages have these channels, on 7 x 7 maps."""
+    return ModelFacts(6, tuple(MapShape(width, 7, 7) for width in channels))
 
 
 def model_output(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from outputs import facts
 
 from distill.losses import LOSSES
 from distill.losses.logits import CrossEntropy, dkd_loss, kd_loss, nkd_loss
 from distill.losses.msdcrd import MSDCRD, contrastive_loss
 from distill.losses.projector import AttentionProjector, build_projector
 from distill.losses.sdd import SDD, sdd_loss
-from distill.protocols import ModelOutput, Needs
+from distill.protocols import ModelOutput, Needs, Target
 
 LOGITS = torch.randn(2, 5)
 REGIONS = torch.randn(2, 3, 5)
@@ -19,7 +20,7 @@ SOFT = torch.full((2, 5), 0.2)
 ROWS = torch.randn(4, 3)
 CATEGORIES = torch.tensor([0, 1, 2, 3])
 OUTPUT = ModelOutput(LOGITS, torch.randn(2, 3, 4, 4), {}, {}, {})
-WIDTHS = {"student_channels": (4, 8), "teacher_channels": (3, 6, 9)}
+FACTS = {"student": facts(4, 8), "teacher": facts(3, 6, 9)}
 
 REFUSED = {
     "shapes": (lambda: kd_loss(LOGITS, LOGITS[:, :4]), r"student \[2, 5\] and teacher \[2, 4\] differ"),
@@ -33,7 +34,7 @@ REFUSED = {
     "label too large": (lambda: dkd_loss(LOGITS, LOGITS, torch.tensor([0, 5])), "run from 0 to 5; .* lie in 0..4"),
     "negative label": (lambda: nkd_loss(LOGITS, LOGITS, torch.tensor([-1, 4])), "run from -1 to 4"),
     "negative label in sdd": (lambda: sdd_loss(REGIONS, REGIONS, torch.tensor([-1, 4])), "run from -1 to 4"),
-    "label -100": (lambda: CrossEntropy()(OUTPUT, None, torch.tensor([0, -100])), "run from -100 to 0"),
+    "label -100": (lambda: CrossEntropy()(OUTPUT, None, Target(torch.tensor([0, -100]))), "run from -100 to 0"),
     "labels of another batch": (lambda: dkd_loss(LOGITS, LOGITS, LABELS[:1]), r"labels \[1\] must be \[2\]"),
     "boolean labels": (lambda: dkd_loss(LOGITS, LOGITS, LABELS > 0), "labels are torch.bool"),
     "soft labels of another shape": (lambda: nkd_loss(LOGITS, LOGITS, SOFT[:, :4]), r"soft labels \[2, 4\]"),
@@ -60,24 +61,27 @@ REFUSED = {
     "no whole image": (lambda: SDD(scales=(2, 4)), r"scales \[2, 4\] must begin with 1"),
     "a scale of 0": (lambda: SDD(scales=(1, 0)), r"scales \[1, 0\] must be positive"),
     "a scale the cascade lacks": (lambda: SDD(scales=(1, 7), pooling="cascade"), "scale 7 has no cells of its own"),
-    "label smoothing": (lambda: CrossEntropy(1.5), "label_smoothing 1.5 must lie in 0..1"),
-    "no teacher": (lambda: LOSSES["kd"]()(OUTPUT, None, LABELS), "kd compares with a teacher and got none"),
+    "label smoothing": (lambda: CrossEntropy(label_smoothing=1.5), "label_smoothing 1.5 must lie in 0..1"),
+    "no teacher": (lambda: LOSSES["kd"]()(OUTPUT, None, Target(LABELS)), "kd compares with a teacher and got none"),
     "rows of the contrast": (lambda: contrastive_loss(ROWS, ROWS[:3], CATEGORIES), "differ; both must have one shape"),
     "maps for rows": (lambda: contrastive_loss(REGIONS, REGIONS, CATEGORIES), "3 dimensions; it must have 2"),
     "too few categories": (lambda: contrastive_loss(ROWS, ROWS, CATEGORIES[:3]), r"categories \[3\] must be \[4\]"),
     "float categories": (lambda: contrastive_loss(ROWS, ROWS, CATEGORIES.float()), "categories are torch.float32"),
     "unknown form": (lambda: contrastive_loss(ROWS, ROWS, CATEGORIES, form="exp"), "form 'exp' is unknown"),
     "no chunk": (lambda: contrastive_loss(ROWS, ROWS, CATEGORIES, chunk_rows=0), "chunk_rows 0 must be at least 1"),
-    "contrast's temperature": (lambda: MSDCRD(**WIDTHS, temperature=0.0), "temperature 0.0 must be positive"),
-    "a stage too deep": (lambda: MSDCRD(**WIDTHS, stages=(-3,)), r"stages \[-3\] must lie in -2..-1"),
-    "a stage from the front": (lambda: MSDCRD(**WIDTHS, stages=(0,)), r"stages \[0\] must lie in -2..-1"),
-    "a stage twice": (lambda: MSDCRD(**WIDTHS, stages=(-1, -1)), "each once"),
-    "stages by another name": (lambda: MSDCRD(**WIDTHS, stages="first"), "stages 'first' must be 'last', 'all' or"),
-    "a model without stages": (lambda: MSDCRD((4, 8), ()), "compares stages of both models, and one of them has none"),
-    "no stages": (lambda: MSDCRD(**WIDTHS, stages=()), "must be 'last', 'all' or"),
-    "no regions": (lambda: MSDCRD(**WIDTHS, scales=(), windows=()), "scales and windows are both empty"),
-    "a stride of 0": (lambda: MSDCRD(**WIDTHS, windows=(2,), stride=0), "stride 0 must be at least 1"),
-    "channels without projector": (lambda: MSDCRD(**WIDTHS, projector="none"), "leaves 8 channels, the teacher has 9"),
+    "contrast's temperature": (lambda: MSDCRD(**FACTS, temperature=0.0), "temperature 0.0 must be positive"),
+    "a stage too deep": (lambda: MSDCRD(**FACTS, stages=(-3,)), r"stages \[-3\] must lie in -2..-1"),
+    "a stage from the front": (lambda: MSDCRD(**FACTS, stages=(0,)), r"stages \[0\] must lie in -2..-1"),
+    "a stage twice": (lambda: MSDCRD(**FACTS, stages=(-1, -1)), "each once"),
+    "stages by another name": (lambda: MSDCRD(**FACTS, stages="first"), "stages 'first' must be 'last', 'all' or"),
+    "a model without stages": (
+        lambda: MSDCRD(facts(4, 8), facts()),
+        "compares stages of both models, and one of them has none",
+    ),
+    "no stages": (lambda: MSDCRD(**FACTS, stages=()), "must be 'last', 'all' or"),
+    "no regions": (lambda: MSDCRD(**FACTS, scales=(), windows=()), "scales and windows are both empty"),
+    "a stride of 0": (lambda: MSDCRD(**FACTS, windows=(2,), stride=0), "stride 0 must be at least 1"),
+    "channels without projector": (lambda: MSDCRD(**FACTS, projector="none"), "leaves 8 channels, the teacher has 9"),
     "unknown projector": (lambda: build_projector("linear", 3, 4), "projector 'linear' is unknown"),
     "an even kernel": (lambda: AttentionProjector(3, 4, kernel_size=2), "kernel_size 2 must be odd"),
 }
@@ -92,10 +96,10 @@ def test_impossible_requests_are_refused_in_one_line(case):
 
 
 def test_a_window_larger_than_the_teachers_map_is_refused():
-    criterion = MSDCRD((3,), (3,), scales=(), windows=(5,), mask_same_category=False, projector="none")
+    criterion = MSDCRD(facts(3), facts(3), scales=(), windows=(5,), mask_same_category=False, projector="none")
     output = OUTPUT._replace(stages={-1: OUTPUT.feature_map})
     with pytest.raises(ValueError, match="window 5 is larger than the 4 x 4 map"):
-        criterion(output, output, LABELS)
+        criterion(output, output, Target(LABELS))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -132,16 +136,16 @@ def test_one_class_has_no_divergence():
 
 
 def test_soft_labels_that_a_loss_does_not_read_are_no_mistake():
-    assert LOSSES["kd"]()(OUTPUT, OUTPUT, SOFT)[0] == 0
+    assert LOSSES["kd"]()(OUTPUT, OUTPUT, Target(SOFT))[0] == 0
     assert sdd_loss(REGIONS, REGIONS, SOFT, rule="class") == 0
 
 
 def test_every_loss_of_the_table_names_itself_where_the_teacher_is_missing():
     for name in ("kd", "dkd", "nkd"):
         with pytest.raises(ValueError, match=f"^{name} compares with a teacher"):
-            LOSSES[name]()(OUTPUT, None, LABELS)
-    for name, criterion in (("sdd", SDD()), ("msdcrd", MSDCRD(**WIDTHS))):
+            LOSSES[name]()(OUTPUT, None, Target(LABELS))
+    for name, criterion in (("sdd", SDD()), ("msdcrd", MSDCRD(**FACTS))):
         with pytest.raises(ValueError, match=f"^{name} compares with a teacher"):
-            criterion(OUTPUT, None, LABELS)
+            criterion(OUTPUT, None, Target(LABELS))
     assert CrossEntropy().teacher_needs is None
     assert LOSSES["kd"]().teacher_needs == Needs()

@@ -11,19 +11,18 @@ import typing
 import pytest
 import torch
 import torch.nn.functional as F
-from outputs import CHANNELS, model_output
+from outputs import FACTS, facts, model_output
 
 from distill.losses import LOSSES
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
 from distill.losses.msdcrd import MSDCRD, contrastive_loss
 from distill.losses.projector import AttentionProjector, build_projector
 from distill.losses.sdd import SDD, sdd_loss
-from distill.protocols import Criterion, Needs, Regions
+from distill.protocols import Criterion, Needs, Regions, Target
 from distill.regions import pool, region_matrix
 
 LABELS = torch.tensor([0, 3, 5, 1])
 SOFT = torch.softmax(torch.arange(24.0).view(4, 6) % 7, dim=1)
-CONTEXT = {"student_channels": CHANNELS["student"], "teacher_channels": CHANNELS["teacher"]}
 VARIANTS = [
     ("cross_entropy", {}),
     ("kd", {}),
@@ -42,7 +41,7 @@ EACH_VARIANT = pytest.mark.parametrize(("name", "options"), VARIANTS)
 
 def build(name: str, options: dict) -> torch.nn.Module:
     """The criterion of this name."""
-    return LOSSES[name](**(CONTEXT if name == "msdcrd" else {}), **options)
+    return LOSSES[name](**(FACTS if name == "msdcrd" else {}), **options)
 
 
 def outputs(criterion, **changes):
@@ -56,7 +55,7 @@ def test_a_criterion_gives_a_scalar_with_gradient_and_detached_statistics(name, 
     criterion = build(name, options)
     assert isinstance(criterion, Criterion)
     student, teacher = outputs(criterion)
-    loss, statistics = criterion(student, teacher, LABELS)
+    loss, statistics = criterion(student, teacher, Target(LABELS))
     assert loss.shape == ()
     assert loss.dtype == torch.float32
     loss.backward()
@@ -73,7 +72,7 @@ def test_no_gradient_reaches_the_teacher(name, options):
     wanting = [teacher.logits, teacher.feature_map, *teacher.region_logits.values(), *teacher.stages.values()]
     for tensor in wanting:
         tensor.requires_grad_()
-    criterion(student, teacher, LABELS)[0].backward()
+    criterion(student, teacher, Target(LABELS))[0].backward()
     assert all(tensor.grad is None for tensor in wanting)
 
 
@@ -85,16 +84,16 @@ def test_bfloat16_outputs_under_autocast_lose_only_their_own_rounding(name, opti
 @pytest.mark.parametrize("form", ["log", "eq12"])
 def test_msdcrd_behind_its_projector_computes_in_float32_under_autocast(form):
     """The projector is a network and follows autocast; without one, nothing but the outputs' own rounding is lost."""
-    _check_bfloat16(MSDCRD((8,), (8,), form=form, windows=(3,), projector="none"))
+    _check_bfloat16(MSDCRD(facts(8), facts(8), form=form, windows=(3,), projector="none"))
 
 
 def _check_bfloat16(criterion):
     student, teacher = outputs(criterion, dtype=torch.bfloat16)
     if isinstance(criterion, MSDCRD):
         teacher = teacher._replace(stages={-1: teacher.feature_map[:, :8]})
-    expected = criterion(_as_double(student), _as_double(teacher), LABELS)[0]
+    expected = criterion(_as_double(student), _as_double(teacher), Target(LABELS))[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = criterion(student, teacher, LABELS)[0]
+        loss = criterion(student, teacher, Target(LABELS))[0]
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
 
@@ -113,9 +112,9 @@ def _as_double(output):
 def test_criteria_can_be_copied_and_sent_to_another_process(name, options):
     criterion = build(name, options)
     student, teacher = outputs(criterion)
-    expected = criterion(student, teacher, LABELS)[0]
+    expected = criterion(student, teacher, Target(LABELS))[0]
     for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
-        assert twin(student, teacher, LABELS)[0] == expected
+        assert twin(student, teacher, Target(LABELS))[0] == expected
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -132,7 +131,7 @@ def test_cross_entropy_is_pytorchs_for_hard_and_soft_labels():
         expected = F.cross_entropy(
             student.logits, labels.float() if labels.is_floating_point() else labels.long(), label_smoothing=0.1
         )
-        torch.testing.assert_close(build("cross_entropy", {"label_smoothing": 0.1})(student, None, labels)[0], expected)
+        torch.testing.assert_close(build("cross_entropy", {"label_smoothing": 0.1})(student, None, Target(labels))[0], expected)
 
 
 def test_classes_take_the_batch_mean_of_the_functions():
@@ -144,7 +143,7 @@ def test_classes_take_the_batch_mean_of_the_functions():
         ("nkd", {"mask_target": False}, nkd_loss(student.logits, teacher.logits, LABELS, 1.5, 1.0, False)),
     ]
     for name, options, rows in pairs:
-        assert build(name, options)(student, teacher, LABELS)[0] == rows.mean()
+        assert build(name, options)(student, teacher, Target(LABELS))[0] == rows.mean()
 
 
 def test_defaults_of_functions_and_classes_are_the_same():
@@ -158,7 +157,7 @@ def test_sdd_adds_up_and_reports_its_parts():
     for reduction in ("mean", "sum"):
         criterion = SDD(base="dkd", scales=(1, 2, 4), complementary_weight=3.0, reduction=reduction, beta=2.0)
         student, teacher = outputs(criterion)
-        loss, found = criterion(student, teacher, LABELS)
+        loss, found = criterion(student, teacher, Target(LABELS))
         regions = Regions((1, 2, 4), "area")
         mine, theirs = student.region_logits[regions], teacher.region_logits[regions]
         expected = sdd_loss(mine, theirs, LABELS, "dkd", 3.0, reduction=reduction, base_options={"beta": 2.0})
@@ -178,10 +177,10 @@ def test_soft_labels_take_the_class_rule_and_say_so_once(caplog):
     asked, default = SDD(rule="class"), SDD()
     student, teacher = outputs(default)
     with caplog.at_level(logging.WARNING):
-        expected = asked(student, teacher, SOFT)[0]
+        expected = asked(student, teacher, Target(SOFT))[0]
         assert not caplog.records
-        assert default(student, teacher, SOFT)[0] == expected
-        assert default(student, teacher, SOFT)[0] == expected
+        assert default(student, teacher, Target(SOFT))[0] == expected
+        assert default(student, teacher, Target(SOFT))[0] == expected
     assert ["rule 'class'" in record.message for record in caplog.records] == [True]
 
 
@@ -195,9 +194,9 @@ def test_soft_labels_count_as_their_largest_class_in_nkd():
 
 
 def test_msdcrd_is_the_plain_sum_over_stages_of_projected_and_pooled_maps():
-    criterion = MSDCRD(**CONTEXT, windows=(3,))
+    criterion = MSDCRD(**FACTS, windows=(3,))
     student, teacher = outputs(criterion)
-    loss, found = criterion(student, teacher, LABELS)
+    loss, found = criterion(student, teacher, Target(LABELS))
     regions = Regions((1, 2, 4), "area", (3,))
     categories = teacher.region_logits[regions].argmax(-1).flatten()
     assert criterion.stages == (-1, -2, -3)
@@ -217,59 +216,59 @@ def test_msdcrd_is_the_plain_sum_over_stages_of_projected_and_pooled_maps():
 
 def test_a_term_of_weight_0_leaves_the_cross_entropys_gradient_bit_for_bit():
     slopes = []
-    for criterion in (None, MSDCRD(**CONTEXT), SDD(base="nkd")):
+    for criterion in (None, MSDCRD(**FACTS), SDD(base="nkd")):
         needs = criterion.student_needs if criterion else Needs()
         student = model_output("student", Needs(needs.region_logits, (), (-1, *needs.stages)))
-        loss = build("cross_entropy", {})(student, None, LABELS)[0]
+        loss = build("cross_entropy", {})(student, None, Target(LABELS))[0]
         if criterion is not None:
-            loss = loss + 0.0 * criterion(student, model_output("teacher", criterion.teacher_needs), LABELS)[0]
+            loss = loss + 0.0 * criterion(student, model_output("teacher", criterion.teacher_needs), Target(LABELS))[0]
         slopes.append(torch.autograd.grad(loss, student.feature_map)[0])
     assert torch.equal(slopes[0], slopes[1])
     assert torch.equal(slopes[0], slopes[2])
 
 
 def test_msdcrd_pairs_stages_from_the_end():
-    criterion = MSDCRD(**CONTEXT, stages=(-3, -1))
+    criterion = MSDCRD(**FACTS, stages=(-3, -1))
     widths = [(p.reduce[0].in_channels, p.expand[0].out_channels) for p in criterion.projectors]
     assert widths == [(4, 5), (8, 12)]
     assert criterion.student_needs == Needs(stages=(-3, -1))
     assert criterion.teacher_needs == Needs(region_logits=(Regions((1, 2, 4)),), stages=(-3, -1))
-    assert MSDCRD(**CONTEXT, stages="last").stages == (-1,)
+    assert MSDCRD(**FACTS, stages="last").stages == (-1,)
 
 
 def test_msdcrd_leaves_out_scales_that_only_repeat_cells():
     """MobileNetV2 on CIFAR ends at 2 x 2, its teacher at 8 x 8: sixteen cells of the former would be four, each four times."""
-    criterion = MSDCRD(**CONTEXT, stages="last")
+    criterion = MSDCRD(**FACTS, stages="last")
     changes = {"student": (8, 4, 2), "teacher": (32, 16, 8, 8)}
     student = model_output("student", criterion.student_needs, grids=changes["student"])
     teacher = model_output("teacher", criterion.teacher_needs, grids=changes["teacher"])
-    _, found = criterion(student, teacher, LABELS)
+    _, found = criterion(student, teacher, Target(LABELS))
     categories = teacher.region_logits[Regions((1, 2, 4))].argmax(-1)[:, :5].flatten()
     assert found["stage-1/negatives"] == (categories[:, None] != categories).sum(1).float().mean()
-    only_large = MSDCRD(**CONTEXT, stages="last", scales=(4,))
+    only_large = MSDCRD(**FACTS, stages="last", scales=(4,))
     teacher = model_output("teacher", only_large.teacher_needs, grids=changes["teacher"])
     with pytest.raises(ValueError, match=r"scales \[4\] are all larger than a \(2, 2\) map"):
-        only_large(student, teacher, LABELS)
+        only_large(student, teacher, Target(LABELS))
 
 
 def test_msdcrd_takes_oblong_maps_of_different_sizes():
-    criterion = MSDCRD(**CONTEXT)
+    criterion = MSDCRD(**FACTS)
     student = model_output("student", criterion.student_needs, grids=((20, 24), (10, 12), (5, 6)))
     teacher = model_output("teacher", criterion.teacher_needs, grids=((24, 36), (12, 18), (6, 9), (6, 9)))
-    assert criterion(student, teacher, LABELS)[0].isfinite()
+    assert criterion(student, teacher, Target(LABELS))[0].isfinite()
 
 
 def test_ablation_switches_are_the_rows_of_the_papers_table_4():
     """CL: whole images, no mask; CL+MSP: regions, no mask; CL+MSP+SC: regions and mask. Each is the plain function's."""
     for scales, mask in (((1,), False), ((1, 2, 4), False), ((1, 2, 4), True)):
-        criterion = MSDCRD((12,), (12,), stages="last", scales=scales, mask_same_category=mask, projector="none")
+        criterion = MSDCRD(facts(12), facts(12), stages="last", scales=scales, mask_same_category=mask, projector="none")
         assert criterion.teacher_needs == Needs(region_logits=(Regions(scales),) if mask else (), stages=(-1,))
         teacher = model_output("teacher", Needs(region_logits=(Regions(scales),), stages=(-1,)))
         student = model_output("teacher", criterion.student_needs, seed=9)
         rows = [pool(each.feature_map, region_matrix(7, 7, Regions(scales))).flatten(0, 1) for each in (student, teacher)]
         categories = teacher.region_logits[Regions(scales)].argmax(-1).flatten()
         expected = contrastive_loss(*rows, categories, mask_same_category=mask)
-        assert criterion(student, teacher, LABELS)[0] == expected
+        assert criterion(student, teacher, Target(LABELS))[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -314,8 +313,8 @@ def test_statistics_of_a_criterion_are_the_same_when_it_does_not_train():
     for name, options in VARIANTS:
         criterion = build(name, options)
         student, teacher = outputs(criterion)
-        loss, found = criterion(student, teacher, LABELS)
+        loss, found = criterion(student, teacher, Target(LABELS))
         with torch.no_grad():
-            again, refound = criterion(student, teacher, LABELS)
+            again, refound = criterion(student, teacher, Target(LABELS))
         assert again == loss
         assert refound == found

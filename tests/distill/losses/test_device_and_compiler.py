@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outputs import CHANNELS, model_output
+from outputs import FACTS, model_output
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from distill.losses import LOSSES
-from distill.protocols import ModelOutput, Needs
+from distill.protocols import ModelOutput, Needs, Target
 from distill.regions import _made_matrix
 
 LABELS = torch.tensor([0, 3, 5, 1])
@@ -27,8 +27,7 @@ EACH_VARIANT = pytest.mark.parametrize(("name", "options"), VARIANTS)
 
 def build(name: str, options: dict) -> torch.nn.Module:
     """The criterion of this name."""
-    context = {"student_channels": CHANNELS["student"], "teacher_channels": CHANNELS["teacher"]} if name == "msdcrd" else {}
-    return LOSSES[name](**context, **options)
+    return LOSSES[name](**(FACTS if name == "msdcrd" else {}), **options)
 
 
 def outputs(criterion) -> tuple[ModelOutput, ModelOutput]:
@@ -57,7 +56,7 @@ def test_nothing_waits_for_a_gpu(name, options):
                 criterion = build(name, options)
             student, teacher = (moved(output, "cuda") for output in outputs(criterion))
             labels = torch.zeros(4, dtype=torch.int64, device="cuda")
-            loss, statistics = criterion(student, teacher, labels)
+            loss, statistics = criterion(student, teacher, Target(labels))
             assert loss.requires_grad  # gradients are made on the way forward
             assert loss.device.type == "cuda"
             assert all(value.device.type == "cuda" for value in statistics.values())
@@ -73,7 +72,9 @@ def test_a_compiler_sees_one_graph_with_the_same_value_and_gradient(name, option
     student, teacher = outputs(criterion)
 
     def loss(feature_maps, logits, regions):
-        return criterion(student._replace(stages=feature_maps, logits=logits, region_logits=regions), teacher, LABELS)[0]
+        return criterion(student._replace(stages=feature_maps, logits=logits, region_logits=regions), teacher, Target(LABELS))[
+            0
+        ]
 
     torch._dynamo.reset()
     found = []
@@ -95,7 +96,7 @@ def test_a_compiled_cross_entropy_passes_over_no_label():
     criterion = torch.compile(build("cross_entropy", {}), backend="aot_eager")
     student, _ = outputs(criterion)
     with pytest.raises(IndexError, match="-100 is out of bounds"):
-        criterion(student, None, torch.tensor([0, -100, 5, 1]))
+        criterion(student, None, Target(torch.tensor([0, -100, 5, 1])))
 
 
 def test_a_compiled_criterion_takes_soft_labels():
@@ -104,4 +105,4 @@ def test_a_compiled_criterion_takes_soft_labels():
     soft = torch.full((4, 6), 1 / 6)
     torch._dynamo.reset()
     compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(student, teacher, soft)[0], criterion(student, teacher, soft)[0])
+    torch.testing.assert_close(compiled(student, teacher, Target(soft))[0], criterion(student, teacher, Target(soft))[0])

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distill.distiller import Distiller
 from distill.losses import LOSSES
 from distill.models.batchnorm import set_batchnorm
-from distill.protocols import ModelOutput, Progress
+from distill.protocols import MapShape, ModelFacts, ModelOutput, Progress, Target
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 PAIRS = {
@@ -29,6 +29,7 @@ PAIRS = {
     "token:attend": ("vit_tiny_patch16_224", 32, VIT),
 }
 """Teacher and student are one architecture, so the contrast needs no projector, whose BatchNorm would see half a batch."""
+FACTS = ModelFacts(10, (MapShape(1, 1, 1),))  # without a projector only the number of stages matters
 STEPS, BATCH = 2, 8
 
 
@@ -42,7 +43,7 @@ class Pair(nn.Module):
         criteria = {
             "cross_entropy": LOSSES["cross_entropy"](),
             "sdd": LOSSES["sdd"](base="dkd"),
-            "msdcrd": LOSSES["msdcrd"]((1,), (1,), stages="last", projector="none", gather=True),
+            "msdcrd": LOSSES["msdcrd"](FACTS, FACTS, stages="last", projector="none", gather=True),
         }
         student_needs = criteria["sdd"].student_needs | criteria["msdcrd"].student_needs
         teacher_needs = criteria["sdd"].teacher_needs | criteria["msdcrd"].teacher_needs
@@ -71,7 +72,7 @@ def losses(mechanism: str, rank: int, world: int) -> list[dict[str, float]]:
     for step in range(STEPS):
         images = torch.rand(BATCH, 3, pair.size, pair.size, generator=generator).chunk(world)[rank]
         labels = torch.randint(10, (BATCH,), generator=generator).chunk(world)[rank]
-        result = distiller(images, labels, pair.look(images), Progress(step, STEPS, STEPS))
+        result = distiller(images, pair.look(images), Target(labels, progress=Progress(step, STEPS, STEPS)))
         optimizer.zero_grad()
         result.total.backward()
         optimizer.step()

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from distill.config import RecipeError
 from distill.losses import LOSSES
+from distill.protocols import DataFacts
 from pipelines.setup.arguments import parse
 from pipelines.setup.memory_formats import MANIFEST, Faster, Formats, choose_formats
 from pipelines.setup.models import build_models
@@ -19,12 +20,13 @@ from tests.runs import arguments, assert_same_run, recipe_of
 
 AUTO = ["--train.channels_last", "auto", "--student.drop_rate", "0.1"]
 CPU = torch.device("cpu")
+DATA = DataFacts(144, torch.zeros(144, dtype=torch.int64), 24)
 
 
 def test_measuring_changes_no_weight_gradient_statistic_mode_or_random_state(
     digits: Path, tmp_path: Path, accelerator: Accelerator
 ):
-    student = build_models(recipe_of(digits, tmp_path, *AUTO), 10, CPU).student
+    student = build_models(recipe_of(digits, tmp_path, *AUTO), 10, DATA, CPU).student
     before = copy.deepcopy(student.state_dict())
     strides = [p.stride() for p in student.parameters()]
     state = torch.get_rng_state()
@@ -38,7 +40,9 @@ def test_measuring_changes_no_weight_gradient_statistic_mode_or_random_state(
 
 
 def test_the_faster_format_wins_and_a_tie_keeps_that_of_the_images(digits: Path, tmp_path: Path, accelerator: Accelerator):
-    found = Faster(accelerator, build_models(recipe_of(digits, tmp_path, *AUTO), 10, CPU).student, batch=2, backward=False)
+    found = Faster(
+        accelerator, build_models(recipe_of(digits, tmp_path, *AUTO), 10, DATA, CPU).student, batch=2, backward=False
+    )
     for with_and_without, channels_last in (([1.0, 2.0], True), ([2.0, 1.0], False), ([1.01, 1.0], True)):
         found.milliseconds = with_and_without
         assert found.channels_last is channels_last
@@ -52,7 +56,7 @@ def test_each_model_gets_the_format_that_the_run_began_with(digits: Path, tmp_pa
     def choose(*known):
         return choose_formats(*known, accelerator=accelerator, batch=4)
 
-    models = build_models(recipe_of(digits, tmp_path, *AUTO), 10, CPU, choose)
+    models = build_models(recipe_of(digits, tmp_path, *AUTO), 10, DATA, CPU, choose)
     assert models.formats == began
     assert models.formats.names() == ["teacher"]
     for backbone, channels_last in ((models.student, False), (models.teacher, True)):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.agreement import Control
 from distill.models.recompute import activation_bytes
 from pipelines.setup.build import build
 from pipelines.setup.data import build_splits
@@ -20,7 +21,7 @@ GIB = 2**30
 def built(digits: Path, tmp_path: Path, fresh_accelerate: None):
     recipe = recipe_of(digits, tmp_path)
     accelerator = build_accelerator(recipe)
-    run, models = build(recipe, accelerator, build_splits(recipe, accelerator))
+    run, models = build(recipe, accelerator, build_splits(recipe, accelerator), Control())
     yield recipe, run, models
     run.checkpoints.close()
     for loader in (run.train_loader, run.eval_loader):

@@ -141,7 +141,7 @@ class Checkpoints:
 
     @property
     def seconds_since_save(self) -> float:
-        """Since the last save began, or since this object was made."""
+        """Seconds since the last save began, or since this object was made."""
         return time.monotonic() - self._saved_at
 
     def costs(self) -> dict[str, float]:

@@ -162,7 +162,7 @@ def _clip(run: Run) -> Tensor:
 
 
 def settle(run: Run) -> None:
-    """Before anything is logged, saved or evaluated: whether the last step was made is known, and said if it was not."""
+    """Learns whether the last step was made, and says so if it was not; called before anything is logged or saved."""
     held_back = run.guard.settle()
     if held_back is not None:
         _hold_back(run, held_back)
@@ -249,6 +249,6 @@ def evaluate_student(run: Run) -> None:
 
 
 def pulse(run: Run) -> bool:
-    """Between two batches of an evaluation: the run is alive; whether any process was asked to stop."""
+    """Tells the watchdog, between two batches of an evaluation, that the run is alive. Whether any process was asked to stop."""
     run.watch(run.counters.step, "evaluating")
     return run.control.agree().stop

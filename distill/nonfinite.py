@@ -18,7 +18,7 @@ class Suspect(NamedTuple):
     step: int
     values: dict[str, Tensor]
     sample_ids: Sequence[Tensor]
-    """Of its micro-batches."""
+    """The sample ids of each of its micro-batches."""
 
 
 class Verdict(NamedTuple):
@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
 class _Pending(NamedTuple):
     suspect: Suspect
     flag: Tensor
-    """On the host, once `copied` is done."""
+    """Whether the step was poisoned; on the host once `copied` is done."""
     copied: torch.cuda.Event | None
 
 

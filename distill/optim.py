@@ -82,7 +82,7 @@ def learning_rate_schedule(
     """
 
     def learning_rate(progress: Progress) -> float:
-        """Of the step that is about to be made."""
+        """The rate of the step that is about to be made."""
         epoch = progress.step / progress.steps_per_epoch
         if epoch < warmup_epochs:
             # the first step already moves: (step + 1), not step

@@ -131,7 +131,7 @@ class ModelFacts:
     embedding: int = 0
     """Numbers that the last linear layer reads of an image; 0 where the model has no such layer."""
     preactivation_norms: tuple[Affine | None, ...] = ()
-    """For each stage the normalisation that its pre-activation comes from; None where there is none."""
+    """The normalisation that each stage's pre-activation comes from; None where there is none."""
 
 
 class DataFacts(NamedTuple):
@@ -146,7 +146,7 @@ class DataFacts(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where training is; schedules are pure functions of it."""
+    """The place in training; schedules are pure functions of it."""
 
     step: int
     """Optimiser steps done."""
@@ -179,14 +179,14 @@ class Target(NamedTuple):
     """int64 [B] on the labels' device: each image's row in the index of the training split."""
     progress: Progress = Progress(0, 1, 1)
     generator: torch.Generator | None = None
-    """On the labels' device, seeded from (seed, step, rank): what is drawn from it is drawn again by a resumed run."""
+    """A generator on the labels' device, seeded from (seed, step, rank): a resumed run draws the same numbers again."""
 
 
 class Gathered(NamedTuple):
     """Rows of vectors that every process gathers from every other."""
 
     rows: int
-    """Of one process."""
+    """Rows of one process."""
     width: int
     """Numbers of a row."""
     gathered: bool

@@ -47,7 +47,7 @@ class LoopSettings:
         return min(steps, self.max_steps) if self.max_steps else steps
 
     def evaluation_due(self, step: int) -> bool:
-        """After every `evaluate_every` epochs, and at the end."""
+        """Whether to evaluate after this step: after every `evaluate_every` epochs, and at the end."""
         epoch, rest = divmod(step, self.steps_per_epoch)
         return step == self.last_step or (rest == 0 and epoch > 0 and epoch % self.evaluate_every == 0)
 
@@ -112,7 +112,7 @@ class Run:
 
     @property
     def progress(self) -> Progress:
-        """Where schedules are read."""
+        """The place in training that schedules are read at."""
         steps_per_epoch = self.settings.steps_per_epoch
         return Progress(self.counters.step, steps_per_epoch, self.settings.epochs * steps_per_epoch)
 
@@ -140,8 +140,10 @@ def save(run: Run) -> None:
 
 
 def agree_on_data(run: Run) -> dict[str, Any]:
-    """Where the data stands, the same on every process: position, what both streams depend on, and the samples that any
-    process found bad, which from now on all of them know. A collective."""
+    """The state of the data, the same on every process: position, what both streams depend on, and the bad samples.
+
+    A collective: from now on every process leaves out the samples that any of them found bad.
+    """
     epoch, step = divmod(run.counters.step, run.settings.steps_per_epoch)
     states = {}
     for name, loader in (("train", run.train_loader), ("val", run.eval_loader)):

@@ -75,7 +75,7 @@ def index_shard(job: IndexJob) -> ShardResult:
         return done
     path = Path(job.path)
     sha = hashlib.sha256()
-    rows: list[tuple[int, int, int, int, int]] = []
+    rows: list[tuple[int, ...]] = []
     quarantine: list[dict[str, Any]] = []
     notes: list[dict[str, Any]] = []
     with path.open("rb") as file:
@@ -99,7 +99,7 @@ def index_shard(job: IndexJob) -> ShardResult:
                 continue
             kept = "" if clean.data is data else "; not here, the shard stays as it is"
             notes.extend({**told, "label": label, "note": note + kept} for note in clean.notes)
-            rows.append((image.offset, job.number, image.size, label, crc32))
+            rows.append((image.offset, job.number, image.size, label, crc32, *clean.size))
     quarantine += [{"key": key, "source": job.path, "reason": "another sample before it has this key"} for key in repeated]
     shard = ShardInfo(job.name, len(rows), size, sha.hexdigest())
     result = ShardResult(job.number, shard, size, len(samples) + len(repeated), quarantine, notes)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from distill.data.index import MAX_SIDE
 from distill.data.reader import END_OF_IMAGE, TAIL
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -28,6 +29,8 @@ class Clean:
 
     data: bytes
     extension: str
+    size: tuple[int, int]
+    """(height, width) in pixels as stored."""
     notes: tuple[str, ...] = ()
 
 
@@ -45,24 +48,36 @@ def clean_image(data: bytes, resize_short: int | None = None, quality: int = 90)
     if image.mode == "F" or (image.mode == "I" and kind == "TIFF"):
         raise Unclean(f"32-bit pixels ({kind}): nothing says which of their values are black and white")
     try:
-        return _cleaned(data, image, kind, whole, resize_short, quality)
+        clean = _cleaned(data, image, kind, whole, resize_short, quality)
     except (OSError, ValueError) as error:  # longer than 65,500 pixels, or colours that have no way to RGB
         raise Unclean(f"cannot be encoded: {type(error).__name__}: {error}"[:200]) from error
+    if max(clean.size) > MAX_SIDE:
+        raise Unclean(f"{clean.size[0]} x {clean.size[1]} pixels: a side may have {MAX_SIDE}, as in a JPEG")
+    return clean
 
 
 def _cleaned(data: bytes, image: Image.Image, kind: str, whole: bool, resize_short: int | None, quality: int) -> Clean:
     notes = _notes(image, kind)
     if resize_short is not None and min(image.size) > resize_short:
-        return Clean(_shrunk(image, resize_short, quality), "jpg", notes)
+        small = _shrunk(image, resize_short)
+        return Clean(_encoded(small, "JPEG", quality=quality), "jpg", (small.height, small.width), notes)
+    size = (image.height, image.width)
+    if problem := _unfit(data, image, kind, whole):
+        return Clean(_encoded(_rgb(image), "PNG"), "png", size, (*notes, problem))
+    return Clean(data, EXTENSIONS[kind], size, notes)
+
+
+def _unfit(data: bytes, image: Image.Image, kind: str, whole: bool) -> str | None:
+    """What is done to an image whose bytes cannot be kept, and why; None for all others."""
     if kind not in EXTENSIONS:
-        return Clean(_as_png(image), "png", (*notes, f"{kind} re-encoded as PNG"))
+        return f"{kind} re-encoded as PNG"
     if image.mode == "CMYK":
-        return Clean(_as_png(image), "png", (*notes, "CMYK re-encoded as RGB PNG"))
+        return "CMYK re-encoded as RGB PNG"
     if image.mode.startswith("I") or (kind == "PNG" and data[PNG_DEPTH] == 16):  # PIL and DALI round 16-bit colours differently
-        return Clean(_as_png(image), "png", (*notes, "16-bit re-encoded as 8-bit PNG"))
+        return "16-bit re-encoded as 8-bit PNG"
     if EXTENSIONS[kind] == "jpg" and not whole:
-        return Clean(_as_png(image), "png", (*notes, "JPEG without an end marker near its end re-encoded as PNG"))
-    return Clean(data, EXTENSIONS[kind], notes)
+        return "JPEG without an end marker near its end re-encoded as PNG"
+    return None
 
 
 def _decode(data: bytes, pixels: bool) -> tuple[Image.Image, str]:
@@ -70,7 +85,8 @@ def _decode(data: bytes, pixels: bool) -> tuple[Image.Image, str]:
     which is what can fail, and a third of the time goes into colours that nobody looks at."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # more than 179 million pixels: half a gigabyte out of what may be a few kilobytes
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
             if not pixels and (image.format, image.mode) == ("JPEG", "RGB"):
                 image.draft("L", None)
@@ -104,15 +120,13 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _as_png(image: Image.Image) -> bytes:
-    encoded = io.BytesIO()
-    _rgb(image).save(encoded, "PNG")
-    return encoded.getvalue()
-
-
-def _shrunk(image: Image.Image, short: int, quality: int) -> bytes:
+def _shrunk(image: Image.Image, short: int) -> Image.Image:
     factor = short / min(image.size)
     size = (max(short, round(image.width * factor)), max(short, round(image.height * factor)))
+    return _rgb(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
     encoded = io.BytesIO()
-    _rgb(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0).save(encoded, "JPEG", quality=quality)
+    image.save(encoded, kind, **options)
     return encoded.getvalue()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.index import ShardInfo
+from distill.data.index import RECORD, ShardInfo
 from distill.files import json_bytes, write_atomically
 from shards.items import Item
 
@@ -68,11 +68,13 @@ def shard_path(job: Job) -> Path:
 
 
 def read_marker(job: Job) -> ShardResult | None:
-    """The marker of a job that is done and whose shard has the size that it says; None for any other."""
+    """The marker of a job that is done, whose shard and index rows have the sizes that it says; None for any other."""
     try:
         content = json.loads(_marker_path(job).read_text())
         result = ShardResult(**{**content, "shard": ShardInfo(**content["shard"])})
-        finished = result.shard.name == job.name and shard_path(job).stat().st_size == result.shard.bytes
+        rows = rows_path(Path(job.folder), job.number).stat().st_size  # an earlier version's rows are shorter
+        expected = (job.name, result.shard.bytes, result.shard.samples * RECORD.itemsize)
+        finished = (result.shard.name, shard_path(job).stat().st_size, rows) == expected
     except FileNotFoundError:
         return None
     return result if finished else None

@@ -22,6 +22,7 @@ from distill.seeds import derive_seed
 from shards.existing import find_splits
 from shards.items import Source
 from shards.jobs import PARTS, IndexJob, Job, ShardJob, ShardResult, read_marker
+from shards.renew import renew_split
 from shards.workers import Runner, run_jobs
 from shards.writer import finish_split, tidy
 
@@ -178,6 +179,7 @@ def _complete(work: SplitWork, run: Runner, progress: bool) -> SplitSummary:
     folder = work.folder
     if (folder / MANIFEST).exists():
         _check_same_plan(json.loads((folder / MANIFEST).read_text()).get("plan", {}), work.plan, folder)
+        renew_split(folder, progress)
         tidy(folder)
         return _summary(work.name, folder, made=0)
     (folder / PARTS).mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from distill.data.index import ShardIndex
 from shards.archives import cifar_source, cub200_source, imagenet_source
 from shards.items import Source, SourceChanged
 from shards.preparation import Options, SplitSummary, index_existing, prepare, split_folders, split_jobs
+from shards.renew import renew_split
 from shards.show import describe, write_sheet
 from shards.sources import VAL_NAMES, digits_source, folder_source
 from shards.tarwalk import BrokenTar
@@ -52,7 +53,7 @@ def prepare_digits(out: Path, *, progress: bool = False) -> list[SplitSummary]:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one request; its exit code."""
     parsed = _parser().parse_args(arguments)
-    commands = {"verify": _verify, "show": _show, "wds": _index}
+    commands = {"verify": _verify, "show": _show, "renew": _renew, "wds": _index}
     try:
         return commands.get(parsed.command, _prepare)(parsed)
     except BrokenTar as error:
@@ -145,6 +146,13 @@ def _verify(parsed: argparse.Namespace) -> int:
     return 1 if defects else 0
 
 
+def _renew(parsed: argparse.Namespace) -> int:
+    for folder in find_split_folders(parsed.folder):
+        done = renew_split(folder)
+        print(f"{folder}: {'its index was renewed' if done else 'its index has the present format already'}")
+    return 0
+
+
 def _show(parsed: argparse.Namespace) -> int:
     indices = [ShardIndex.open(folder) for folder in find_split_folders(parsed.folder)]
     for index in indices:
@@ -211,6 +219,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", type=Path, metavar="DIR", help="a split, or the folder of splits")
     verify.add_argument("--full", action="store_true", help="decode every image")
     verify.add_argument("--decodes", type=_positive, default=200, metavar="N", help="or N random ones a split (%(default)s)")
+    renew = commands.add_parser("renew", help="bring the index of an earlier version to the present format; shards are kept")
+    renew.add_argument("folder", type=Path, metavar="DIR", help="a split, or the folder of splits")
     show = commands.add_parser("show", help="classes, counts, sizes, and a sheet of images")
     show.add_argument("folder", type=Path, metavar="DIR", help="a split, or the folder of splits")
     show.add_argument("--images", type=_positive, default=24, metavar="N", help="images of each split (%(default)s)")

@@ -110,10 +110,13 @@ def _verify_sample(
         yield f"{member.name}: label {label}, there are {num_classes} classes"
     if (text := labels.get(member_key(member.name))) is not None:
         file.seek(text.offset)
-        if (found := file.read(text.size)).strip() != str(label).encode():
-            yield f"{member.name}: {text.name} says {found[:20]!r}, the index {label}"
+        if (content := file.read(text.size)).strip() != str(label).encode():
+            yield f"{member.name}: {text.name} says {content[:20]!r}, the index {label}"
     if decode:
         try:
-            clean_image(data)
+            found = clean_image(data).size
         except Unclean as error:
             yield f"{member.name} at offset {offset}: does not decode: {error}"
+            return
+        if found != (said := (int(record["height"]), int(record["width"]))):
+            yield f"{member.name} at offset {offset}: {found[0]} x {found[1]} pixels, the index says {said[0]} x {said[1]}"

@@ -80,7 +80,7 @@ def write_shard(job: ShardJob) -> ShardResult:
 
 
 def _fill(job: ShardJob, writer: TarWriter) -> tuple[NDArray[np.void], ShardResult]:
-    rows: list[tuple[int, int, int, int, int]] = []
+    rows: list[tuple[int, ...]] = []
     quarantine: list[dict[str, Any]] = []
     notes: list[dict[str, Any]] = []
     read_bytes = 0
@@ -95,7 +95,7 @@ def _fill(job: ShardJob, writer: TarWriter) -> tuple[NDArray[np.void], ShardResu
             continue
         writer.add(f"{item.key}.cls", str(item.label).encode())
         offset = writer.add(f"{item.key}.{image.extension}", image.data)
-        rows.append((offset, job.number, len(image.data), item.label, zlib.crc32(image.data)))
+        rows.append((offset, job.number, len(image.data), item.label, zlib.crc32(image.data), *image.size))
         notes.extend({**told, "note": note} for note in image.notes)
     sha = writer.finish()
     shard = ShardInfo(job.name, len(rows), writer.position, sha)

@@ -16,14 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from distill.data.batch_plan import Work, gather
-from distill.data.dali_graph import IN_FLIGHT, HostBatch, build_pipeline, dali_decodes, feed
-from distill.data.header import image_size
+from distill.data.dali_graph import IN_FLIGHT, HostBatch, build_pipeline, check_sizes, dali_decodes, feed
 from distill.data.loaders import PlannedLoader, Task, eval_loader, train_loader
-from distill.data.pixels import as_png, decode, png_bytes, transform_window
+from distill.data.pixels import as_png, decode_as_indexed, png_bytes, transform_window
 from distill.data.reader import BadSample, SampleReader
 from distill.data.stream import Position, PositionStream, next_position
 from distill.protocols import Batch
@@ -62,7 +60,8 @@ class DaliStream:
         self._fill(position)
         for _ in range(RECOVERIES):
             try:
-                outputs = self._pipeline.share_outputs()
+                *outputs, shapes = self._pipeline.share_outputs()
+                check_sizes(shapes, self._in_flight[0][1])
             except RuntimeError as error:
                 self._recover(str(error))
                 continue
@@ -131,9 +130,9 @@ class DaliStream:
 
     def _repaired(self, position: Position, batch: HostBatch, error: str) -> HostBatch:
         bad = False
-        for data, sample in zip(batch.encoded, batch.samples.tolist(), strict=True):
+        for data, size, sample in zip(batch.encoded, batch.sizes.tolist(), batch.samples.tolist(), strict=True):
             try:
-                decode(data.tobytes())
+                decode_as_indexed(data.tobytes(), size)
             except BadSample as reason:
                 self._task.quarantine.add(sample, str(reason), position)
                 bad = True
@@ -179,21 +178,16 @@ class DaliStream:
         return Batch(torch.from_numpy(pixels), target, ids)
 
     def _read(self, position: Position) -> HostBatch:
-        def read(sample: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-            data = self._reader.read(sample)
-            try:
-                return data, image_size(data.data)
-            except ValueError as error:
-                raise BadSample(str(error)) from error
-
+        index = self._task.index
         self._reader.announce(self._plan.samples(position))
-        loaded, samples = gather(self._plan, position, self._task.quarantine, read)
-        if not loaded:
-            work = self._plan.work(position, np.ones((1, 2), np.int64))
-            return HostBatch([png_bytes(Image.new("RGB", (1, 1)))], work, np.zeros(1, np.int64), np.array([NO_SAMPLE]))
-        work = self._plan.work(position, np.array([size for _, size in loaded], np.int64))
-        labels = self._task.index.records["label"][samples].astype(np.int64)
-        return HostBatch([data for data, _ in loaded], work, labels, samples)
+        encoded, samples = gather(self._plan, position, self._task.quarantine, self._reader.read)
+        if not encoded:
+            one = np.ones((1, 2), np.int64)
+            black = png_bytes(Image.new("RGB", (1, 1)))
+            return HostBatch([black], one, self._plan.work(position, one), np.zeros(1, np.int64), np.array([NO_SAMPLE]))
+        sizes = index.sizes(samples)
+        labels = index.records["label"][samples].astype(np.int64)
+        return HostBatch(encoded, sizes, self._plan.work(position, sizes), labels, samples)
 
 
 class DaliLoader(PlannedLoader):

@@ -34,9 +34,11 @@ def dali_available() -> bool:
 
 @dataclass(frozen=True)
 class HostBatch:
-    """A batch as DALI is fed with it: encoded images, what to do with each, labels and samples int64 [B]."""
+    """A batch as DALI is fed with it: encoded images, their sizes int64 [B, 2] as the index says, what to do with each, labels
+    and samples int64 [B]."""
 
     encoded: list[NDArray[np.uint8]]
+    sizes: NDArray[np.int64]
     work: Work
     labels: NDArray[np.int64]
     samples: NDArray[np.int64]
@@ -44,7 +46,7 @@ class HostBatch:
 
 def build_pipeline(plan: Plan, device: torch.device, num_threads: int, decode_only: bool) -> Any:
     """The DALI pipeline: decode a window, and unless `decode_only` resize, slice (black outside), flip, layers -> uint8 HWC
-    each, labels, samples.
+    each, labels, samples, and the shape that each whole image has by its header.
 
     On a GPU the decoder is `mixed` with the CPU's chroma upsampling, on the CPU all is CPU. EXIF rotation is not applied.
     """
@@ -78,9 +80,10 @@ def build_pipeline(plan: Plan, device: torch.device, num_threads: int, decode_on
 
     @pipeline_def(enable_conditionals=plan.num_layers > 0)
     def graph() -> Any:
-        """Images, labels and samples of a batch."""
+        """Images, labels, samples and shapes of a batch."""
+        encoded = source("encoded", types.UINT8, 1)
         images = fn.decoders.image_slice(
-            source("encoded", types.UINT8, 1),
+            encoded,
             start=source("window_start", types.INT32, 1),
             shape=source("window_shape", types.INT32, 1),
             axes=(0, 1),
@@ -91,7 +94,8 @@ def build_pipeline(plan: Plan, device: torch.device, num_threads: int, decode_on
         )
         if not decode_only:
             images = transformed(images)
-        return images, source("labels", types.INT64, 0), source("samples", types.INT64, 0)
+        shapes = fn.peek_image_shape(encoded, adjust_orientation=False)
+        return images, source("labels", types.INT64, 0), source("samples", types.INT64, 0), shapes
 
     pipeline = graph(
         batch_size=plan.batch_size, num_threads=num_threads, device_id=gpu_number(device), prefetch_queue_depth=IN_FLIGHT
@@ -136,6 +140,15 @@ def feed_borders(pipeline: Any, plan: Plan, work: Work) -> None:
     pipeline.feed_input("shares", found.shares)
 
 
+def check_sizes(shapes: Any, batch: HostBatch) -> None:
+    """Raises RuntimeError, as a failed run does, where an image has not the size of the index: its window is a wrong one.
+
+    shapes: DALI's tensors [B, 3] of `peek_image_shape`.
+    """
+    if not np.array_equal(np.array(shapes.as_tensor())[:, :2], batch.sizes):
+        raise RuntimeError("an image has another size than the index says")
+
+
 def dali_decodes(data: NDArray[np.uint8], device: torch.device) -> bool:
     """Whether DALI decodes this image, uint8 [size], with a pipeline of its own."""
     from nvidia.dali import Pipeline, fn, types
@@ -144,7 +157,10 @@ def dali_decodes(data: NDArray[np.uint8], device: torch.device) -> bool:
     with pipeline:
         source = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         on = "mixed" if device.type == "cuda" else "cpu"
-        pipeline.set_outputs(fn.decoders.image(source, device=on, adjust_orientation=False))
+        pipeline.set_outputs(
+            fn.decoders.image(source, device=on, adjust_orientation=False),
+            fn.peek_image_shape(source, adjust_orientation=False),
+        )
     pipeline.build()
     pipeline.feed_input("encoded", [data])
     try:

@@ -1,7 +1,7 @@
 """The shard index and the manifest of one split: schema, writing, opening, checking.
 
 A split is a folder with `manifest.json`, `index.npy` and its shards (uncompressed tar files in the WebDataset layout). The
-index has one fixed-size row per sample, in shard order, and is memory-mapped: 24 bytes a sample, 31 MB at 1.28 million,
+index has one fixed-size row per sample, in shard order, and is memory-mapped: 28 bytes a sample, 36 MB at 1.28 million,
 shared by all processes of a machine.
 """
 
@@ -21,13 +21,28 @@ from numpy.typing import NDArray
 
 from distill.files import file_sha256, json_bytes, write_atomically
 
-FORMAT = 1
+FORMAT = 2
+OLD_FORMAT = 1
+"""Without height and width in the index; `shards/renew.py` adds them."""
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 TAR_BLOCK = 512
 
-RECORD = np.dtype([("offset", "<u8"), ("shard", "<u4"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4")])
-"""One sample: `size` bytes of encoded image at `offset` of shard number `shard`; 24 bytes."""
+RECORD = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("shard", "<u4"),
+        ("size", "<u4"),
+        ("label", "<u4"),
+        ("crc32", "<u4"),
+        ("height", "<u2"),
+        ("width", "<u2"),
+    ]
+)
+"""One sample, 28 bytes: `size` bytes of encoded image at `offset` of shard number `shard`, and the image's `height` and
+`width` in pixels as stored (an EXIF rotation is not applied)."""
+MAX_SIDE = np.iinfo(RECORD["height"]).max
+"""Pixels of a side: what the two bytes hold, and the limit of JPEG itself."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +151,13 @@ class ShardIndex:
         """int64 [num_samples], a copy."""
         return self.records["label"].astype(np.int64)
 
+    def sizes(self, samples: NDArray[np.int64] | int) -> NDArray[np.int64]:
+        """int64 [B, 2], the (height, width) of each sample's image; [2] for one sample."""
+        rows = self.records[samples]
+        return np.stack([rows["height"], rows["width"]], axis=-1).astype(np.int64)
+
     def shard_path(self, shard: int) -> Path:
-        """Where shard number `shard` lies."""
+        """The file of shard number `shard`."""
         return self._paths[shard]
 
     def key(self, sample: int) -> str:
@@ -162,7 +182,7 @@ class ShardIndex:
                 )
 
     def _is_as_indexed(self, sample: int) -> bool:
-        offset, shard, size, _, crc32 = self.records[sample].item()
+        offset, shard, size, _, crc32, *_ = self.records[sample].item()
         with self._paths[shard].open("rb") as file:
             file.seek(offset)
             return size > 0 and zlib.crc32(file.read(size)) == crc32
@@ -209,8 +229,13 @@ def _read_manifest(folder: Path) -> Mapping[str, Any]:
     except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{folder / MANIFEST}: not readable as JSON ({error}); prepare the split again") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found == OLD_FORMAT:
+        raise ValueError(
+            f"{folder}: prepared by an earlier version, its index has no image sizes; run "
+            f"`python shards/prepare.py renew {folder}`, which writes them into the index and keeps the shards"
+        )
     if found != FORMAT:
-        raise ValueError(f"{folder / MANIFEST}: format {found}, this version reads {FORMAT}; prepare again")
+        raise ValueError(f"{folder / MANIFEST}: format {found}, this version reads {FORMAT}; prepare the split again")
     return manifest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,6 +26,14 @@ def decode(data: bytes) -> Image.Image:
         raise BadSample(f"not an image: starts with {data[:8]!r}") from error
     except Exception as error:  # PIL raises many types for broken files
         raise BadSample(f"does not decode: {type(error).__name__}: {error}"[:200]) from error
+
+
+def decode_as_indexed(data: bytes, size: Sequence[int]) -> Image.Image:
+    """The image as RGB. Raises BadSample as `decode` does, and where it has not the `size` (height, width) of the index."""
+    image = decode(data)
+    if (image.height, image.width) != tuple(size):
+        raise BadSample(f"{image.height} x {image.width} pixels, the index says {size[0]} x {size[1]}")
+    return image
 
 
 def transform_image(image: Image.Image, work: Work, row: int, plan: Plan) -> np.ndarray:

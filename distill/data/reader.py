@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.header import JPEG_MAGIC
 from distill.data.index import ShardIndex
 
+JPEG_MAGIC = b"\xff\xd8\xff"
 END_OF_IMAGE = b"\xff\xd9"
 TAIL = 64 * 1024
 """Bytes at the end of a JPEG in which its end marker must lie; what follows the marker is legal trailing junk."""
@@ -72,7 +72,7 @@ class SampleReader:
         Raises BadSample where the bytes are wrong (checksum, no end marker in a JPEG), and ShardLost where its shard is
         gone or shorter than the index says.
         """
-        offset, shard, size, _, crc32 = self._records.item(sample)
+        offset, shard, size, _, crc32, *_ = self._records.item(sample)
         data = self._pread(shard, size, offset)
         check_bytes(data, crc32)
         return np.frombuffer(data, np.uint8)
@@ -82,7 +82,7 @@ class SampleReader:
 
         Costs some microseconds a sample where they are in memory already. Raises ShardLost where a shard is gone.
         """
-        for offset, shard, size, _, _ in self._records[np.sort(samples)].tolist():
+        for offset, shard, size, *_ in self._records[np.sort(samples)].tolist():
             with self._opened(shard) as descriptor:
                 os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 

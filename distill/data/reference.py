@@ -1,8 +1,8 @@
 """The two loaders in torch and PIL: the oracle for `dali.py`, and the path where DALI cannot be installed.
 
 They share the plans (samples, windows, flips) with `dali.py`, but read the shards through the `webdataset` package, starting
-at the sample's tar header, and take the images' sizes from PIL: wrong offsets or sizes in our own code come out as a
-difference between the two.
+at the sample's tar header, and decode with PIL: wrong offsets or sizes in our own code come out as a difference between the
+two.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from webdataset.tariterators import tar_file_iterator
 from distill.data.batch_plan import gather
 from distill.data.index import TAR_BLOCK, ShardIndex
 from distill.data.loaders import PlannedLoader, Task, eval_loader, train_loader
-from distill.data.pixels import decode, transform_image
+from distill.data.pixels import decode_as_indexed, transform_image
 from distill.data.reader import ShardLost, check_bytes
 from distill.data.stream import Position, PositionStream
 from distill.protocols import Batch
@@ -70,14 +70,15 @@ class ReferenceLoader(PlannedLoader):
         if not images:
             none = torch.zeros(0, dtype=torch.int64)
             return Batch(torch.zeros((0, *self.task.plan.size, 3), dtype=torch.uint8), none, none)
-        work = self.task.plan.work(position, np.array([(image.height, image.width) for image in images], np.int64))
+        work = self.task.plan.work(position, self.task.index.sizes(samples))
         rows = range(len(images))
         pixels = list(self._pool.map(lambda row: transform_image(images[row], work, row, self.task.plan), rows))
         labels = self.task.index.records["label"][samples].astype(np.int64)
         return Batch(torch.from_numpy(np.stack(pixels)), torch.from_numpy(labels), torch.from_numpy(samples))
 
     def _decode(self, sample: int) -> Image.Image:
-        return decode(read_sample(self.task.index, sample))
+        index = self.task.index
+        return decode_as_indexed(read_sample(index, sample), index.sizes(sample).tolist())
 
 
 ReferenceTrainLoader = partial(train_loader, ReferenceLoader)

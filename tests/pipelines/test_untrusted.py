@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.data.header import image_size
 from distill.data.index import ShardIndex
 from distill.files import file_sha256
 
@@ -107,8 +106,6 @@ def test_absurd_sizes_in_headers_are_refused_by_name(content: bytes, expected: s
 
 def test_a_decompression_bomb_is_never_decoded(tmp_path: Path):
     """By its header it wants 12.7 GB; preparation runs in 4."""
-    with pytest.raises(ValueError, match="65000 x 65000 pixels; at most"):
-        image_size(bomb())
     done = index_shards(tmp_path / "shards", sample("good", jpeg()) + sample("bomb", bomb()))
     assert "MemoryError" not in done.stderr
     said = done.stdout + done.stderr

@@ -55,7 +55,7 @@ def test_what_is_refused_by_its_luma_is_what_is_refused_by_its_colours():
 def test_what_is_kept_or_made_has_its_colours(resize_short):
     data = encoded(picture(60, 80, seed=1), quality=95, subsampling=0)
     kept = clean_image(data, resize_short)
-    assert (kept == Clean(data, "jpg")) == (resize_short is None)
+    assert (kept == Clean(data, "jpg", (60, 80))) == (resize_short is None)
     with_junk_behind = clean_image(data + bytes(2 * TAIL), resize_short)
     for made in (kept, with_junk_behind):
         colours = np.asarray(Image.open(io.BytesIO(made.data)).convert("RGB"), np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,14 +82,27 @@ ODD: dict[str, Callable[[Image.Image], bytes]] = {
 """Every kind of image that is not a plain RGB JPEG and yet is none to refuse; a split has all of them as `.jpg`."""
 
 
+def stored_size(data: bytes) -> tuple[int, int]:
+    """(height, width) by the header; 40 x 40 where there is none, as of an image that was damaged after it was indexed."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except OSError:
+        return 40, 40
+    return image.height, image.width
+
+
 def raw_split(
     folder: Path,
     images: Sequence[bytes],
     shards: int = 3,
     labels: Sequence[int] | None = None,
     class_names: Sequence[str] = tuple("abcde"),
+    sizes: Mapping[int, tuple[int, int]] | None = None,
 ) -> ShardIndex:
-    """A split of exactly these bytes, good or bad: preparation would not let the bad ones in. Image n has the key `kNNN`."""
+    """A split of exactly these bytes, good or bad: preparation would not let the bad ones in. Image n has the key `kNNN`.
+
+    sizes: (height, width) that the index shall have of an image, where that is not what the image's header says.
+    """
     folder.mkdir(parents=True)
     rows, infos = [], []
     for shard in range(shards):
@@ -101,7 +114,8 @@ def raw_split(
                 label = number % len(class_names) if labels is None else labels[number]
                 tar.add(f"k{number:03d}.cls", b"%d" % label)
                 offset = tar.add(f"k{number:03d}.jpg", images[number])
-                rows.append((offset, shard, len(images[number]), label, zlib.crc32(images[number])))
+                data = images[number]
+                rows.append((offset, shard, len(data), label, zlib.crc32(data), *(sizes or {}).get(number, stored_size(data))))
             sha = tar.finish()
         infos.append(ShardInfo(name, len(members), tar.position, sha))
     write_split(folder, infos, np.array(rows, RECORD), class_names)
@@ -142,7 +156,7 @@ def planted_split(
 
 def flip_on_disk(index: ShardIndex, sample: int, count: int) -> None:
     """Inverts `count` bytes in the middle of the sample's image, in its shard."""
-    offset, shard, size, _, _ = index.records[sample].item()
+    offset, shard, size, *_ = index.records[sample].item()
     with index.shard_path(shard).open("r+b") as file:
         file.seek(offset + size // 2)
         data = file.read(count)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from distill.data.dali import DaliEvalLoader, DaliTrainLoader
 from distill.data.faults import TooManyFaults
@@ -95,6 +96,36 @@ def test_the_stream_does_not_depend_on_when_a_bad_sample_became_known(kind, faul
         assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
     for loader in (first, resumed, *ranks):
         loader.close()
+
+
+@pytest.mark.parametrize("kind", TRAIN)
+def test_an_image_that_has_not_the_size_of_the_index_is_a_bad_sample(kind, tmp_path):
+    """Too large, and its window would be a wrong one; too small, and its window would lie outside."""
+    wrong = {5: (20, 24), 17: (40, 400)}
+    index = raw_split(tmp_path / "split", [encoded(picture(40, 44, seed=n)) for n in range(24)], shards=1, sizes=wrong)
+    loader = with_faults(kind, index, tmp_path / "faults.jsonl")
+    shown = torch.cat([batch.sample_ids for epoch in range(2) for batch in loader.epoch(epoch)])
+    assert len(shown) == 48
+    assert not set(shown.tolist()) & set(wrong)
+    assert {line["sample"]: line["reason"] for line in lines(tmp_path / "faults.jsonl")} == {
+        5: "40 x 44 pixels, the index says 20 x 24",
+        17: "40 x 44 pixels, the index says 40 x 400",
+    }
+    loader.close()
+
+
+@pytest.mark.parametrize("kind", TRAIN)
+def test_sample_ids_are_the_rows_of_the_images_really_shown(kind, tmp_path):
+    """Each image has the grey level of its row, so a picture says which sample it is; a quarter are bad and have stand-ins."""
+    images = [encoded(Image.new("RGB", (40, 40), (4 * n,) * 3), "PNG") for n in range(48)]
+    for n in range(0, 48, 4):
+        images[n] = BAD["half a PNG" if n % 8 else "garbage"](encoded(picture(40, 40, seed=n)))
+    index = raw_split(tmp_path / "split", images, shards=1)
+    loader = with_faults(kind, index, tmp_path / "faults.jsonl")
+    for batch in (batch for epoch in range(2) for batch in loader.epoch(epoch)):
+        assert torch.equal(batch.sample_ids, batch.images[:, 20, 20, 0].long() // 4)
+    assert loader.bad_samples == list(range(0, 48, 4))
+    loader.close()
 
 
 @pytest.mark.parametrize("kind", TRAIN)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill.data.header import image_size
 from distill.data.index import RECORD, ShardIndex, ShardInfo, write_split
 from distill.data.pixels import decode
 from distill.data.reader import BadSample, SampleReader, ShardLost
@@ -26,15 +25,15 @@ def split(make_split, tmp_path) -> Path:
     return Path(shutil.copytree(make_split().folder, tmp_path / "split"))
 
 
-def test_a_record_takes_at_most_24_bytes():
-    assert RECORD.itemsize <= 24
+def test_a_record_takes_at_most_28_bytes():
+    assert RECORD.itemsize <= 28
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
     rng = np.random.default_rng(0)
     records = np.zeros(100, RECORD)
     for name in RECORD.names:
-        records[name] = rng.integers(0, 2**31, 100)
+        records[name] = rng.integers(0, 2**16, 100)
     (tmp_path / "a.tar").write_bytes(b"x" * 10)
     write_split(tmp_path, [ShardInfo("a.tar", 100, 10, "00")], records, ["one", "zwei", "тpи"], extra={"origin": "here"})
     index = ShardIndex.open(tmp_path)
@@ -71,28 +70,9 @@ def test_reader_and_webdataset_read_the_same_bytes(make_split):
         data = reader.read(sample)
         assert data.tobytes() == read_sample(index, sample)
         image = decode(data.tobytes())
-        assert image_size(data.data) == (image.height, image.width)
+        assert tuple(index.sizes(sample)) == (image.height, image.width)
     reader.close()
     reader.close()
-
-
-def test_sizes_of_all_formats_are_read_from_the_header(tmp_path):
-    from PIL import Image
-
-    for kind, options in (
-        ("JPEG", {"progressive": True}),
-        ("JPEG", {"comment": b"x" * 60000}),
-        ("PNG", {}),
-        ("WEBP", {}),
-        ("BMP", {}),
-        ("GIF", {}),
-    ):
-        path = tmp_path / "image"
-        Image.new("RGB", (123, 45)).save(path, kind, **options)
-        assert image_size(path.read_bytes()) == (45, 123)
-    for data in (b"", b"<html>", b"\xff\xd8\xff", b"\xff\xd8\xff\xe0\x00\x10JFIF"):
-        with pytest.raises(ValueError, match=r"JPEG|not an image"):
-            image_size(data)
 
 
 def test_a_missing_folder_or_split_is_refused_with_the_remedy(split, tmp_path):
@@ -136,7 +116,7 @@ def test_one_damaged_image_at_the_front_of_a_shard_does_not_keep_a_run_from_star
 
 def test_an_index_of_another_preparation_is_refused(split):
     path = split / "index.npy"
-    path.write_bytes(path.read_bytes()[:-24])
+    path.write_bytes(path.read_bytes()[: -RECORD.itemsize])
     with pytest.raises(ValueError, match=r"index.npy: sha256 .*, the manifest says"):
         ShardIndex.open(split)
 

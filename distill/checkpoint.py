@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.files import sync, write_text_atomically
+from distill.files import sync, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
     for path in sorted(folder.iterdir()):
         sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
-    write_text_atomically(folder / "checkpoint.json", json.dumps({"format": FORMAT, "files": files, "meta": snapshot.meta}))
+    write_atomically(folder / "checkpoint.json", json.dumps({"format": FORMAT, "files": files, "meta": snapshot.meta}))
 
 
 def read(folder: Path) -> Snapshot:
@@ -151,7 +151,7 @@ class Checkpoints:
     def mark_best(self, step: int) -> None:
         """Points BEST at `step-STEP`, once it is written."""
         self.wait()
-        write_text_atomically(self.folder / "BEST", _name(step))
+        write_atomically(self.folder / "BEST", _name(step))
 
     def wait(self) -> None:
         """Returns when nothing is being written; raises CheckpointError if the last write failed."""
@@ -180,7 +180,7 @@ class Checkpoints:
             aside.rename(final)
             sync(self.folder)
             self._damaged.discard(name)
-            write_text_atomically(self.folder / "LAST", name)
+            write_atomically(self.folder / "LAST", name)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
             shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(

@@ -1,26 +1,48 @@
-"""Files that are whole or absent: written aside, then renamed; and checksums of them."""
+"""Files that are whole or absent, folders that one process holds, checksums: what several rooms do with the disk."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO
+
+LOCK = ".lock"
+ASIDE = ".aside"
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """`text` at `path`: the old content or the new one, whenever the machine stops."""
-    aside = path.with_name(f".{path.name}.aside")  # one name: what a kill leaves is overwritten by the next write
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-    sync(path.parent)
+@contextmanager
+def written_aside(path: Path, writer: str = "") -> Iterator[Path]:
+    """A path beside `path` to write to; what was written there becomes `path` when the block ends without an error.
+
+    Whenever the machine stops, `path` has its old content or the new one. `writer` tells writers of one path apart; without
+    it a folder has one writer at a time, and what a kill leaves is overwritten by the next write.
+    """
+    aside = path.with_name(f".{path.name}{writer}{ASIDE}")
+    try:
+        yield aside
+        # 1. the content is on the disk, 2. the name is its name, 3. that is on the disk: a name that came before its content
+        # would be an empty file after a power cut
+        sync(aside)
+        aside.replace(path)
+        sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes `content` to `path` as `written_aside` does."""
+    with written_aside(path) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -28,17 +50,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes aside, syncs, renames: after a crash `path` has its old content or the new one, never a part.
+def locked(folder: Path, wait_seconds: float = 0.0) -> IO[str]:
+    """An open file that holds `folder` for this process until it is closed, or the process ends in whatever way.
 
-    One name aside, so that what a crash leaves is overwritten: a folder has one writer at a time.
+    Makes the folder. Raises BlockingIOError where another process holds it, and goes on to after `wait_seconds`.
     """
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("w")
+    end = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                file.close()
+                raise
+            time.sleep(0.2)
+        else:
+            return file
 
 
 def file_sha256(path: Path) -> str:
@@ -53,10 +82,3 @@ def file_sha256(path: Path) -> str:
 def json_bytes(value: object) -> bytes:
     """Readable JSON whose bytes depend on the value alone; the bytes of a file name that is no UTF-8 are escaped."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
-
-
-def replace_file(path: Path, write: Any) -> None:
-    """Writes beside `path` and renames, so that a reader never meets half a file."""
-    aside = path.with_name(f".{path.name}.partial")
-    write(aside)
-    os.replace(aside, path)

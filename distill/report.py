@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from distill.files import write_text_atomically
+from distill.files import write_atomically
 
 
 class Reporter:
@@ -31,7 +31,7 @@ class Reporter:
             return
         found = [(line, json.loads(line)) for line in self._lines()]
         kept = [line for line, values in found if values["step"] <= (evaluated_step if "eval/top1" in values else step)]
-        write_text_atomically(self.metrics_path, "".join(kept))
+        write_atomically(self.metrics_path, "".join(kept))
         self._bar = tqdm(
             total=self._total_steps, initial=step, desc=self._title, unit="step", dynamic_ncols=True, mininterval=0.5
         )
@@ -69,11 +69,11 @@ class Reporter:
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """`content` as FOLDER/name, whole or not at all."""
         if self.main:
-            write_text_atomically(self.folder / name, json.dumps(content, indent=2) + "\n")
+            write_atomically(self.folder / name, json.dumps(content, indent=2) + "\n")
 
     def dump(self, name: str, content: Mapping[str, Any]) -> Path:
         """`content` as FOLDER/name, by whichever process it concerns; its path."""
-        write_text_atomically(self.folder / name, json.dumps(content, indent=2) + "\n")
+        write_atomically(self.folder / name, json.dumps(content, indent=2) + "\n")
         return self.folder / name
 
     def close(self) -> None:

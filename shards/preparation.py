@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
 from distill.data.index import MANIFEST, ShardIndex
 from distill.data.order import permutation
-from distill.files import json_bytes, write_atomically
+from distill.files import json_bytes, locked, write_atomically
 from distill.seeds import derive_seed
 from shards.existing import find_splits
 from shards.items import Source
@@ -95,7 +92,7 @@ def prepare(source: Source, out: Path, options: Options, run: Runner = run_jobs,
         jobs = split_jobs(source, name, folder, options)
         split = source.splits[name]
         works.append(SplitWork(name, folder, describe_plan(source, name, options), jobs, split.class_names, split.ignored))
-    with _locked(out):
+    with _held(out):
         summaries = [_complete(work, run, progress) for work in works]
         _write_info(out, {work.name: work.folder for work in works})
     return summaries
@@ -133,7 +130,7 @@ def index_existing(
             for number, path in enumerate(splits[name])
         ]
         works.append(SplitWork(name, folder, plan, jobs, class_names, root=str(source.resolve())))
-    with _locked(out):
+    with _held(out):
         return [_complete(work, run, progress) for work in works]
 
 
@@ -255,19 +252,12 @@ def _claim(folder: Path, work: SplitWork) -> None:
     write_atomically(path, json_bytes(work.plan))
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One preparation at a time writes below `out`; the lock goes with the process, however it ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)
+def _held(out: Path) -> IO[str]:
+    """The lock of `out`: one preparation at a time writes below it."""
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Refused(f"{out}: another preparation is writing there; wait for it, or give another --out") from error
-        yield
-    finally:
-        os.close(descriptor)
+        return locked(out)
+    except BlockingIOError as error:
+        raise Refused(f"{out}: another preparation is writing there; wait for it, or give another --out") from error
 
 
 def _write_info(out: Path, folders: dict[str, Path]) -> None:

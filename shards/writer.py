@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.data.index import RECORD, TAR_BLOCK, ShardInfo, write_split
-from distill.files import write_atomically
+from distill.files import ASIDE, write_atomically, written_aside
 from shards.images import Unclean, clean_image
 from shards.jobs import PARTS, ShardJob, ShardResult, read_marker, rows_path, write_marker
 
@@ -66,15 +66,9 @@ def write_shard(job: ShardJob) -> ShardResult:
     done = read_marker(job)
     if done is not None:
         return done
-    aside = folder / f".{job.name}.{os.getpid()}.tmp"
-    try:
-        with aside.open("wb") as file:
-            records, result = _fill(job, TarWriter(file))
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(folder / job.name)
-    finally:
-        aside.unlink(missing_ok=True)
+    # the workers of a killed preparation end half a second after it, and the next one may be at this shard already
+    with written_aside(folder / job.name, writer=f".{os.getpid()}") as aside, aside.open("wb") as file:
+        records, result = _fill(job, TarWriter(file))
     write_marker(job, result, records)
     return result
 
@@ -131,7 +125,7 @@ def finish_split(
 
 def tidy(folder: Path) -> None:
     """Removes what only an unfinished split needs: a preparation may be killed between its last file and this."""
-    for leftover in folder.glob(".*.tmp"):
+    for leftover in folder.glob(f".*{ASIDE}"):
         leftover.unlink(missing_ok=True)
     shutil.rmtree(folder / PARTS, ignore_errors=True)
 

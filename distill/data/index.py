@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.files import file_sha256, json_bytes, write_atomically
+from distill.files import file_sha256, json_bytes, write_atomically, written_aside
 
 FORMAT = 2
 OLD_FORMAT = 1
@@ -72,12 +72,8 @@ def write_split(
     held = sum(shard.samples for shard in shards)
     if len(records) != held:
         raise ValueError(f"{folder}: {len(records)} index rows for shards that hold {held} samples")
-    aside = folder / f".{INDEX}.tmp"
-    with aside.open("wb") as file:
+    with written_aside(folder / INDEX) as aside, aside.open("wb") as file:
         np.lib.format.write_array(file, np.ascontiguousarray(records), version=(1, 0))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(folder / INDEX)
     manifest = {
         "format": FORMAT,
         "num_samples": len(records),

@@ -12,7 +12,7 @@ from timm.models import model_entrypoint
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from distill.files import replace_file
+from distill.files import write_atomically, written_aside
 from distill.models.weights import CONFIG, WEIGHTS
 from distill.protocols import InputSpec
 
@@ -44,11 +44,13 @@ def export_student(
     folder.mkdir(parents=True, exist_ok=True)
     # contiguous, because safetensors refuses channels_last; cloned, because it refuses tensors that share memory
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    replace_file(folder / WEIGHTS, lambda file: save_file(state, file, metadata={"format": "pt"}))
-    replace_file(folder / CONFIG, lambda file: _write_config(model, file, input_spec, class_names, metadata))
+    with written_aside(folder / WEIGHTS) as file:
+        save_file(state, file, metadata={"format": "pt"})
+    with written_aside(folder / CONFIG) as file:
+        _write_config(model, file, input_spec, class_names, metadata)
     architecture = json.loads((folder / CONFIG).read_text())["architecture"]
     card = model_card(architecture, int(model.num_classes), input_spec, metadata or {})  # type: ignore[arg-type]
-    replace_file(folder / "README.md", lambda file: file.write_text(card))
+    write_atomically(folder / "README.md", card)
 
 
 def model_card(architecture: str, num_classes: int, spec: InputSpec, metadata: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +10,8 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.onnx import OnnxExporterError
+
+from distill.files import written_aside
 
 TOLERANCE = 1e-4
 """Largest difference between both runtimes' logits, relative to the largest logit: float32 sums in another order differ by
@@ -36,8 +37,7 @@ def export_onnx(model: nn.Module, images: Tensor, file: Path) -> Agreement:
     `TOLERANCE`.
     """
     model.eval()
-    aside = file.with_name(f".{file.name}.partial")
-    try:
+    with written_aside(file) as aside:
         _write(model, images[:2], aside)
         found = _compare(model, images, aside)
         limit = TOLERANCE * max(found.largest_logit, 1.0)
@@ -46,9 +46,6 @@ def export_onnx(model: nn.Module, images: Tensor, file: Path) -> Agreement:
                 f"{file}: onnxruntime's logits differ from PyTorch's by {found.largest_difference:.1e},"
                 f" more than {limit:.1e}; the file was not kept"
             )
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
     return found
 
 

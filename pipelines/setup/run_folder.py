@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import platform
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,10 +19,11 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from distill.config import RecipeError, as_dict
-from distill.files import write_text_atomically
+from distill.files import locked, write_atomically
 from distill.recipe import Recipe
 
 LOCK_SECONDS = 10.0
+"""Waited for: the processes of a killed launcher may still be saving."""
 
 MAY_CHANGE = (
     "out",
@@ -72,19 +71,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _lock(file: IO[str], folder: Path) -> None:
-    """Holds the folder until `file` is closed. Waits a little: the processes of a killed launcher may still be saving."""
-    end = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError:
-            if time.monotonic() > end:
-                raise RecipeError(f"out: another process is writing to {folder}; wait for it, or give another --out") from None
-            time.sleep(0.2)
-
-
 def check_recipe(folder: Path, recipe: Recipe) -> None:
     """Raises RecipeError where `folder` holds a run of another recipe, with every difference."""
     manifest = folder / "manifest.json"
@@ -100,9 +86,10 @@ def _claim(folder: Path, recipe: Recipe, resume: bool) -> IO[str]:
     manifest = folder / "manifest.json"
     if manifest.is_file() and not resume:
         raise RecipeError(f"out: {folder} already holds a run; add --resume to go on with it, or give another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
-    _lock(lock, folder)
+    try:
+        lock = locked(folder, LOCK_SECONDS)
+    except BlockingIOError:
+        raise RecipeError(f"out: another process is writing to {folder}; wait for it, or give another --out") from None
     check_recipe(folder, recipe)
     return lock
 
@@ -225,4 +212,4 @@ def write_manifest(folder: Path, recipe: Recipe, accelerator: Accelerator, extra
         "mixed_precision": accelerator.mixed_precision,
         **extra,
     }
-    write_text_atomically(folder / "manifest.json", json.dumps(content, indent=2) + "\n")
+    write_atomically(folder / "manifest.json", json.dumps(content, indent=2) + "\n")

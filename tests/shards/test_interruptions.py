@@ -240,6 +240,6 @@ def test_killed_between_the_manifest_and_the_tidying_it_tidies_when_started_agai
     command("folder", "--source", images, "--out", out, "--shards", SHARDS)
     (out / ".parts").mkdir()
     (out / ".parts" / "0.json").write_text("{}")
-    (out / ".train-0000.tar.1.tmp").write_bytes(b"half")
+    (out / ".train-0000.tar.1.aside").write_bytes(b"half")
     command("folder", "--source", images, "--out", out, "--shards", SHARDS)
     assert file_hashes(out) == expected

@@ -53,7 +53,7 @@ def worker_in_a_shard(driver: subprocess.Popen[bytes], out: Path) -> psutil.Proc
     """A worker of the driver's cluster, stopped while the shard that it writes is half made."""
     end = time.monotonic() + 120
     while time.monotonic() < end and driver.poll() is None:
-        for path in out.glob(".train-*.tmp"):
+        for path in out.glob(".train-*.aside"):
             worker = psutil.Process(int(path.name.split(".")[-2]))
             worker.suspend()
             if path.exists():

@@ -55,7 +55,7 @@ examples:
   accelerate launch pipelines/benchmark.py --json ledger.json --plot ledger.png
       the digits distillation, on data that comes with scikit-learn
   accelerate launch pipelines/benchmark.py --recipe pipelines/recipes/imagenet/resnet34_resnet18_sdd_dkd.yaml \\
-      --train shards/train --val shards/val --data memory --steps 50 --train.mixed_precision bf16
+      --train data/imagenet/train --val data/imagenet/val --data memory --steps 50 --train.mixed_precision bf16
 
 every other option is one of the recipe's: pipelines/imagenet.py --help lists them. Teachers that would be downloaded or trained
 first have random weights here: the time of a step does not depend on them.

@@ -1,6 +1,6 @@
 """Top-1, top-5, loss and images/s of a model on a prepared split; exact counts for any number of processes.
 
-accelerate launch pipelines/evaluate.py --model resnet18 --weights runs/x/student --val shards/val
+accelerate launch pipelines/evaluate.py --model resnet18 --weights runs/x/student --val data/imagenet/val
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EPILOG = """
 examples:
   accelerate launch pipelines/evaluate.py --model cifar_resnet8 --weights runs/digits/distilled/student --val data/digits/val
   accelerate launch --config_file accelerate_config.yaml pipelines/evaluate.py --model resnet34.tv_in1k \\
-      --val shards/imagenet/val
+      --val data/imagenet/val
 exit codes: 0 done, 1 failed, 2 the request was wrong.
 """
 

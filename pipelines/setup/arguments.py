@@ -35,7 +35,7 @@ examples:
       the digits distillation, on data that comes with scikit-learn
   accelerate launch --config_file accelerate_config.yaml pipelines/imagenet.py \\
       --recipe pipelines/recipes/imagenet/resnet34_resnet18_sdd_dkd.yaml \\
-      --teacher resnet34.tv_in1k --student resnet18 --train shards/train --val shards/val --out runs/r34_r18
+      --teacher resnet34.tv_in1k --student resnet18 --train data/imagenet/train --val data/imagenet/val --out runs/r34_r18
   ... --optim.learning_rate 0.05 --loss.sdd.scales "[1, 2, 4]" --loss.msdcrd null
 
 values are YAML; `--loss.NAME null` drops a loss of the recipe, `--loss.NAME.weight W` adds one.

@@ -1,4 +1,4 @@
-# Two commands: `make run` (the demonstration) and `make test`. Both set up what they need into .venv.
+# Two commands: `make run` (the demonstration) and `make test`. Both set up what they need into .venv. `make help` lists the rest.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,9 +9,12 @@ DIGITS := runs/digits
 export PYTHONUNBUFFERED := 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: run test test-compile lint setup chaos bench bench-losses clean
+.PHONY: help setup run test test-compile lint format typecheck chaos bench bench-losses clean clean-demo
 
-setup: $(READY)
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## install what requirements.lock names into .venv
 
 # uv resolves and installs in half a minute what pip takes minutes for; where it cannot be had, pip does
 $(READY): requirements.lock
@@ -21,7 +24,7 @@ $(READY): requirements.lock
 	  || $(BIN)/python -m pip install --requirement requirements.lock
 	touch $(READY)
 
-run: $(READY)
+run: $(READY)  ## the demonstration: shards, teacher, student alone, student distilled, one table
 	rm -rf $(DIGITS)/teacher $(DIGITS)/baseline $(DIGITS)/distilled
 	$(BIN)/python shards/prepare.py digits --out data/digits
 	$(LAUNCH) pipelines/imagenet.py --recipe pipelines/recipes/digits/teacher.yaml --out $(DIGITS)/teacher
@@ -31,28 +34,39 @@ run: $(READY)
 	@echo
 	@$(BIN)/python pipelines/compare.py $(DIGITS)/teacher $(DIGITS)/baseline $(DIGITS)/distilled
 
-lint: $(READY)
+lint: $(READY)  ## ruff, its format, and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+format: $(READY)  ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(READY)  ## mypy alone
+	$(BIN)/mypy
+
+test: lint  ## lint, types, the whole suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# the main command under torch.compile's own backend; `make test` has every mechanism under a cheaper one
-test-compile: lint
+# `make test` compiles every mechanism too, under a backend that takes seconds
+test-compile: lint  ## minutes: the main command under inductor
 	TEST_COMPILE=1 $(BIN)/python -m pytest tests/pipelines/test_compile.py
 
-# minutes of random kills; `make test` has a short version
-chaos: $(READY)
+# `make test` has a short version
+chaos: $(READY)  ## minutes: 20 random kills, each resumed
 	$(BIN)/python -m tests.chaos --kills 20
 
-# ratios against the recorded ones, on a CPU; exit code 1 names what got worse
-bench: $(READY)
+# ratios of CPU seconds against the recorded ones; exit code 1 names what got worse
+bench: $(READY)  ## minutes: what got slower than the recorded ratios
 	$(BIN)/python -m tests.bench.guard
 
-bench-losses: $(READY)
+bench-losses: $(READY)  ## minutes: each loss beside a plain version of the same formula
 	$(BIN)/python -m tests.bench.losses
 
-clean:
-	rm -rf runs data .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove caches; runs and prepared data stay
+	rm -rf build dist distill.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find distill pipelines shards tests -name __pycache__ -prune -exec rm -rf {} +
+
+clean-demo:  ## remove the demonstration's runs and shards, nothing else
+	rm -rf $(DIGITS) data/digits

@@ -104,9 +104,7 @@ class Train:
     global_batch_size: Positive = _doc("images per optimiser step, over all processes and accumulated micro-batches", 256)
     accumulate: Positive = _doc("micro-batches per optimiser step", 1)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _doc("auto: what the launcher says", "auto")
-    channels_last: Literal["auto", True, False] = _doc(
-        "memory format of models and images; auto: for each model what is faster here, measured before the first step", True
-    )
+    channels_last: bool = _doc("memory format of models and images, which sum in another order in the other one", True)
     compile: Literal["none", "student", "teacher", "both"] = _doc(
         "models that torch.compile compiles, at the first step: minutes that train.timeout_minutes counts", "none"
     )

@@ -263,7 +263,7 @@ def setting_of(bench: Bench) -> Setting:
         processes=bench.accelerator.num_processes,
         precision=bench.accelerator.mixed_precision,
         compiled=recipe.train.compile,
-        channels_last=bench.models.formats.names(),
+        channels_last=recipe.train.channels_last,
         teacher_precision=recipe.teacher.precision,
         teacher=recipe.teacher.name,
         student=recipe.student.name,

@@ -39,7 +39,6 @@ from pipelines.setup.arguments import Request, parse, requests
 from pipelines.setup.build import build, build_settings, rehearse
 from pipelines.setup.data import Splits, build_splits, check_mixing, eval_spec
 from pipelines.setup.machine import build_accelerator, keep_freed_memory, micro_batch_size
-from pipelines.setup.memory_formats import MANIFEST
 from pipelines.setup.models import Models
 from pipelines.setup.out_of_memory import memory_explained
 from pipelines.setup.run_folder import adapted, check_contents, check_recipe, claim, digest, write_manifest
@@ -165,8 +164,7 @@ def execute(request: Request, session: Session) -> dict[str, Any]:
     start_trackers(recipe, accelerator)
     with peers_named(session.watchdog):
         teacher = prepare_teacher(recipe, run, models, splits.val)
-        formats = {MANIFEST: models.formats._asdict()}
-        write_manifest(out, asked, accelerator, {"train_samples": splits.train.num_samples, **formats, **contents})
+        write_manifest(out, asked, accelerator, {"train_samples": splits.train.num_samples, **contents})
         if request.resume:
             go_on(run)
         with memory_explained(recipe, run, models):

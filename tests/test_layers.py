@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "distill.data": LEAVES,
     "distill.models": LEAVES | {"distill.regions"},
     "shards": LEAVES | {"distill.data"},
-    "pipelines.setup": {"distill", "shards", "pipelines.measure.timeline"},
+    "pipelines.setup": {"distill", "shards"},
     "pipelines.measure": {"distill", "pipelines.setup"},
     "pipelines": {"distill", "pipelines.setup", "pipelines.measure"},
 }

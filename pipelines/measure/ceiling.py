@@ -20,7 +20,7 @@ from distill.protocols import InputSpec
 from distill.recipe import Recipe
 from distill.run import Run
 from pipelines.measure.timeline import BACKWARD, FORWARD, OPTIMISER, REST, TEACHER, Timeline, endless
-from pipelines.setup.memory_formats import memory_format
+from pipelines.setup.machine import memory_format
 from pipelines.setup.models import Models
 from pipelines.setup.observers import mark_step
 
@@ -38,11 +38,11 @@ class Alone:
         self._teacher_flops = teacher_flops
         self._served = models.served
         self._student = self._ready(copy.deepcopy(models.student.model).train(), recipe, "student")
-        self._images = self._pixels(models.student, batch, models.formats.student)
+        self._images = self._pixels(models.student, batch, memory_format(recipe))
         self._teacher, self._teacher_images = None, self._images
         if models.teacher is not None:
             self._teacher = self._ready(copy.deepcopy(models.teacher.model).eval(), recipe, "teacher")
-            self._teacher_images = self._pixels(models.teacher, batch, models.formats.teacher)
+            self._teacher_images = self._pixels(models.teacher, batch, memory_format(recipe))
         self._gradient: Tensor | None = None
         optim = recipe.optim
         self._optimizer = create_optimizer(
@@ -61,10 +61,10 @@ class Alone:
             model.compile(mode=recipe.train.compile_mode, dynamic=False)
         return model
 
-    def _pixels(self, model: Backbone, batch: int, channels_last: bool) -> Tensor:
+    def _pixels(self, model: Backbone, batch: int, chosen: torch.memory_format) -> Tensor:
         spec = model.input_spec
         images = torch.randn(batch, 3, spec.height, spec.width, device=self._run.accelerator.device)
-        return images.contiguous(memory_format=memory_format(channels_last))
+        return images.contiguous(memory_format=chosen)
 
     def make_steps(self, steps: int, line: Timeline) -> None:
         """So many steps of only that work, micro-batches and all, marked on the line."""

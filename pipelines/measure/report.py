@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from distill.config import RecipeError
 from pipelines.measure.timeline import BACKWARD, FORWARD, OPTIMISER, TEACHER
 
-FORMAT = 2
+FORMAT = 3
 MODELS = (TEACHER, FORWARD, BACKWARD, OPTIMISER)
 """The parts that the ceiling has too."""
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -31,8 +31,7 @@ class Setting:
     processes: int
     precision: str
     compiled: str
-    channels_last: list[str]
-    """The models in that memory format."""
+    channels_last: bool
     teacher_precision: str
     teacher: str
     student: str

@@ -71,13 +71,12 @@ def _models_advice(setting: Setting, largest: str) -> str:
         return "--train.mixed_precision bf16 is the first thing to try"
     if setting.compiled == "none":
         return "--train.compile both is the next thing to try"
-    if train["channels_last"] != "auto":
-        return "--train.channels_last auto measures which memory format each model wants"
     if largest == TEACHER and setting.teacher_precision == "auto":
         return "--teacher.precision bf16 casts its weights once; int8 and fp8 are for its Linear layers"
     if setting.on_gpu and setting.teacher != "none" and not train["overlap_teacher"]:
         return "--train.overlap_teacher true runs the teacher beside the student where the GPU has room for both"
-    return "only smaller images, a smaller model or more devices help"
+    other = str(not setting.channels_last).lower()
+    return f"--train.channels_last {other} may be faster for these models; else only smaller ones or more devices help"
 
 
 def table(report: Report) -> str:
@@ -86,13 +85,13 @@ def table(report: Report) -> str:
     size = "x".join(str(side) for side in setting.image_size)
     compiled = "" if setting.compiled == "none" else f", compiled: {setting.compiled}"
     lowered = "" if setting.teacher_precision == "auto" else f" (teacher {setting.teacher_precision})"
-    formats = " and ".join(setting.channels_last) or "no model"
     lines = [
         f"{setting.teacher} -> {setting.student}, {' + '.join(setting.losses)}",
         f"{setting.device}, {setting.cores} cores, {setting.threads} threads, torch {setting.torch};"
         f" {setting.processes} process{'es' if setting.processes > 1 else ''} x {setting.micro_batch} images"
-        f" x {setting.accumulate}, {size} px, precision {setting.precision}{lowered}{compiled}; channels_last: {formats};"
-        f" data from {setting.data}" + ("" if setting.clock == "wall" else "; milliseconds are CPU time of all threads"),
+        f" x {setting.accumulate}, {size} px, precision {setting.precision}{lowered}{compiled},"
+        f" {'channels_last' if setting.channels_last else 'contiguous'}; data from {setting.data}"
+        + ("" if setting.clock == "wall" else "; milliseconds are CPU time of all threads"),
         _warm_up_line(report.warm_up),
         "",
         f"{'part of the step':24s} {'ms':>10s} {'share':>7s} {'alone ms':>10s} {'ratio':>6s}",

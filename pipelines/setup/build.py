@@ -25,7 +25,6 @@ from distill.report import Reporter
 from distill.run import LoopSettings, Run
 from distill.seeds import derive_seed, seed_all
 from pipelines.setup.data import Splits, build_eval_loader, build_train_loader, build_transform, data_facts, eval_spec
-from pipelines.setup.memory_formats import choose_formats
 from pipelines.setup.models import Models, build_models, check_precision, compile_backbones
 from pipelines.setup.observers import Observers
 
@@ -95,8 +94,7 @@ def build(
     """
     seed_all(derive_seed(recipe.seed, "initialisation"))
     data = data_facts(recipe, splits.train, accelerator.num_processes)
-    choose = partial(choose_formats, accelerator=accelerator, batch=data.micro_batch)
-    models = build_models(recipe, splits.train.num_classes, data, accelerator.device, choose)
+    models = build_models(recipe, splits.train.num_classes, data, accelerator.device)
     check_precision(recipe.teacher, models.teacher, accelerator.device)
     if recipe.train.overlap_teacher and accelerator.device.type != "cuda":
         accelerator.print("train.overlap_teacher: no effect here, it needs a GPU")
@@ -128,7 +126,7 @@ def build(
         learning_rate=learning_rate_schedule(peak=recipe.optim.learning_rate, **dataclasses.asdict(recipe.schedule)),
         train_loader=build_train_loader(recipe, splits, models, accelerator),
         eval_loader=build_eval_loader(recipe, splits.val, spec, accelerator),
-        transform=build_transform(recipe, splits.train.num_classes, spec, accelerator.device, models.formats.student),
+        transform=build_transform(recipe, splits.train.num_classes, spec, accelerator.device, recipe.train.channels_last),
         generator=torch.Generator(accelerator.device),
         reporter=reporter,
         checkpoints=Checkpoints(Path(recipe.out) / "checkpoints", recipe.train.keep_checkpoints),

@@ -75,6 +75,11 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1)) and raised
 
 
+def memory_format(recipe: Recipe) -> torch.memory_format:
+    """PyTorch's name for the recipe's memory format."""
+    return torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+
+
 def micro_batch_size(recipe: Recipe, world_size: int) -> int:
     """Images per process and micro-batch. Raises RecipeError with the numbers where the global batch does not divide."""
     total, accumulate = recipe.train.global_batch_size, recipe.train.accumulate

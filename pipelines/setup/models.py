@@ -21,7 +21,7 @@ from distill.models.weights import load_weights
 from distill.protocols import Criterion, DataFacts, ModelFacts, Needs
 from distill.recipe import Recipe, Teacher
 from distill.regions import region_matrix
-from pipelines.setup.memory_formats import Chooser, Formats, as_asked, memory_format
+from pipelines.setup.machine import memory_format
 
 
 class Models(NamedTuple):
@@ -30,14 +30,12 @@ class Models(NamedTuple):
     student: Backbone
     teacher: Backbone | None
     criteria: dict[str, Criterion]
-    formats: Formats
     served: ServedTeacher | None
     """The teacher as the steps call it."""
 
 
-def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torch.device, choose: Chooser = as_asked) -> Models:
-    """Student, teacher and criteria; `choose` says which memory format each model gets. Raises ValueError with one line where
-    the pair cannot serve the losses."""
+def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torch.device) -> Models:
+    """Student, teacher and criteria. Raises ValueError with one line where the pair cannot serve the losses."""
     name = recipe.student.name
     if recipe.student.initial_weights == "pretrained" and ":" not in name and not is_model_pretrained(name):
         raise RecipeError(f"student.initial_weights: timm publishes no weights for {name}; use random or a path")
@@ -65,15 +63,11 @@ def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torc
     student = set_batchnorm(student, recipe.student.batchnorm)
     trained: list[nn.Module] = [student, *criteria.values()]
     for module in trained if teacher is None else [*trained, teacher]:
-        module.to(device)
-    formats = choose(recipe, student, teacher)
-    for module in trained:
-        module.to(memory_format=memory_format(formats.student))
+        module.to(device).to(memory_format=memory_format(recipe))
     if teacher is None:
-        return Models(student, None, criteria, formats, None)
-    teacher.to(memory_format=memory_format(formats.teacher))
-    served = ServedTeacher(teacher, memory_format(formats.teacher), teacher_stream(recipe, device))
-    return Models(student, teacher, criteria, formats, served)
+        return Models(student, None, criteria, None)
+    served = ServedTeacher(teacher, memory_format(recipe), teacher_stream(recipe, device))
+    return Models(student, teacher, criteria, served)
 
 
 def build_teacher(recipe: Recipe, num_classes: int) -> Backbone:

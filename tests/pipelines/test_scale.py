@@ -85,7 +85,7 @@ def a_report(**changes: Any) -> Report:
     parts = {TEACHER: 20.0, FORWARD: 30.0, BACKWARD: 40.0, REST: 10.0}
     traffic = Traffic(26 * MIB, [], [(0.5, MIB), (0.9, 5 * MIB), (1.0, 20 * MIB)], [], 100_000.0, 1_000_000)
     report = Report(
-        format=2,
+        format=3,
         setting=Setting(
             device="a GPU",
             on_gpu=True,
@@ -95,7 +95,7 @@ def a_report(**changes: Any) -> Report:
             processes=1,
             precision="bf16",
             compiled="none",
-            channels_last=["student", "teacher"],
+            channels_last=True,
             teacher_precision="auto",
             teacher="resnet34",
             student="resnet18",

@@ -14,6 +14,12 @@ from tqdm import tqdm
 from distill.files import write_atomically
 
 
+def say(accelerator: Accelerator, text: str) -> None:
+    """Prints one line for people, on the main process only, above its progress bar."""
+    if accelerator.is_main_process:
+        tqdm.write(text)
+
+
 class Reporter:
     """Writes on the main process only; every method is a no-op on the others."""
 
@@ -62,9 +68,8 @@ class Reporter:
             self._bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
 
     def say(self, text: str) -> None:
-        """One line for people, above the bar."""
-        if self.main:
-            tqdm.write(text)
+        """Prints one line for people, on the main process only, above the bar."""
+        say(self.accelerator, text)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """`content` as FOLDER/name, whole or not at all."""

@@ -6,7 +6,6 @@ accelerate launch pipelines/imagenet.py --help
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from distill.losses import LOSSES
 from distill.models.build import import_models
 from distill.models.export import export_student
 from distill.recipe import Recipe
+from distill.report import say
 from distill.run import Run, restore
 from distill.watchdog import Watchdog
 from pipelines.setup.arguments import Request, parse, requests
@@ -41,7 +41,7 @@ from pipelines.setup.data import Splits, build_splits, check_mixing, eval_spec
 from pipelines.setup.machine import build_accelerator, keep_freed_memory, micro_batch_size
 from pipelines.setup.models import Models
 from pipelines.setup.out_of_memory import memory_explained
-from pipelines.setup.run_folder import adapted, check_contents, check_recipe, claim, digest, write_manifest
+from pipelines.setup.run_folder import RunFolder, digest
 from pipelines.setup.teacher import prepare_teacher
 
 
@@ -51,6 +51,10 @@ class Session(NamedTuple):
     accelerator: Accelerator
     control: Control
     watchdog: Watchdog
+
+    def say(self, text: str) -> None:
+        """Prints one line for people, on the main process only."""
+        say(self.accelerator, text)
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:
@@ -69,19 +73,6 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
         loss=loss,
         train=dataclasses.replace(recipe.train, epochs=wanted.epochs or recipe.train.epochs),
     )
-
-
-def with_trained_teacher(recipe: Recipe, splits: Splits, session: Session) -> Recipe:
-    """`recipe` with a path as the teacher's weights: trains it first where that has not been done."""
-    if recipe.teacher.name == "none" or recipe.teacher.weights != "train":
-        return recipe
-    first = teacher_recipe(recipe)
-    check_recipe(Path(first.out), first)
-    if not (Path(first.out) / "summary.json").is_file():
-        with requests():
-            rehearse(recipe, session.accelerator, splits)
-        execute(Request(first, resume=True, imports=[]), session)
-    return dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, weights=str(Path(first.out) / "student")))
 
 
 def start_trackers(recipe: Recipe, accelerator: Accelerator) -> None:
@@ -139,33 +130,34 @@ def go_on(run: Run) -> None:
         )
 
 
-def execute(request: Request, session: Session) -> dict[str, Any]:
-    """One run from its recipe to its summary, gone on with where it stopped."""
-    accelerator = session.accelerator
-    out = Path(request.recipe.out)
-    session.watchdog.progress(0, "building")
-    asked = adapted(request.recipe, accelerator) if request.resume else request.recipe
-    check_mixing(asked, micro_batch_size(asked, accelerator.num_processes))
+def digests(splits: Splits) -> dict[str, Any]:
+    """What the manifest says of the shards: a run may go on with these only, wherever they lie."""
+    return {f"{name}_shards": index.digest for name, index in splits._asdict().items()}
+
+
+def open_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
+    """The recipe's shards. Raises RecipeError where they cannot serve it on this number of processes."""
+    check_mixing(recipe, micro_batch_size(recipe, accelerator.num_processes))
     with requests():
-        splits = build_splits(asked, accelerator)
-    lock = claim(out, asked, request.resume, accelerator)
-    contents: dict[str, Any] = {f"{name}_shards": index.digest for name, index in splits._asdict().items()}
-    check_contents(out, contents)
-    if (out / "summary.json").is_file():
-        summary = json.loads((out / "summary.json").read_text())
-        if summary["steps"] >= build_settings(asked, splits.train.num_samples).last_step:
-            accelerator.print(f"{out}: this run is finished")
-            return summary
-    recipe = with_trained_teacher(asked, splits, session)
+        return build_splits(recipe, accelerator)
+
+
+def run_once(recipe: Recipe, folder: RunFolder, splits: Splits, session: Session) -> None:
+    """Makes one run, from the objects of its recipe to its summary; it goes on where it stopped.
+
+    `recipe` is the folder's own, with the weights of a teacher that was trained for it.
+    """
+    accelerator = session.accelerator
+    session.watchdog.progress(0, "building")
     with requests():
         run, models = build(recipe, accelerator, splits, session.control, session.watchdog.progress)
-    contents["teacher"] = digest(models.teacher)
-    check_contents(out, contents)
+    contents = {**digests(splits), "teacher": digest(models.teacher)}
+    folder.check(contents)
     start_trackers(recipe, accelerator)
     with peers_named(session.watchdog):
         teacher = prepare_teacher(recipe, run, models, splits.val)
-        write_manifest(out, asked, accelerator, {"train_samples": splits.train.num_samples, **contents})
-        if request.resume:
+        folder.write({"train_samples": splits.train.num_samples, **contents})
+        if folder.resumed:
             go_on(run)
         with memory_explained(recipe, run, models):
             found = fit(run)
@@ -173,9 +165,34 @@ def execute(request: Request, session: Session) -> dict[str, Any]:
     found["bad_samples"] = bad_samples(run)
     summary = {**found, "teacher_top1": teacher.get("top1"), "student": recipe.student.name, "teacher": recipe.teacher.name}
     finish(recipe, run, models, summary, list(splits.train.class_names))
-    accelerator.print(f"{out}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}, {found['images_per_second']:.0f} images/s")
-    del lock
-    return summary
+    session.say(
+        f"{recipe.out}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}, {found['images_per_second']:.0f} images/s"
+    )
+
+
+def train_teacher(recipe: Recipe, splits: Splits, session: Session) -> Recipe:
+    """`recipe` with a path as its teacher's weights; trains that teacher where it has not been done."""
+    with RunFolder.claim(teacher_recipe(recipe), True, session.accelerator) as folder:
+        if folder.summary is None:
+            with requests():
+                rehearse(recipe, session.accelerator, splits)
+            run_once(folder.recipe, folder, splits, session)
+        return dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, weights=str(folder.path / "student")))
+
+
+def execute(request: Request, session: Session) -> None:
+    """The teacher's run, where the recipe asks for one, then the student's."""
+    session.watchdog.progress(0, "building")
+    with RunFolder.claim(request.recipe, request.resume, session.accelerator) as folder:
+        recipe = folder.recipe
+        splits = open_splits(recipe, session.accelerator)
+        folder.check(digests(splits))
+        if folder.summary is not None and folder.summary["steps"] >= build_settings(recipe, splits.train.num_samples).last_step:
+            session.say(f"{folder.path}: this run is finished")
+            return
+        if recipe.teacher.name != "none" and recipe.teacher.weights == "train":
+            recipe = train_teacher(recipe, splits, session)
+        run_once(recipe, folder, splits, session)
 
 
 def main(argv: list[str] | None = None) -> int:

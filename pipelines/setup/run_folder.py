@@ -1,4 +1,4 @@
-"""A run's folder: claimed by one writer, with a manifest of what made it."""
+"""A run's folder: claimed by one writer at a time, with a manifest of what made the run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,12 +19,16 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+import distill
+from distill.checkpoint import FORMAT
 from distill.config import RecipeError, as_dict
 from distill.files import locked, write_atomically
 from distill.recipe import Recipe
+from distill.report import say
 
+MANIFEST = "manifest.json"
 LOCK_SECONDS = 10.0
-"""Waited for: the processes of a killed launcher may still be saving."""
+"""How long a claim waits for the folder: the processes of a launcher that was killed may still be saving."""
 
 MAY_CHANGE = (
     "out",
@@ -50,7 +55,7 @@ MAY_CHANGE = (
     "report",
 )
 """Recipe keys that a resumed run may say differently: they do not change what is computed. Paths are among them because data
-and weights may move; their contents may not change, see `check_contents`."""
+and weights may move; their contents may not change, see `RunFolder.check`."""
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -62,7 +67,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Each recipe key that would make a resumed run another run, with both values."""
+    """Recipe keys that would make a resumed run another run, each with both values."""
     old, new = dict(_leaves(before)), dict(_leaves(now))
     return [
         f"{key}: {old.get(key)!r} in the run, {new.get(key)!r} asked"
@@ -71,67 +76,132 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def check_recipe(folder: Path, recipe: Recipe) -> None:
-    """Raises RecipeError where `folder` holds a run of another recipe, with every difference."""
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        return
-    changed = differences(json.loads(manifest.read_text())["recipe"], as_dict(recipe))
-    if changed:
-        lines = [f"out: {folder} holds a run of another recipe; give another --out, or ask for the same", *changed]
-        raise RecipeError("\n  ".join(lines))
+class RunFolder:
+    """The folder of one run while this program writes to it. Every process holds one with the same manifest."""
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, manifest: dict[str, Any]) -> None:
+        self.path, self.accelerator = Path(recipe.out), accelerator
+        self.recipe = self._adapted(recipe, manifest)
+        """The recipe that was asked for, on this number of processes."""
+        self.resumed = bool(manifest)
+        """Whether the folder held a run when it was claimed."""
+        self._manifest = manifest
+
+    @classmethod
+    @contextmanager
+    def claim(cls, recipe: Recipe, resume: bool, accelerator: Accelerator) -> Iterator[RunFolder]:
+        """Makes this the one run that writes to the recipe's folder, for as long as the context is open.
+
+        Raises RecipeError on every process where the folder holds a run and `resume` is not asked, where another process is
+        at work in it, or where the run in it was made by another version of this program or from another recipe.
+        """
+        lock: IO[str] | None = None
+        answer: list[Any] = ["", {}]  # the problem, and the manifest
+        if accelerator.is_main_process:
+            try:
+                lock, answer[1] = _claim(recipe, resume)
+            except RecipeError as error:
+                answer[0] = str(error)
+            except OSError as error:
+                answer[0] = f"out: {recipe.out} cannot be a run's folder: {error.strerror or error}; give another --out"
+        broadcast_object_list(answer)
+        problem, manifest = answer
+        with lock or nullcontext():
+            if problem:
+                raise RecipeError(problem)
+            yield cls(recipe, accelerator, manifest)
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of the finished run in the folder; None where there is none."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def recorded(self, name: str) -> Any:
+        """What the manifest says of `name`; None where it says nothing."""
+        return self._manifest.get(name)
+
+    def check(self, contents: Mapping[str, Any]) -> None:
+        """Raises RecipeError where the run was made from other shards or another teacher than it would go on with."""
+        for name, value in contents.items():
+            if name in self._manifest and self._manifest[name] != value:
+                raise RecipeError(
+                    f"--resume: {self.path} was made with other {name} ({self._manifest[name]}) than would be used now"
+                    f" ({value}); give what it was made with, or another --out"
+                )
+
+    def write(self, facts: Mapping[str, Any]) -> None:
+        """Writes the manifest: everything that is needed to know what made this run's numbers, `facts` among it."""
+        accelerator, device = self.accelerator, self.accelerator.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        self._manifest = {
+            "format": FORMAT,
+            "version": distill.__version__,
+            "recipe": as_dict(self.recipe),
+            "command": sys.argv,
+            "git_commit": _git_commit(),
+            "versions": _versions(),
+            "world_size": accelerator.num_processes,
+            "distributed": accelerator.distributed_type.value,
+            "device": name,
+            "mixed_precision": accelerator.mixed_precision,
+            **facts,
+        }
+        if accelerator.is_main_process:
+            write_atomically(self.path / MANIFEST, json.dumps(self._manifest, indent=2) + "\n")
+
+    def _adapted(self, recipe: Recipe, manifest: Mapping[str, Any]) -> Recipe:
+        """`recipe` for a run that goes on with another number of processes: the global batch and its order stay, the
+        micro-batch stays too where `accumulate` can make up for the difference. An `accumulate` that divides is left alone.
+        """
+        now, total = self.accelerator.num_processes, recipe.train.global_batch_size
+        processes = manifest.get("world_size", now)
+        if processes == now or recipe.train.accumulate != manifest["recipe"]["train"]["accumulate"]:
+            return recipe
+        slots = processes * recipe.train.accumulate
+        if slots % now == 0:
+            accumulate = slots // now
+        elif total % now == 0:
+            accumulate = 1
+        else:
+            raise RecipeError(
+                f"--resume: {recipe.out} ran on {processes} processes; its global batch {total} does not divide by {now}"
+            )
+        say(self.accelerator, f"{recipe.out}: {processes} processes before, {now} now; accumulate {accumulate}")
+        return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, accumulate=accumulate))
 
 
-def _claim(folder: Path, recipe: Recipe, resume: bool) -> IO[str]:
-    manifest = folder / "manifest.json"
-    if manifest.is_file() and not resume:
+def _claim(recipe: Recipe, resume: bool) -> tuple[IO[str], dict[str, Any]]:
+    """The folder's lock and the manifest of the run in it, empty where there is none."""
+    folder = Path(recipe.out)
+    if (folder / MANIFEST).is_file() and not resume:
         raise RecipeError(f"out: {folder} already holds a run; add --resume to go on with it, or give another --out")
     try:
         lock = locked(folder, LOCK_SECONDS)
     except BlockingIOError:
         raise RecipeError(f"out: another process is writing to {folder}; wait for it, or give another --out") from None
-    check_recipe(folder, recipe)
-    return lock
+    try:
+        return lock, _manifest_of(folder, recipe)
+    except RecipeError:
+        lock.close()
+        raise
 
 
-def claim(folder: Path, recipe: Recipe, resume: bool, accelerator: Accelerator) -> IO[str] | None:
-    """Makes this the one run that writes to `folder`, for as long as the returned lock lives.
-
-    Raises RecipeError on every process if the folder holds a run and `resume` is not asked, if another process is at work
-    in it, or if the run in it was made from another recipe.
-    """
-    lock, problem = None, [""]
-    if accelerator.is_main_process:
-        try:
-            lock = _claim(folder, recipe, resume)
-        except RecipeError as error:
-            problem = [str(error)]
-        except OSError as error:
-            problem = [f"out: {folder} cannot be a run's folder: {error.strerror or error}; give another --out"]
-    broadcast_object_list(problem)
-    if problem[0]:
-        raise RecipeError(problem[0])
-    return lock
-
-
-def check_contents(folder: Path, contents: Mapping[str, Any]) -> None:
-    """Raises RecipeError where the run in `folder` was made from other shards or another teacher than it would go on with."""
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        return
-    before = json.loads(manifest.read_text())
-    for name, value in contents.items():
-        if name in before and before[name] != value:
-            raise RecipeError(
-                f"--resume: {folder} was made with other {name} ({before[name]}) than would be used now ({value});"
-                " give what it was made with, or another --out"
-            )
-
-
-def recorded(folder: Path, name: str) -> Any:
-    """What the manifest of the run in `folder` says of `name`; None where there is neither."""
-    manifest = folder / "manifest.json"
-    return json.loads(manifest.read_text()).get(name) if manifest.is_file() else None
+def _manifest_of(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """The manifest of the run in `folder`. Raises RecipeError where `recipe` cannot go on with it."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text())
+    if found.get("format") != FORMAT:
+        raise RecipeError(
+            f"out: the run in {folder} was made by another version of this program (format {found.get('format', 'unknown')},"
+            f" this version has {FORMAT}); finish it with the commit that {path} names, or give another --out"
+        )
+    if changed := differences(found["recipe"], as_dict(recipe)):
+        lines = [f"out: {folder} holds a run of another recipe; give another --out, or ask for the same", *changed]
+        raise RecipeError("\n  ".join(lines))
+    return found
 
 
 def digest(model: nn.Module | None) -> str | None:
@@ -144,30 +214,6 @@ def digest(model: nn.Module | None) -> str | None:
             tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value)
         )
     return f"{value:08x}"
-
-
-def adapted(recipe: Recipe, accelerator: Accelerator) -> Recipe:
-    """`recipe` for the run in its folder on another number of processes: the global batch and its order stay, the
-    micro-batch stays too where `accumulate` can make up for the difference. An `accumulate` that divides is left alone.
-    """
-    manifest = Path(recipe.out) / "manifest.json"
-    if not manifest.is_file():
-        return recipe
-    before = json.loads(manifest.read_text())
-    slots = before["world_size"] * before["recipe"]["train"]["accumulate"]
-    now, total = accelerator.num_processes, recipe.train.global_batch_size
-    if before["world_size"] == now or recipe.train.accumulate != before["recipe"]["train"]["accumulate"]:
-        return recipe
-    if slots % now == 0:
-        accumulate = slots // now
-    elif total % now == 0:
-        accumulate = 1
-    else:
-        raise RecipeError(
-            f"--resume: {recipe.out} ran on {before['world_size']} processes; its global batch {total} does not divide by {now}"
-        )
-    accelerator.print(f"{recipe.out}: {before['world_size']} processes before, {now} now; accumulate {accumulate}")
-    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, accumulate=accumulate))
 
 
 def _versions() -> dict[str, str]:
@@ -194,22 +240,3 @@ def _git_commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name.stdout.strip()
-
-
-def write_manifest(folder: Path, recipe: Recipe, accelerator: Accelerator, extra: Mapping[str, Any]) -> None:
-    """`manifest.json`: everything needed to know what made this run's numbers."""
-    if not accelerator.is_main_process:
-        return
-    device = accelerator.device
-    content = {
-        "recipe": as_dict(recipe),
-        "command": sys.argv,
-        "git_commit": _git_commit(),
-        "versions": _versions(),
-        "world_size": accelerator.num_processes,
-        "distributed": accelerator.distributed_type.value,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
-        "mixed_precision": accelerator.mixed_precision,
-        **extra,
-    }
-    write_atomically(folder / "manifest.json", json.dumps(content, indent=2) + "\n")

@@ -15,10 +15,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-import distill.models  # noqa: F401 (registers the CIFAR architectures)
+import distill.models
 from tests.conftest import TRAIN_IMAGES, VAL_IMAGES
 from tests.processes import finished, start
-from tests.runs import ALL_LOSSES, EVERYTHING, FP16, arguments, assert_same_run, metrics, steps_of
+from tests.runs import ALL_LOSSES, EVERYTHING, FP16, arguments, assert_same_run, last_state, metrics, steps_of
 
 ROOT = Path(__file__).parents[2]
 DISTILLED = ROOT / "pipelines" / "recipes" / "digits" / "distilled.yaml"
@@ -243,6 +243,26 @@ def test_a_folder_that_holds_a_run_is_not_written_to_again(digits: Path, tmp_pat
     assert (out / "summary.json").read_text() == before
     finished(arguments(digits, out, "--resume", "--train.max_steps", "2"), tmp_path / "fifth.log")
     assert json.loads((out / "summary.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("made_by", [{}, {"format": 0}], ids=["before formats had a number", "an older format"])
+def test_a_run_of_another_version_is_refused_in_one_line(digits: Path, tmp_path: Path, made_by: dict[str, int]):
+    """Its checkpoints may mean something else now; nothing of it is read or written."""
+    out = tmp_path / "run"
+    finished(arguments(digits, out, "--train.max_steps", "1"), tmp_path / "first.log")
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["version"] == distill.__version__
+    del manifest["format"]
+    (out / "manifest.json").write_text(json.dumps({**manifest, **made_by}))
+    before = (out / "manifest.json").read_text(), last_state(out)
+    job = finished(arguments(digits, out, "--resume", "--train.max_steps", "2"), tmp_path / "second.log", codes=2)
+    [line] = [line for line in job.text().splitlines() if line.startswith("error: ")]
+    assert "made by another version of this program" in line
+    assert "give another --out" in line
+    assert "Traceback" not in job.text()
+    after = (out / "manifest.json").read_text(), last_state(out)
+    assert before[0] == after[0]
+    assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
 
 
 def test_a_resumed_run_reads_the_shards_and_the_teacher_that_it_began_with(digits: Path, tmp_path: Path):

@@ -14,7 +14,7 @@ import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
@@ -83,6 +83,28 @@ def _loss_adapter(cls: type) -> TypeAdapter:
     return TypeAdapter(
         create_model(cls.__name__, __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields)
     )
+
+
+class RecipeField(NamedTuple):
+    """One key of the recipe, outside of the `loss` section."""
+
+    key: str
+    kind: Any
+    default: Any
+    description: str
+    may_change: bool
+    """Whether a resumed run may say it differently."""
+
+
+def recipe_fields(section: type = Recipe, prefix: str = "") -> Iterator[RecipeField]:
+    """Every key below a section of the recipe, in order."""
+    hints = typing.get_type_hints(section)
+    for f in dataclasses.fields(section):
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from recipe_fields(hints[f.name], f"{prefix}{f.name}.")
+        elif f.name != "loss":
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            yield RecipeField(f"{prefix}{f.name}", hints[f.name], default, f.metadata["doc"], f.metadata["may_change"])
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

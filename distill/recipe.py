@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, with_config
@@ -16,28 +17,36 @@ NonNegative = Annotated[float, Field(ge=0)]
 ClassTokens = Literal["attend", "shift", "patch", "repeat"]
 
 
-def _doc(text: str, default: Any) -> Any:
+def _doc(text: str, default: Any, may_change: bool = False) -> Any:
     """A dataclass field with its one-line description, which `--help` shows."""
+    metadata = {"doc": text, "may_change": may_change}
     if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata={"doc": text})
-    return field(default=default, metadata={"doc": text})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+_changeable = partial(_doc, may_change=True)
+"""A field that a resumed run may say differently, because it does not change what is computed. Paths are among these, for data
+and weights may move; the run's manifest makes sure that their contents did not change."""
 
 
 @with_config(_STRICT)
 @dataclass(frozen=True)
 class Data:
-    train: str = _doc("folder of training shards (made by shards/prepare.py)", "data/digits/train")
-    val: str = _doc("folder of validation shards", "data/digits/val")
+    train: str = _changeable("folder of training shards (made by shards/prepare.py)", "data/digits/train")
+    val: str = _changeable("folder of validation shards", "data/digits/val")
     prepare: Literal["none", "digits"] = _doc("an embedded data set to prepare beside `train` if it is not there", "none")
-    loader: Literal["auto", "dali", "reference"] = _doc("auto: DALI where it is installed, else torch + PIL", "auto")
+    loader: Literal["auto", "dali", "reference"] = _changeable("auto: DALI where it is installed, else torch + PIL", "auto")
     shuffle_block: Count = _doc(
         "0: every epoch is a shuffle of the whole split; N: for slow disks, blocks of N neighbours in random order, mixed"
         " within 8 of them",
         0,
     )
-    num_threads: Count = _doc("decoding threads per process; 0: the cores of this machine / its processes", 0)
+    num_threads: Count = _changeable("decoding threads per process; 0: the cores of this machine / its processes", 0)
     image_size: Count = _doc("side of the student's square input in pixels; 0: the student's own", 0)
-    max_bad_rate: Fraction = _doc("share of the samples that may turn out bad (replaced, reported) before the run stops", 1e-4)
+    max_bad_rate: Fraction = _changeable(
+        "share of the samples that may turn out bad (replaced, reported) before the run stops", 1e-4
+    )
     crop_fraction: Fraction = _doc("evaluation: kept share of the resized shorter side; 0: the model's own", 0.0)
     interpolation: Literal["auto", "bilinear", "bicubic"] = _doc("of training and evaluation; auto: the student's own", "auto")
 
@@ -64,21 +73,25 @@ class Augment:
 @dataclass(frozen=True)
 class Teacher:
     name: str = _doc("timm name, or `none` to train the student alone", "none")
-    weights: str = _doc(
+    weights: str = _changeable(
         "`pretrained` (timm's hub), a path, `train` (trained first, kept in OUT/teacher) or `random`", "pretrained"
     )
     initial_weights: str = _doc("with weights `train`: what it starts from, `random`, `pretrained` or a path", "random")
     epochs: Count = _doc("with weights `train`: its epochs; 0: as many as the student's", 0)
     class_map: str | None = _doc("file of one line per class of the data: its number among the teacher's classes", None)
     class_tokens: ClassTokens = _doc("what a region's logits are where the head reads class tokens only", "attend")
-    evaluate: bool = _doc("measure the teacher's top-1 on the validation shards before training", True)
-    expected_top1: Annotated[float, Field(ge=0, le=100)] | None = _doc("stop before training if the measured one is off", None)
-    published: str | None = _doc("timm's results-imagenet.csv: names expected_top1 of its pretrained weights on ImageNet", None)
-    tolerance: NonNegative = _doc("how far off the expected top-1 the teacher may be, in percent points", 1.0)
+    evaluate: bool = _changeable("measure the teacher's top-1 on the validation shards before training", True)
+    expected_top1: Annotated[float, Field(ge=0, le=100)] | None = _changeable(
+        "stop before training if the measured one is off", None
+    )
+    published: str | None = _changeable(
+        "timm's results-imagenet.csv: names expected_top1 of its pretrained weights on ImageNet", None
+    )
+    tolerance: NonNegative = _changeable("how far off the expected top-1 the teacher may be, in percent points", 1.0)
     precision: Literal["auto", "bf16", "int8", "fp8"] = _doc(
         "of its weights; auto: as the student's; int8, fp8: of its Linear layers, the others in bf16 (extra `quantize`)", "auto"
     )
-    least_agreement: Annotated[float, Field(ge=0, le=100)] = _doc(
+    least_agreement: Annotated[float, Field(ge=0, le=100)] = _changeable(
         "int8, fp8: percent of the validation images on which its top-1 is the bf16 teacher's, else it is refused", 99.5
     )
     model_kwargs: dict[str, Any] = _doc("more arguments for timm.create_model", {})
@@ -102,23 +115,27 @@ class Student:
 class Train:
     epochs: Positive = _doc("passes over the training shards", 100)
     global_batch_size: Positive = _doc("images per optimiser step, over all processes and accumulated micro-batches", 256)
-    accumulate: Positive = _doc("micro-batches per optimiser step", 1)
+    accumulate: Positive = _changeable("micro-batches per optimiser step", 1)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _doc("auto: what the launcher says", "auto")
     channels_last: bool = _doc("memory format of models and images, which sum in another order in the other one", True)
     compile: Literal["none", "student", "teacher", "both"] = _doc(
         "models that torch.compile compiles, at the first step: minutes that train.timeout_minutes counts", "none"
     )
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = _doc("of torch.compile", "default")
-    overlap_teacher: bool = _doc("on a GPU: the teacher's forward pass beside the student's, where memory allows", False)
+    overlap_teacher: bool = _changeable("on a GPU: the teacher's forward pass beside the student's, where memory allows", False)
     clip_gradient_norm: NonNegative = _doc("largest norm of the gradient, 0 is off", 0.0)
     evaluate_every: Positive = _doc("epochs between evaluations; the last epoch is always evaluated", 1)
-    evaluate_batch_size: Count = _doc("images per process in evaluation; 0: as in training", 0)
-    checkpoint_every: Count = _doc("optimiser steps between checkpoints inside an epoch; 0: at the end of each epoch only", 0)
-    checkpoint_minutes: NonNegative = _doc("minutes between checkpoints inside an epoch; 0: not by the clock", 0.0)
-    keep_checkpoints: Positive = _doc("newest checkpoints kept; the best one is kept beside them", 2)
-    skip_nonfinite: Count = _doc("steps with a loss or gradient that is not finite that are skipped before the run stops", 0)
-    timeout_minutes: Annotated[float, Field(gt=0)] = _doc("without any progress the run ends with an error", 10.0)
-    max_steps: Count = _doc("stop after this many optimiser steps; 0: train all epochs", 0)
+    evaluate_batch_size: Count = _changeable("images per process in evaluation; 0: as in training", 0)
+    checkpoint_every: Count = _changeable(
+        "optimiser steps between checkpoints inside an epoch; 0: at the end of each epoch only", 0
+    )
+    checkpoint_minutes: NonNegative = _changeable("minutes between checkpoints inside an epoch; 0: not by the clock", 0.0)
+    keep_checkpoints: Positive = _changeable("newest checkpoints kept; the best one is kept beside them", 2)
+    skip_nonfinite: Count = _changeable(
+        "steps with a loss or gradient that is not finite that are skipped before the run stops", 0
+    )
+    timeout_minutes: Annotated[float, Field(gt=0)] = _changeable("without any progress the run ends with an error", 10.0)
+    max_steps: Count = _changeable("stop after this many optimiser steps; 0: train all epochs", 0)
 
 
 @with_config(_STRICT)
@@ -153,10 +170,10 @@ class Ema:
 @with_config(_STRICT)
 @dataclass(frozen=True)
 class Report:
-    log_every: Positive = _doc("optimiser steps between lines of metrics.jsonl", 50)
-    trackers: tuple[str, ...] = _doc("Accelerate's trackers by name: tensorboard, wandb, ...", ("tensorboard",))
-    profile_steps: Count = _doc("steps whose trace (for a browser) is written to OUT/profile, after 6 others", 0)
-    gradient_shares: bool = _doc(
+    log_every: Positive = _changeable("optimiser steps between lines of metrics.jsonl", 50)
+    trackers: tuple[str, ...] = _changeable("Accelerate's trackers by name: tensorboard, wandb, ...", ("tensorboard",))
+    profile_steps: Count = _changeable("steps whose trace (for a browser) is written to OUT/profile, after 6 others", 0)
+    gradient_shares: bool = _changeable(
         "log each loss term's share of the gradient norm (one more backward per term when logging)", False
     )
 
@@ -164,7 +181,7 @@ class Report:
 @with_config(_STRICT)
 @dataclass(frozen=True)
 class Recipe:
-    out: str = _doc("the run's folder", "runs/digits/distilled")
+    out: str = _changeable("the run's folder", "runs/digits/distilled")
     seed: Count = _doc("the one seed: every random stream is derived from it", 0)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
-from distill.config import RecipeError, as_dict, load_recipe, loss_options, parse_yaml
+from distill.config import RecipeError, RecipeField, as_dict, load_recipe, loss_options, parse_yaml, recipe_fields
 from distill.recipe import Recipe, TermSchedule
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "digits" / "distilled.yaml"
@@ -56,29 +56,15 @@ def _type_name(annotation: Any) -> str:
     return str(annotation).replace("typing.", "") if typing.get_origin(annotation) else annotation.__name__
 
 
-def _recipe_fields(cls: type, prefix: str = "") -> list[tuple[str, str, Any, str]]:
-    """(key, type, default, description) of every leaf below `cls`."""
-    found = []
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        kind = hints[f.name]
-        if dataclasses.is_dataclass(kind):
-            found += _recipe_fields(typing.cast(type, kind), f"{prefix}{f.name}.")
-        elif f.name != "loss":
-            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            found.append((f"{prefix}{f.name}", _type_name(kind), default, f.metadata.get("doc", "")))
-    return found
-
-
-def _loss_fields(losses: Mapping[str, type]) -> list[tuple[str, str, Any, str]]:
+def _loss_fields(losses: Mapping[str, type]) -> list[RecipeField]:
     found = []
     for name, cls in losses.items():
         first_line = (inspect.getdoc(cls) or "").split("\n")[0]
         for number, (option, (kind, default)) in enumerate(loss_options(cls).items()):
-            found.append((f"loss.{name}.{option}", _type_name(kind), default, first_line if number == 0 else ""))
+            found.append(RecipeField(f"loss.{name}.{option}", kind, default, first_line if number == 0 else "", False))
         schedule = typing.get_type_hints(TermSchedule)
         for f in dataclasses.fields(TermSchedule):
-            found.append((f"loss.{name}.{f.name}", _type_name(schedule[f.name]), f.default, ""))
+            found.append(RecipeField(f"loss.{name}.{f.name}", schedule[f.name], f.default, "", False))
     return found
 
 
@@ -110,12 +96,12 @@ def make_parser(losses: Mapping[str, type]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
     groups: dict[str, Any] = {}
-    for key, kind, default, text in [*_recipe_fields(Recipe), *_loss_fields(losses)]:
+    for key, kind, default, text, _ in [*recipe_fields(), *_loss_fields(losses)]:
         if f"--{key}" in SHORT:
             continue
         section = ".".join(key.split(".")[:-1]) or "run"
         group = groups.setdefault(section, parser.add_argument_group(section))
-        shown = f"{text + ' ' if text else ''}[{kind}, default {default}]".replace("%", "%%")
+        shown = f"{text + ' ' if text else ''}[{_type_name(kind)}, default {default}]".replace("%", "%%")
         group.add_argument(f"--{key}", dest=key, metavar="VALUE", default=argparse.SUPPRESS, help=shown)
     for name in losses:
         groups[f"loss.{name}"].add_argument(
@@ -151,7 +137,7 @@ def parse(argv: Sequence[str], losses: Mapping[str, type]) -> Request:
     given = vars(known)
     recipe_path = given.pop("recipe")
     resume, print_config, imports = given.pop("resume"), given.pop("print_config"), given.pop("import")
-    texts = {key for key, kind, _, _ in _recipe_fields(Recipe) if kind == "str"}  # a folder named 2026 is no number
+    texts = {field.key for field in recipe_fields() if field.kind is str}  # a folder named 2026 is no number
     overrides = {key: value if key in texts else _value(key, value) for key, value in given.items()}
     recipe = load_recipe(recipe_path or DEFAULT_RECIPE, overrides, losses)
     if print_config:

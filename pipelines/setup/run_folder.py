@@ -21,7 +21,7 @@ from torch import nn
 
 import distill
 from distill.checkpoint import FORMAT
-from distill.config import RecipeError, as_dict
+from distill.config import RecipeError, as_dict, recipe_fields
 from distill.files import locked, write_atomically
 from distill.recipe import Recipe
 from distill.report import say
@@ -30,32 +30,8 @@ MANIFEST = "manifest.json"
 LOCK_SECONDS = 10.0
 """How long a claim waits for the folder: the processes of a launcher that was killed may still be saving."""
 
-MAY_CHANGE = (
-    "out",
-    "data.train",
-    "data.val",
-    "data.loader",
-    "data.num_threads",
-    "data.max_bad_rate",
-    "teacher.weights",
-    "teacher.evaluate",
-    "teacher.expected_top1",
-    "teacher.published",
-    "teacher.tolerance",
-    "teacher.least_agreement",
-    "train.accumulate",
-    "train.overlap_teacher",
-    "train.max_steps",
-    "train.evaluate_batch_size",
-    "train.checkpoint_every",
-    "train.checkpoint_minutes",
-    "train.skip_nonfinite",
-    "train.timeout_minutes",
-    "train.keep_checkpoints",
-    "report",
-)
-"""Recipe keys that a resumed run may say differently: they do not change what is computed. Paths are among them because data
-and weights may move; their contents may not change, see `RunFolder.check`."""
+MAY_CHANGE = frozenset(field.key for field in recipe_fields() if field.may_change)
+"""Recipe keys that a resumed run may say differently."""
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -72,7 +48,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: {old.get(key)!r} in the run, {new.get(key)!r} asked"
         for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key) and not any(key == k or key.startswith(f"{k}.") for k in MAY_CHANGE)
+        if old.get(key) != new.get(key) and key not in MAY_CHANGE
     ]
 
 

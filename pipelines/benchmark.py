@@ -24,12 +24,12 @@ if __name__ == "__main__":
     end_with_launcher()
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from distill.agreement import Control
 from distill.config import RecipeError, as_dict
 from distill.losses import LOSSES
-from distill.models.build import import_models
 from distill.protocols import Batch
 from distill.recipe import Recipe
 from pipelines.measure.ceiling import Alone, flops_per_image, loader_rate, measure_machine, measure_network
@@ -37,7 +37,7 @@ from pipelines.measure.memory import Arrivals, MemoryLine, contrasted, memory
 from pipelines.measure.report import FORMAT, MODELS, Ceiling, Held, Part, Report, Setting, Step, Traffic, WarmUp
 from pipelines.measure.show import bottleneck, plot, table
 from pipelines.measure.timeline import DATA, REST, Communication, Timeline, endless, make_steps, marked
-from pipelines.setup.arguments import Parser, parse, requests
+from pipelines.setup.arguments import Parser, command, import_files, parse, requests
 from pipelines.setup.build import build
 from pipelines.setup.data import Splits, build_splits, check_mixing
 from pipelines.setup.machine import build_accelerator, keep_freed_memory, micro_batch_size
@@ -104,9 +104,7 @@ def arguments(argv: Sequence[str]) -> Asked:
     for name, path in (("json", ours.json), ("plot", ours.plot)):
         if path is not None and not path.absolute().parent.is_dir():
             raise RecipeError(f"--{name}: {path.absolute().parent} is no folder; make it first")
-    with requests():
-        for file in request.imports:
-            import_models(file)
+    import_files(request.imports)
     rounds = min(ours.rounds, ours.steps)
     return Asked(request.recipe, ours.steps, ours.warm_up, rounds, ours.data, ours.clock, ours.json, ours.plot)
 
@@ -330,26 +328,20 @@ def measure(asked: Asked, out: str) -> Report:
     return Report(FORMAT, setting, warm_up, step, parts, ceiling, held, traffic, sentence)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0 done, 2 a wrong request; a failure raises."""
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    try:
-        asked = arguments(sys.argv[1:] if argv is None else argv)
-        if not torch.cuda.is_available():
-            keep_freed_memory()
-        with tempfile.TemporaryDirectory() as out:
-            report = measure(asked, out)
-    except RecipeError as error:
-        if is_main:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    if is_main:
+@command
+def main(argv: Sequence[str]) -> None:
+    """The report, printed by the main process and written where that is asked."""
+    asked = arguments(argv)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    with tempfile.TemporaryDirectory() as out:
+        report = measure(asked, out)
+    if PartialState().is_main_process:
         print(table(report))
         if asked.json is not None:
             report.write(asked.json)
         if asked.plot is not None:
             plot(report, asked.plot)
-    return 0
 
 
 if __name__ == "__main__":

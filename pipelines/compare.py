@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
+
+from distill.config import RecipeError
+from pipelines.setup.arguments import Parser, command
 
 
 def table(rows: list[list[str]]) -> str:
@@ -33,18 +38,17 @@ def row(folder: Path, summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints the table; 2 where a folder holds no finished run."""
-    parser = argparse.ArgumentParser(description=__doc__)
+@command
+def main(argv: Sequence[str]) -> None:
+    """Prints the table. Raises RecipeError where a folder holds no finished run."""
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     folders: list[Path] = parser.parse_args(argv).runs
     missing = [str(f) for f in folders if not (f / "summary.json").is_file()]
     if missing:
-        print(f"error: no summary.json in {', '.join(missing)}: not a finished run", file=sys.stderr)
-        return 2
+        raise RecipeError(f"no summary.json in {', '.join(missing)}: not a finished run")
     rows = [row(f, json.loads((f / "summary.json").read_text())) for f in folders]
     print(table([["run", "student", "teacher", "top-1 %", "best %", "images/s", "seconds"], *rows]))
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
@@ -25,31 +25,29 @@ from torch import Tensor, nn
 from distill.data.index import MANIFEST, ShardIndex
 from distill.data.pixels import decode
 from distill.data.reference import read_sample
-from distill.models.build import create_model, import_models
+from distill.models.build import create_model
 from distill.models.onnx_file import export_onnx
 from distill.models.weights import CONFIG
+from pipelines.setup.arguments import Parser, add_import_option, command, import_files, requests
 
 CHECKED_IMAGES = 64
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0: exported, and pushed where asked; 2: the request was wrong or the student cannot be exported."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(argv: Sequence[str]) -> None:
+    """The ONNX file, pushed where that is asked. Raises RecipeError where the student cannot be exported."""
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="a run's folder, or its student/")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the ONNX file")
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="to check on: shards or image files (default: the run's data.val)"
     )
     parser.add_argument("--push", metavar="REPO", help="NAME/REPOSITORY on the hub, made private if it is not there")
-    parser.add_argument("--import", dest="imports", action="append", type=Path, default=[], metavar="FILE",
-                        help="Python file that registers the student's architecture with timm")  # fmt: skip
+    add_import_option(parser)
     arguments = parser.parse_args(argv)
-    try:
+    import_files(arguments.imports)
+    with requests():
         export(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -58,8 +56,6 @@ def export(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--push {arguments.push}: no token for the hub; run `hf auth login`, or set HF_TOKEN")
     if not arguments.out.resolve().parent.is_dir():
         raise ValueError(f"--out {arguments.out}: {arguments.out.parent} is no folder; make it first")
-    for file in arguments.imports:
-        import_models(file)
     student = student_of(arguments.folder)
     source = arguments.images or validation_of(student)
     model = create_model(f"local-dir:{student}", pretrained=True)

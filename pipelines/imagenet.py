@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,19 +23,18 @@ if __name__ == "__main__":
 import torch
 from accelerate import Accelerator
 
-from distill.agreement import EXIT_CODE, Control, Interrupted
+from distill.agreement import Control, Interrupted
 from distill.checkpoint import CheckpointError
-from distill.config import RecipeError, as_dict
+from distill.config import as_dict
 from distill.engine import NonFiniteError, fit
 from distill.evaluation import known_bad_samples
 from distill.losses import LOSSES
-from distill.models.build import import_models
 from distill.models.export import export_student
 from distill.recipe import Recipe
 from distill.report import say
 from distill.run import Run, restore
 from distill.watchdog import Watchdog
-from pipelines.setup.arguments import Request, parse, requests
+from pipelines.setup.arguments import Request, command, import_files, parse, requests
 from pipelines.setup.build import build, build_settings, rehearse
 from pipelines.setup.data import Splits, build_splits, check_mixing, eval_spec
 from pipelines.setup.machine import build_accelerator, keep_freed_memory, micro_batch_size
@@ -195,33 +194,28 @@ def execute(request: Request, session: Session) -> None:
         run_once(recipe, folder, splits, session)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code of the request: 0 done, 1 failed (by the exception), 2 a wrong request, 75 stopped on request."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    accelerator = None
+@contextmanager
+def opened_session(recipe: Recipe) -> Iterator[Session]:
+    """The session of this process: joined with the others', listening to signals, watched until it is closed."""
+    accelerator = build_accelerator(recipe)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    timeout = 60 * recipe.train.timeout_minutes
+    watchdog = Watchdog(accelerator.process_index, accelerator.num_processes, timeout).start()
     try:
-        request = parse(sys.argv[1:] if argv is None else argv, LOSSES)
-        with requests():
-            for file in request.imports:
-                import_models(file)
-        accelerator = build_accelerator(request.recipe)
-        if accelerator.device.type == "cpu":
-            keep_freed_memory()
-        timeout = 60 * request.recipe.train.timeout_minutes
-        watchdog = Watchdog(accelerator.process_index, accelerator.num_processes, timeout).start()
-        try:
-            execute(request, Session(accelerator, Control().listen(), watchdog))
-        finally:
-            watchdog.close()
-    except Interrupted as interruption:
-        if accelerator is not None:
-            accelerator.print(interruption)
-        return EXIT_CODE
-    except RecipeError as error:
-        if accelerator is None or accelerator.is_main_process:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        yield Session(accelerator, Control().listen(), watchdog)
+    finally:
+        watchdog.close()
+
+
+@command
+def main(argv: Sequence[str]) -> None:
+    """The run that the command line asks for."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    request = parse(argv, LOSSES)
+    import_files(request.imports)
+    with opened_session(request.recipe) as session:
+        execute(request, session)
 
 
 if __name__ == "__main__":

@@ -6,21 +6,21 @@ python pipelines/pairs.py matrix --pattern 'resnet*' --out compatibility.csv
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
 from distill.losses.msdcrd import MSDCRD
-from distill.models.build import import_models
 from distill.models.describe import Description, create_outline, describe
 from distill.protocols import MapShape, ModelFacts, Needs, Regions
 from distill.regions import region_matrix
 from pipelines.measure.compatibility import check_all
+from pipelines.setup.arguments import Parser, add_import_option, command, import_files, requests
 
 REGIONS = Regions(scales=(1, 2, 4))
 WEAK_WARNING = ("a1", "a2", "a3", "b1k", "b2k", "c1", "c2", "d", "ra", "ra2", "ra3", "bt")
@@ -28,42 +28,32 @@ PAPERS_TEACHERS = {"resnet34": "tv_in1k", "resnet50": "tv_in1k"}
 """The papers' ImageNet teachers: torchvision's first weights."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0: done; 2: the request was wrong, or nothing works for the pair."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(argv: Sequence[str]) -> int:
+    """What is asked for, printed. Raises RecipeError where nothing works for the pair; 1 where a check of the matrix failed."""
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     explain_parser = commands.add_parser("explain", help="what a pair gives, costs and can be trained with")
     explain_parser.add_argument("teacher")
     explain_parser.add_argument("student")
     explain_parser.add_argument("--num-classes", type=int, default=1000)
-    explain_parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="Python file that registers models",
-    )
+    add_import_option(explain_parser)
     explain_parser.add_argument("--json", action="store_true", help="print one JSON object")
     matrix_parser = commands.add_parser("matrix", help="check every architecture of timm; goes on where it stopped")
     matrix_parser.add_argument("--pattern", default="*", help="names to check, as in timm.list_models")
     matrix_parser.add_argument("--out", type=Path, default=Path("compatibility.csv"), help="rows already there are kept")
     matrix_parser.add_argument("--page", type=Path, help="write the table as a Markdown page too")
     arguments = parser.parse_args(argv)
-    try:
+    with requests():
         if arguments.command == "matrix":
             return check_all(arguments.pattern, arguments.out, arguments.page, Needs((REGIONS,)))
-        for file in arguments.imports:
-            import_models(file)
-        return explain(arguments.teacher, arguments.student, arguments.num_classes, arguments.json)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+        import_files(arguments.imports)
+        explain(arguments.teacher, arguments.student, arguments.num_classes, arguments.json)
+    return 0
 
 
-def explain(teacher_name: str, student_name: str, num_classes: int, as_json: bool) -> int:
-    """Prints what the pair is and what works; 2 where no loss works."""
+def explain(teacher_name: str, student_name: str, num_classes: int, as_json: bool) -> None:
+    """Prints what the pair is and what works."""
     teacher, student = (look_at(name, num_classes) for name in (teacher_name, student_name))
     report = {
         "teacher": dataclasses.asdict(teacher),
@@ -74,7 +64,6 @@ def explain(teacher_name: str, student_name: str, num_classes: int, as_json: boo
         "warnings": warnings(teacher, student, num_classes),
     }
     print(json.dumps(report, indent=2) if as_json else as_text(teacher, student, report))
-    return 0
 
 
 def look_at(name: str, num_classes: int) -> Description:

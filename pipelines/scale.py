@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 from distill.config import RecipeError
 from pipelines.measure.report import Report
 from pipelines.measure.timeline import ALL_REDUCE, BACKWARD, DATA
-from pipelines.setup.arguments import Parser
+from pipelines.setup.arguments import Parser, command
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """Bytes after which DDP closes its first gradient bucket and every later one."""
@@ -224,7 +224,7 @@ def heading(report: Report, cluster: Cluster, epochs: float, images: int) -> str
     )
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line. Raises RecipeError for numbers that no cluster has."""
     parser = Parser(description=__doc__ or "")
     parser.add_argument("--ledger", type=Path, required=True, metavar="FILE", help="of pipelines/benchmark.py --json")
@@ -277,17 +277,13 @@ def plan(asked: argparse.Namespace) -> dict[str, list[Prediction]]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 done, 2 a wrong request."""
-    try:
-        asked = arguments(argv)
-        found = plan(asked)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@command
+def main(argv: Sequence[str]) -> None:
+    """Prints the plan, and writes it where that is asked."""
+    asked = arguments(argv)
+    found = plan(asked)
     if asked.json:
         asked.json.write_text(json.dumps({k: [asdict(row) for row in rows] for k, rows in found.items()}, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Starts the real launcher (torchrun). Each life ends by `kill -9` of a rank or of
 left alone. Then weights, optimiser state and metrics are compared with those of a run that nobody touched.
 """
 
-import argparse
 import os
 import random
 import shutil
@@ -15,10 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
+from pipelines.setup.arguments import Parser, command
 from shards.prepare import prepare_digits
 from tests.runs import EVERYTHING, arguments, assert_same_run, steps_of
 
@@ -105,15 +106,16 @@ def chaos(folder: Path, kills: int, seed: int) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+@command
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     chaos(folder, options.kills, options.seed)
     shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

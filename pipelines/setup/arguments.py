@@ -1,21 +1,25 @@
-"""The command line of a recipe: every field as `--section.field VALUE`, short names for the usual ones, readable help."""
+"""Command lines: how every command parses, refuses and ends; and the recipe's, each field as `--section.field VALUE`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
+import os
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
+from distill.agreement import EXIT_CODE, Interrupted
 from distill.config import RecipeError, RecipeField, as_dict, load_recipe, loss_options, parse_yaml, recipe_fields
+from distill.models.build import import_models
 from distill.recipe import Recipe, TermSchedule
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "digits" / "distilled.yaml"
@@ -43,13 +47,106 @@ exit codes: 0 done, 1 the run failed, 2 the request was wrong, 75 stopped on req
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse without its usage lines and its exit on an error, without guessing at shortened options, and with the nearest
+    name for an unknown one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        """The values of all options. Raises RecipeError for what is no option."""
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise RecipeError(_unknown(unknown, list(_options(self))))
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        """Raises RecipeError."""
+        raise RecipeError(f"{message}; see --help")
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _options(command)
+
+
+def _unknown(arguments: Sequence[str], options: Sequence[str]) -> str:
+    problems = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument.split("=")[0]
+            close = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
+            problems.append(f"{name}: unknown option" + (f", did you mean {close[0]}?" if close else "; see --help"))
+    return "; ".join(problems or [f"{arguments[0]}: not expected here; see --help"])
+
+
+def add_import_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--import FILE`, which may be repeated; `import_files` runs what it collects in `imports`."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="Python file that registers models with timm",
+    )
+
+
+def import_files(files: Sequence[Path]) -> None:
+    """Runs the user's files. Raises RecipeError for one that cannot be run."""
+    with requests():
+        for file in files:
+            import_models(file)
+
+
+@contextmanager
+def requests() -> Iterator[None]:
+    """Turns every ValueError inside into a RecipeError: what cannot be built as asked is the request's fault."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def command(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
+    """A command's `main`: it calls `run` with the command line (sys.argv where nobody gives one) and returns the exit code.
+
+    0, or what `run` returns; 2 for a wrong request (RecipeError), after one line that says what is wrong; 75 for a run that was
+    asked to stop and has saved (Interrupted). Any other exception passes: Python prints it and exits with 1.
+    """
+
+    @functools.wraps(run)
+    def main(argv: Sequence[str] | None = None) -> int:
+        # processes of one machine would say the same; another machine may lack a file that this one has
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+        try:
+            return run(sys.argv[1:] if argv is None else argv) or 0
+        except Interrupted as interruption:
+            if speaks:
+                print(interruption)
+            return EXIT_CODE
+        except RecipeError as error:
+            if speaks:
+                print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return main
+
+
 class Request(NamedTuple):
     """What was asked for."""
 
     recipe: Recipe
     resume: bool
     imports: list[Path]
-    """Files of the user's that register models."""
+    """The user's files that register models."""
 
 
 def _type_name(annotation: Any) -> str:
@@ -68,14 +165,11 @@ def _loss_fields(losses: Mapping[str, type]) -> list[RecipeField]:
     return found
 
 
-def make_parser(losses: Mapping[str, type]) -> argparse.ArgumentParser:
+def make_parser(losses: Mapping[str, type]) -> Parser:
     """The parser of `pipelines/imagenet.py`; values stay text, `parse` reads them as YAML."""
-    parser = argparse.ArgumentParser(
-        prog="pipelines/imagenet.py",
+    parser = Parser(
         usage="accelerate launch pipelines/imagenet.py [--recipe FILE] [--SECTION.FIELD VALUE]",
         description="Distils a timm student from a timm teacher, or trains the student alone.\n" + EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--recipe", type=Path, metavar="FILE", help=f"YAML of one experiment (default: {DEFAULT_RECIPE.name} of digits)"
@@ -83,9 +177,7 @@ def make_parser(losses: Mapping[str, type]) -> argparse.ArgumentParser:
     for option, (key, text) in SHORT.items():
         parser.add_argument(option, dest=key, metavar="VALUE", default=argparse.SUPPRESS, help=f"{text} (--{key})")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
-    parser.add_argument(
-        "--import", action="append", type=Path, default=[], metavar="FILE", help="Python file that registers models with timm"
-    )
+    add_import_option(parser)
     parser.add_argument(
         "--profile",
         dest="report.profile_steps",
@@ -110,17 +202,6 @@ def make_parser(losses: Mapping[str, type]) -> argparse.ArgumentParser:
     return parser
 
 
-def _unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -> str:
-    options = [o for action in parser._actions for o in action.option_strings]
-    problems = []
-    for argument in arguments:
-        if argument.startswith("--"):
-            name = argument.split("=")[0]
-            close = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
-            problems.append(f"{name}: unknown option" + (f", did you mean {close[0]}?" if close else "; see --help"))
-    return "; ".join(problems or [f"{arguments[0]}: not expected here; see --help"])
-
-
 def _value(key: str, text: str) -> Any:
     try:
         return parse_yaml(text)
@@ -130,13 +211,9 @@ def _value(key: str, text: str) -> Any:
 
 def parse(argv: Sequence[str], losses: Mapping[str, type]) -> Request:
     """The request of a command line. Raises RecipeError; prints and exits 0 for --help and --print_config."""
-    parser = make_parser(losses)
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise RecipeError(_unknown(unknown, parser))
-    given = vars(known)
+    given = vars(make_parser(losses).parse_args(argv))
     recipe_path = given.pop("recipe")
-    resume, print_config, imports = given.pop("resume"), given.pop("print_config"), given.pop("import")
+    resume, print_config, imports = given.pop("resume"), given.pop("print_config"), given.pop("imports")
     texts = {field.key for field in recipe_fields() if field.kind is str}  # a folder named 2026 is no number
     overrides = {key: value if key in texts else _value(key, value) for key, value in given.items()}
     recipe = load_recipe(recipe_path or DEFAULT_RECIPE, overrides, losses)
@@ -144,31 +221,3 @@ def parse(argv: Sequence[str], losses: Mapping[str, type]) -> Request:
         yaml.safe_dump(as_dict(recipe), sys.stdout, sort_keys=False)
         raise SystemExit(0)
     return Request(recipe, resume, imports)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without its usage lines and its exit on an error, and without guessing at shortened options."""
-
-    def __init__(self, *, description: str, epilog: str = "", usage: str | None = None) -> None:
-        super().__init__(
-            description=description,
-            epilog=epilog,
-            usage=usage,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """Raises RecipeError."""
-        raise RecipeError(f"{message}; see --help")
-
-
-@contextmanager
-def requests() -> Iterator[None]:
-    """What cannot be built as asked is the request's fault: every ValueError inside becomes a RecipeError."""
-    try:
-        yield
-    except RecipeError:
-        raise
-    except ValueError as error:
-        raise RecipeError(str(error)) from error

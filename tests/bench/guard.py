@@ -29,7 +29,7 @@ from sklearn.datasets import load_sample_images
 
 from distill.config import RecipeError
 from pipelines.measure.report import Report
-from pipelines.setup.arguments import Parser
+from pipelines.setup.arguments import Parser, command
 from shards.prepare import main as prepare
 from tests.bench.data import OURS
 from tests.bench.losses import Case, cases, measure, memory_ratio
@@ -165,20 +165,17 @@ def compare(pieces: Sequence[Callable[[], Ratios]], recorded: dict[str, Any]) ->
     return everything, worse(everything, recorded)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 nothing got worse, 1 something did, 2 a wrong request."""
+@command
+def main(argv: Sequence[str]) -> int:
+    """1 where something got worse."""
     parser = Parser(description=__doc__ or "")
     parser.add_argument("--record", action="store_true", help=f"measure {RECORDINGS} times and write the file")
     parser.add_argument("--only", default="", metavar="TEXT", help="measure what has this in its name, such as 'data path'")
     parser.add_argument("--file", type=Path, default=RECORDED, help="of recorded ratios (%(default)s)")
-    try:
-        asked = parser.parse_args(argv)
-        if not asked.record and not asked.file.is_file():
-            raise RecipeError(f"--file {asked.file}: no such file; --record makes it")
-        measurements(Path(), asked.only)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    asked = parser.parse_args(argv)
+    if not asked.record and not asked.file.is_file():
+        raise RecipeError(f"--file {asked.file}: no such file; --record makes it")
+    measurements(Path(), asked.only)  # raises for a name of nothing, before anything is prepared
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         make_photos(Path(name))

@@ -12,7 +12,6 @@ less what was allocated before.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import multiprocessing
@@ -21,7 +20,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,10 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.config import RecipeError
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
 from distill.losses.msdcrd import contrastive_loss
 from distill.losses.sdd import sdd_loss
 from distill.regions import pool, pooling_matrix
+from pipelines.setup.arguments import Parser, command
 from tests.distill.losses import references
 
 CLASSES = 1000
@@ -325,11 +326,10 @@ def report(found: list[tuple[Case, Figures]], device: torch.device, threads: int
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str]) -> None:
     """Measures, prints the table as it grows, writes the JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.losses", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m tests.bench.losses", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="B = 64 and D = 512 only, less time per case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
@@ -337,8 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--loss", action="append", choices=[*LOGIT_LOSSES, *MAP_LOSSES], help="only this one; may be repeated")
     arguments = parser.parse_args(argv)
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        print(f"--device {arguments.device}: PyTorch finds no GPU here; leave it out", file=sys.stderr)
-        return 2
+        raise RecipeError(f"--device {arguments.device}: PyTorch finds no GPU here; leave it out")
     device = torch.device(arguments.device)
     torch.set_num_threads(arguments.threads)
     print(HEADER, flush=True)
@@ -349,7 +348,6 @@ def main(argv: list[str] | None = None) -> int:
             print(line(*found[-1]), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(report(found, device, arguments.threads), indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

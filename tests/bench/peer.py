@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from distill.models.build import create_teacher
 from distill.models.export import export_student
 from distill.protocols import Needs
 from distill.regions import region_matrix
-from pipelines.setup.arguments import Parser
+from pipelines.setup.arguments import Parser, command, requests
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPERATURE, LEARNING_RATE, MOMENTUM, DECAY = 4.0, 0.01, 0.9, 1e-4
@@ -181,7 +182,7 @@ def table(found: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line. Raises RecipeError."""
     parser = Parser(description=__doc__ or "")
     parser.add_argument("--timm-train", type=Path, required=True, metavar="FILE", help="timm's train.py")
@@ -209,14 +210,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return asked
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0 done, 2 a wrong request; a run that fails raises."""
-    try:
-        asked = arguments(argv)
+@command
+def main(argv: Sequence[str]) -> None:
+    """Prints the comparison, and writes it where that is asked. A run that fails raises."""
+    asked = arguments(argv)
+    with requests():
         index = ShardIndex.open(asked.shards / "train")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     images = index.num_samples // asked.batch * asked.batch
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -230,7 +229,6 @@ def main(argv: list[str] | None = None) -> int:
         options = {key: str(value) for key, value in vars(asked).items() if key not in ("json", "timm_train", "shards")}
         runs = [{side: asdict(times) for side, times in each.items()} for each in turns]
         asked.json.write_text(json.dumps({**facts, "options": options, "summary": found, "turns": runs}, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

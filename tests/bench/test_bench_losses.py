@@ -38,7 +38,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_missing_gpu_is_said_in_one_line(capsys):
     assert main(["--device", "cuda"]) == 2
-    assert capsys.readouterr().err.splitlines() == ["--device cuda: PyTorch finds no GPU here; leave it out"]
+    assert capsys.readouterr().err.splitlines() == ["error: --device cuda: PyTorch finds no GPU here; leave it out"]
 
 
 @pytest.mark.parametrize("loss", [*LOGIT_LOSSES, *MAP_LOSSES])

@@ -63,7 +63,7 @@ def test_our_side_of_the_comparison_is_a_request_that_stands(tmp_path: Path):
     ("tool", "wrong", "words"),
     [
         (bench_guard, ["--file", "nothing.json"], "--record makes it"),
-        (bench_guard, ["--recrod"], "unrecognized arguments"),
+        (bench_guard, ["--recrod"], "--recrod: unknown option, did you mean --record?"),
         (bench_guard, ["--only", "dta path"], "--only dta path: nothing has this in its name; there are kd, "),
         (bench_peer, ["--timm-train", "nothing.py", "--shards", "."], "it is train.py of timm's repository"),
         (bench_peer, ["--timm-train", __file__, "--shards", ".", "--short", "3"], "--long 3 must be more than --short 3"),

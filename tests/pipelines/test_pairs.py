@@ -51,8 +51,8 @@ def test_a_request_that_cannot_be_is_one_line_and_exit_code_2(capsys: pytest.Cap
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.splitlines() == [
-        "resnt34: no architecture of timm; did you mean resnet34, resnet34d, skresnet34?",
-        "--pattern nothing*: no architecture of timm matches; try '*resnet*'",
+        "error: resnt34: no architecture of timm; did you mean resnet34, resnet34d, skresnet34?",
+        "error: --pattern nothing*: no architecture of timm matches; try '*resnet*'",
     ]
 
 

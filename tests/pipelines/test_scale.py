@@ -200,7 +200,7 @@ def test_the_command_plans_8_to_1024_gpus(tmp_path: Path, capsys: pytest.Capture
         (["--ledger", "x.json", "--network-gbits", "-1"], "--network-gbits: -1.0 must be more than 0"),
         (["--ledger", "x.json", "--gpus", "8", "0"], "--gpus: 0 must be"),
         (["--gpus", "8"], "--ledger"),
-        (["--ledger", "x.json", "--epoch", "1"], "unrecognized arguments"),
+        (["--ledger", "x.json", "--epoch", "1"], "--epoch: unknown option, did you mean --epochs?"),
     ],
 )
 def test_a_wrong_request_gets_one_line_and_exit_code_2(wrong: list[str], words: str, capsys: pytest.CaptureFixture[str]):

@@ -17,7 +17,7 @@ from distill.data.dali_graph import dali_available
 from distill.data.index import ShardIndex
 from distill.models.backbone import Backbone
 from distill.protocols import DataFacts, InputSpec, Loader
-from distill.recipe import Recipe
+from distill.recipe import Data, Recipe
 from pipelines.setup.machine import micro_batch_size, num_threads
 from pipelines.setup.models import Models
 
@@ -72,8 +72,7 @@ def eval_spec(recipe: Recipe, model: Backbone) -> InputSpec:
     return spec
 
 
-def _loader_room(recipe: Recipe) -> tuple[Any, Any]:
-    asked = recipe.data.loader
+def _loader_room(asked: str) -> tuple[Any, Any]:
     if asked == "dali" and not dali_available():
         raise RecipeError(
             "data.loader: 'dali', but nvidia.dali cannot be imported; install nvidia-dali-cuda120 or use 'reference'"
@@ -85,7 +84,7 @@ def _loader_room(recipe: Recipe) -> tuple[Any, Any]:
 
 def fault_report(recipe: Recipe, accelerator: Accelerator) -> Path | None:
     """Where this process reports bad samples, a JSON line each; nowhere outside a run's folder."""
-    out = Path(recipe.out or "nowhere")
+    out = Path(recipe.out)
     return out / f"faults-rank{accelerator.process_index}.jsonl" if out.is_dir() else None
 
 
@@ -103,7 +102,7 @@ def build_train_loader(recipe: Recipe, splits: Splits, models: Models, accelerat
         rand_augment=augment.rand_augment,
         color_jitter=augment.color_jitter,
     )
-    return _loader_room(recipe)[0](
+    return _loader_room(recipe.data.loader)[0](
         splits.train,
         size=(max(s.height for s in specs), max(s.width for s in specs)),
         transform=transform,
@@ -114,24 +113,49 @@ def build_train_loader(recipe: Recipe, splits: Splits, models: Models, accelerat
         seed=recipe.seed,
         shuffle_block=recipe.data.shuffle_block,
         device=accelerator.device,
-        num_threads=num_threads(recipe),
+        num_threads=num_threads(recipe.data.num_threads),
         max_bad_rate=recipe.data.max_bad_rate,
         fault_report=fault_report(recipe, accelerator),
     )
 
 
-def build_eval_loader(recipe: Recipe, index: ShardIndex, spec: InputSpec, accelerator: Accelerator) -> Loader:
-    """Every image of a split once, as `spec` says."""
-    return _loader_room(recipe)[1](
+def create_eval_loader(
+    index: ShardIndex,
+    spec: InputSpec,
+    batch_size: int,
+    accelerator: Accelerator,
+    *,
+    loader: str = Data.loader,
+    threads: int = Data.num_threads,
+    max_bad_rate: float = Data.max_bad_rate,
+    report: Path | None = None,
+) -> Loader:
+    """Every image of a split once, as `spec` says. The options are those of the recipe's section `data`; bad samples are
+    reported to `report`, a JSON line each."""
+    return _loader_room(loader)[1](
         index,
         spec=spec,
-        batch_size=recipe.train.evaluate_batch_size or micro_batch_size(recipe, accelerator.num_processes),
+        batch_size=batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         device=accelerator.device,
-        num_threads=num_threads(recipe),
+        num_threads=num_threads(threads),
+        max_bad_rate=max_bad_rate,
+        fault_report=report,
+    )
+
+
+def build_eval_loader(recipe: Recipe, index: ShardIndex, spec: InputSpec, accelerator: Accelerator) -> Loader:
+    """The loader of a run's evaluations."""
+    return create_eval_loader(
+        index,
+        spec,
+        recipe.train.evaluate_batch_size or micro_batch_size(recipe, accelerator.num_processes),
+        accelerator,
+        loader=recipe.data.loader,
+        threads=recipe.data.num_threads,
         max_bad_rate=recipe.data.max_bad_rate,
-        fault_report=fault_report(recipe, accelerator),
+        report=fault_report(recipe, accelerator),
     )
 
 

@@ -91,7 +91,7 @@ def micro_batch_size(recipe: Recipe, world_size: int) -> int:
     return total // (world_size * accumulate)
 
 
-def num_threads(recipe: Recipe) -> int:
-    """Decoding threads of this process: the recipe's, or this process's share of the machine's cores."""
+def num_threads(asked: int) -> int:
+    """Decoding threads of this process: as many as asked for, or for 0 this process's share of the machine's cores."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return recipe.data.num_threads or max(1, len(os.sched_getaffinity(0)) // local)
+    return asked or max(1, len(os.sched_getaffinity(0)) // local)

@@ -59,11 +59,12 @@ def create_teacher(
     num_classes: int,
     needs: Needs,
     pooling: Pooling,
+    image_size: int | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     class_tokens: str = "attend",
     class_map: str | None = None,
 ) -> Backbone:
-    """A frozen teacher at its own input size and normalisation, in evaluation mode whatever `train()` says.
+    """A frozen teacher at its own input size (or `image_size`) and normalisation, in evaluation mode whatever `train()` says.
 
     weights: "pretrained" (timm's published ones), a .safetensors or .pth file, a folder in timm's layout, or "random" (for
     tests and measurements). ValueError as in `create_student`, and where the weights are for another number of classes: timm
@@ -71,6 +72,8 @@ def create_teacher(
     of that class among the weights' own; it lets a teacher of other classes (ImageNet-21k) serve data that are some of them.
     """
     kwargs = dict(model_kwargs or {})
+    if image_size is not None and _is_fixed(name):
+        kwargs.setdefault("img_size", image_size)
     own_classes = num_classes
     mapped = None
     if class_map is not None:
@@ -89,7 +92,7 @@ def create_teacher(
         model,
         needs,
         pooling=pooling,
-        input_spec=_spec_at(model, kwargs.get("img_size")),
+        input_spec=_spec_at(model, image_size or kwargs.get("img_size")),
         name=name,
         frozen=True,
         class_tokens=class_tokens,

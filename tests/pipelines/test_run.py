@@ -208,15 +208,41 @@ def test_bad_requests_get_one_clear_line_and_exit_code_2(digits: Path, tmp_path:
     ],
 )
 def test_evaluate_refuses_in_one_line(
-    more: list[str], expected: str, digits: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    more: list[str], expected: str, digits: Path, capsys: pytest.CaptureFixture, fresh_accelerate: None
 ):
     from pipelines.evaluate import main
 
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert main(["--model", "cifar_resnet8", "--weights", "random", "--val", str(digits / "val"), *more]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ")
     assert expected in said
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ([], "32x32 px, crop 1, precision bf16"),
+        (["--image-size", "64", "--crop-fraction", "0.5"], "64x64 px, crop 0.5, precision bf16"),
+        (["--mixed-precision", "no"], "32x32 px, crop 1, precision no"),
+        # its position embedding is made for one size
+        (["--model", "vit_tiny_patch16_224", "--image-size", "32"], "32x32 px, crop 0.9, precision bf16"),
+    ],
+)
+def test_evaluate_feeds_the_model_as_asked_and_says_how(
+    more: list[str],
+    told: str,
+    digits: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    fresh_accelerate: None,
+):
+    from pipelines.evaluate import main
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as a launcher sets it
+    assert main(["--model", "cifar_resnet8", "--weights", "random", "--val", str(digits / "val"), *more]) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    assert f"{VAL_IMAGES} images, top-1 " in line
+    assert line.endswith(f"images/s; {told}")
 
 
 def test_a_teacher_of_another_class_count_is_refused_with_both_numbers(digits: Path, tmp_path: Path):

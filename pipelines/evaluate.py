@@ -19,8 +19,6 @@ from pipelines.setup.launcher import end_with_launcher
 if __name__ == "__main__":
     end_with_launcher()
 
-from accelerate import Accelerator
-
 from distill.config import RecipeError
 from distill.data.index import ShardIndex
 from distill.evaluation import evaluate
@@ -31,6 +29,7 @@ from distill.regions import region_matrix
 from distill.report import say
 from pipelines.setup.arguments import Parser, add_import_option, command, import_files, requests
 from pipelines.setup.data import create_eval_loader
+from pipelines.setup.machine import create_accelerator
 
 EPILOG = """
 examples:
@@ -91,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
     asked = parse(argv)
     import_files(asked.imports)
     with requests():
-        accelerator = Accelerator(mixed_precision=None if asked.mixed_precision == "auto" else asked.mixed_precision)
+        accelerator = create_accelerator(asked.mixed_precision)
         index = ShardIndex.open(asked.val)
         model = build_model(asked, index.num_classes).to(accelerator.device)
         crop = asked.crop_fraction or model.input_spec.crop_fraction

@@ -11,6 +11,7 @@ from PIL import Image
 
 from shards.digits import load_digits_split
 from shards.prepare import main as prepare
+from tests.runs import fp16_on_cpus
 
 # each of pytest's workers is one core's: threads of several that wait for each other in a busy loop cost five times the work
 torch.set_num_threads(1)
@@ -35,8 +36,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Accelerate on the CPU, which forgets afterwards what it keeps for the whole process."""
+    """Accelerate on the CPU, fp16 included, which forgets afterwards what it keeps for the whole process."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    fp16_on_cpus(monkeypatch.setattr)
     yield
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()

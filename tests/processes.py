@@ -30,11 +30,15 @@ def _enter(argv: list[str], environment: dict[str, str], log: str, file_limit: i
     import torch
 
     from pipelines.imagenet import main
+    from tests.runs import fp16_on_cpus
 
     if stall := environment.get("STALL_LOADER"):
         stall_loader(*map(int, stall.split(":")))
     if spoiled := environment.get("SPOIL_LOSS"):
         spoil_loss(*map(int, spoiled.split(":")))
+
+    if environment.get("FP16_ON_CPUS"):
+        fp16_on_cpus()
 
     torch.set_num_threads(1)
     code = main(argv)

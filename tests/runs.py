@@ -1,10 +1,12 @@
 """Small distillations for the tests by real processes, and how two of them are compared."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from distill.losses import LOSSES
@@ -78,7 +80,21 @@ EVERYTHING = [
 """EMA, accumulation, RandAugment, Mixup/CutMix, erasing and dropout in play under bf16, a checkpoint every other step."""
 
 FP16 = ["--train.mixed_precision", "fp16"]
-"""With its scaler, which has a state of its own."""
+"""With its scaler, which has a state of its own. Needs `fp16_on_cpus`."""
+
+
+def fp16_on_cpus(setattr: Callable[[type, str, Any], None] = setattr) -> None:
+    """From now on Accelerate has a scaler on CPUs too. It makes one for GPUs only, but PyTorch's for CPUs has the same
+    arithmetic and state: slow, and so what fp16 does to a run is tested without a GPU."""
+    made = Accelerator.__init__
+
+    def make(self: Accelerator, *arguments: Any, **options: Any) -> None:
+        made(self, *arguments, **options)
+        if self.mixed_precision == "fp16" and self.device.type == "cpu":
+            self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu")
+
+    setattr(Accelerator, "__init__", make)
+
 
 ALL_LOSSES = [
     *("--loss.kd.weight", "0.5", "--loss.dkd.weight", "0.5", "--loss.nkd.weight", "0.5", "--loss.msdcrd.gather", "true"),

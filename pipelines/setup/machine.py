@@ -1,10 +1,11 @@
-"""What a recipe gets of the machine it runs on: processes, precision, threads."""
+"""The machine that a recipe runs on: processes, precision, memory, threads."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -14,51 +15,52 @@ from distill.config import RecipeError
 from distill.recipe import Recipe
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's malloc.h."""
+"""Parameters of `mallopt`, from glibc's malloc.h."""
+
+
+def create_accelerator(precision: str, **options: Any) -> Accelerator:
+    """Accelerate in a precision, which is the launcher's for `auto`. RecipeError for one that this machine has not."""
+    try:
+        accelerator = Accelerator(mixed_precision=None if precision == "auto" else precision, **options)
+    except ValueError as error:
+        raise RecipeError(f"mixed_precision: {precision} cannot be had on this machine: {error}") from None
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        # on a CPU Accelerate would say fp16 and compute in float32
+        raise RecipeError(f"mixed_precision: fp16 needs a GPU, and this is a {accelerator.device.type}; take bf16 or no")
+    return accelerator
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """Accelerate with the recipe's precision; processes, nodes and devices are the launcher's business."""
+    """Accelerate with the recipe's precision; processes, nodes and devices are the launcher's business.
+
+    RecipeError for trackers or a precision that this machine has not, and for accumulation that the launcher sets.
+    """
     unknown = [t for t in recipe.report.trackers if t not in {str(a) for a in get_available_trackers()}]
     if unknown:
         names = ", ".join(sorted(str(a) for a in get_available_trackers()))
         raise RecipeError(f"report.trackers: {', '.join(unknown)} cannot be had; installed here: {names or 'none'}")
-    asked: str = recipe.train.mixed_precision
-    if asked == "auto":
-        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    fp16_on_cpu = asked == "fp16" and not torch.cuda.is_available()
-    # longer than the watchdog's, which says more; this one is the net below it
-    timeout = timedelta(minutes=2 * recipe.train.timeout_minutes)
-    try:
-        accelerator = Accelerator(
-            mixed_precision="no" if fp16_on_cpu else asked,
-            log_with=list(recipe.report.trackers) or None,
-            project_dir=recipe.out,
-            kwargs_handlers=[
-                # no static_graph: with accumulation its first step ends in an internal assertion of PyTorch's (a micro-batch
-                # under no_sync comes first), and what it saves, the search for unused parameters, is off anyway
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timeout),
-            ],
-        )
-    except ValueError as error:
-        raise RecipeError(f"train.mixed_precision: {asked!r} cannot be had on this machine: {error}") from None
+    accelerator = create_accelerator(
+        recipe.train.mixed_precision,
+        log_with=list(recipe.report.trackers) or None,
+        project_dir=recipe.out,
+        kwargs_handlers=[
+            # no static_graph: with accumulation its first step ends in an internal assertion of PyTorch's (a micro-batch
+            # under no_sync comes first), and what it saves, the search for unused parameters, is off anyway
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # longer than the watchdog's time, which says more; this one is the net below it
+            InitProcessGroupKwargs(timeout=timedelta(minutes=2 * recipe.train.timeout_minutes)),
+        ],
+    )
     if accelerator.gradient_accumulation_steps != 1:
         raise RecipeError(
             f"the launcher sets gradient accumulation to {accelerator.gradient_accumulation_steps}; it belongs to the recipe:"
             " launch without it and say --train.accumulate"
         )
-    if fp16_on_cpu:
-        # Accelerate makes a scaler for accelerators only, PyTorch has one for CPUs too: slow, but the same arithmetic,
-        # and so what fp16 does to a run can be tried without a GPU
-        accelerator.state._mixed_precision = "fp16"
-        accelerator.native_amp = True
-        accelerator.scaler = torch.amp.GradScaler("cpu")
     return accelerator
 
 
 def keep_freed_memory() -> bool:
-    """For training on a CPU: memory that tensors give back stays with the process, for those of the next step.
+    """Keeps memory that tensors give back in the process, for those of the next step of a training on a CPU.
 
     glibc hands large blocks back to the system at once and gets them again page by page, zeroed: 5 to 9 % of a step here, for
     8 to 20 % more resident memory. False where nothing was changed: another C library, or an allocator that the user chose

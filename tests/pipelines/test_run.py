@@ -142,15 +142,16 @@ def test_killed_at_any_step_and_resumed_is_the_uninterrupted_run(
     digits: Path, tmp_path: Path, world_size: int, more: list[str]
 ):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    finished(arguments(digits, straight, *more), tmp_path / "straight.log", world_size)
+    fp16 = {"FP16_ON_CPUS": "true"}
+    finished(arguments(digits, straight, *more), tmp_path / "straight.log", world_size, environment=fp16)
     command = arguments(digits, killed, *more, "--resume")
     for step in (3, 8):
-        job = start(command, tmp_path / "killed.log", world_size)
+        job = start(command, tmp_path / "killed.log", world_size, fp16)
         job.wait_until(lambda s=step: (killed / "metrics.jsonl").is_file() and len(steps_of(killed)) >= s)
         os.kill(job.ranks[-1].pid, signal.SIGKILL)  # one rank dies, then the others
         job.kill()
         assert not (killed / "summary.json").is_file()
-    finished(command, tmp_path / "killed.log", world_size)
+    finished(command, tmp_path / "killed.log", world_size, environment=fp16)
     assert "going on from step" in (tmp_path / "killed.log").read_text()
     assert_same_run(straight, killed)
 
@@ -187,6 +188,7 @@ def test_bad_requests_get_one_clear_line_and_exit_code_2(digits: Path, tmp_path:
         ("--out", str(digits / "_info.json")): "cannot be a run's folder",
         ("--report.trackers", "[nonesuch]"): "report.trackers: nonesuch cannot be had",
         ("--optim.learning_rate", ".inf"): "optim.learning_rate",
+        ("--train.mixed_precision", "fp16"): "fp16 needs a GPU, and this is a cpu; take bf16 or no",
         ("--student.initial_weights", "pretrained"): "timm publishes no weights for cifar_resnet8",
         # said before the teacher is trained, not days later
         ("--teacher-weights", "train", "--student", "resnet81"): "did you mean",

@@ -33,8 +33,8 @@ from distill.losses import LOSSES
 from distill.protocols import Batch
 from distill.recipe import Recipe
 from pipelines.measure.ceiling import Alone, flops_per_image, loader_rate, measure_machine, measure_network
-from pipelines.measure.memory import Arrivals, MemoryLine, contrasted, memory
-from pipelines.measure.report import FORMAT, MODELS, Ceiling, Held, Part, Report, Setting, Step, Traffic, WarmUp
+from pipelines.measure.memory import Arrivals, MemoryLine, memory_use
+from pipelines.measure.report import FORMAT, MODELS, Ceiling, MemoryUse, Part, Report, Setting, Step, Traffic, WarmUp
 from pipelines.measure.show import bottleneck, plot, table
 from pipelines.measure.timeline import DATA, REST, Communication, Timeline, endless, make_steps, marked
 from pipelines.setup.arguments import Parser, command, import_files, parse, requests
@@ -120,8 +120,8 @@ def measurable(recipe: Recipe, out: str) -> Recipe:
     return dataclasses.replace(recipe, out=out, teacher=teacher, student=student, report=report)
 
 
-class Bench:
-    """A run and what measures it."""
+class MeasuredRun:
+    """A run, its models and data, and the line on which its steps set their marks."""
 
     def __init__(self, asked: Asked, out: str) -> None:
         self.asked, self.recipe = asked, measurable(asked.recipe, out)
@@ -169,15 +169,15 @@ class Bench:
         extra = 1000 * max(0.0, taken[0] - taken[-1]) if compiles and len(taken) > 1 else None
         return WarmUp(len(taken), sum(taken), 1000 * taken[0], extra, compile_report() if compiles else "")
 
-    def footprint(self) -> tuple[Held, Traffic]:
-        """Two steps that are not measured: one for memory, one for what is sent and when."""
+    def memory_and_traffic(self) -> tuple[MemoryUse, Traffic]:
+        """What a step holds and what it sends and when, seen in two steps that are not measured."""
         line = MemoryLine(self.run)
         with marked(self.run, line, self.communication), torch.autograd.graph.saved_tensors_hooks(line.pack, lambda t: t):
             make_steps(self.run, self.stream, 1, self.line)
-        found = memory(self.run, line)
+        memory = memory_use(self.run, line)
         arrivals = Arrivals(self.accelerator.device)
         self.communication.buckets.clear()
-        with arrivals.observe(self.run), contrasted(self.run) as contrasts:
+        with arrivals.observe(self.run):
             make_steps(self.run, self.stream, 1, self.line)
         self.line.cut()
         train = self.splits.train
@@ -186,11 +186,11 @@ class Bench:
             gradient_bytes=sum(p.nbytes for p in trained),
             buckets=list(self.communication.buckets),
             arrivals=arrivals.timetable(),
-            contrasts=contrasts[-len(contrasts) // self.run.settings.accumulate :] if contrasts else [],
+            gathers={name: list(each.traffic()) for name, each in self.models.criteria.items() if each.traffic()},
             bytes_per_image=float(train.records["size"].mean()),
             training_images=train.num_samples,
         )
-        return Held(found.peak, found.peak_part, found.owner, found.owners), traffic
+        return memory, traffic
 
 
 class Round(NamedTuple):
@@ -202,7 +202,7 @@ class Round(NamedTuple):
     alone: list[dict[str, float]]
 
 
-def measure_rounds(bench: Bench, alone: Alone) -> list[Round]:
+def measure_rounds(bench: MeasuredRun, alone: Alone) -> list[Round]:
     """Steps with marks, without marks, without all-reduce and the pieces alone, in turn: a machine that is slower for a while
     is slower for all of them."""
     asked, several = bench.asked, bench.accelerator.num_processes > 1
@@ -247,7 +247,7 @@ def ratio(turn: Round) -> float:
     return working / statistics.median(sum(step.values()) for step in turn.alone)
 
 
-def setting_of(bench: Bench) -> Setting:
+def setting_of(bench: MeasuredRun) -> Setting:
     """What was measured, on what."""
     recipe, device = bench.recipe, bench.accelerator.device
     on_gpu = device.type == "cuda"
@@ -266,6 +266,7 @@ def setting_of(bench: Bench) -> Setting:
         teacher=recipe.teacher.name,
         student=recipe.student.name,
         losses=list(recipe.loss),
+        advice={name: criterion.advice() for name, criterion in bench.models.criteria.items()},
         image_size=[spec.height, spec.width],
         micro_batch=bench.batch,
         accumulate=recipe.train.accumulate,
@@ -284,10 +285,10 @@ def cpu_name() -> str:
 
 def measure(asked: Asked, out: str) -> Report:
     """The whole benchmark; every process calls it, and each gets its own report. `out` is a folder for what a run leaves."""
-    bench = Bench(asked, out)
+    bench = MeasuredRun(asked, out)
     with memory_explained(bench.recipe, bench.run, bench.models):
         warm_up = bench.warm_up()
-    held, traffic = bench.footprint()
+    memory, traffic = bench.memory_and_traffic()
     alone = Alone(bench.recipe, bench.run, bench.models, bench.batch, bench.teacher_flops)
     rounds = measure_rounds(bench, alone)
     steps = [step for turn in rounds for step in turn.steps]
@@ -325,7 +326,7 @@ def measure(asked: Asked, out: str) -> Report:
         local_ms=statistics.median(local) if local else None,
     )
     sentence = bottleneck(parts, setting, ceiling)
-    return Report(FORMAT, setting, warm_up, step, parts, ceiling, held, traffic, sentence)
+    return Report(FORMAT, setting, warm_up, step, parts, ceiling, memory, traffic, sentence)
 
 
 @command

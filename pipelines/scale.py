@@ -117,14 +117,19 @@ def exposed_ms(report: Report, cluster: Cluster, gpus: int) -> float:
 
 
 def gathered(report: Report, cluster: Cluster, gpus: int) -> tuple[float, int, int]:
-    """Milliseconds, received bytes and held bytes of negatives from all GPUs, beyond those of the GPU's own."""
-    contrasts, accumulate = report.traffic.contrasts, report.setting.accumulate
-    received = sum((gpus - 1) * rows * (4 * width + 8) for rows, width, _ in contrasts)
-    held = max(((gpus - 1) * rows * (4 * width + 8) for rows, width, _ in contrasts), default=0)
-    # of each row with the others' columns: their product, and the product that makes the gradient
-    flops = sum(4 * rows * (gpus - 1) * rows * width for rows, width, _ in contrasts)
-    way = received / cluster.bandwidth(gpus) + 2 * len(contrasts) * math.ceil(math.log2(gpus)) * cluster.latency
-    return 1000 * accumulate * (way + flops / 1e12 / report.ceiling.teraflops_float32), accumulate * received, held
+    """Milliseconds, received bytes and held bytes of rows from all GPUs in a step, beyond those of the GPU's own.
+
+    The model is that of a contrast: each row is float32 with an int64 beside it (its category), the losses gather one after the
+    other in the forward pass, where nothing hides it, and each of a GPU's rows is multiplied with each of the others'.
+    """
+    gathers = [each for loss in report.traffic.gathers.values() for each in loss]
+    accumulate = report.setting.accumulate
+    sizes = [(gpus - 1) * each.rows * (4 * each.width + 8) for each in gathers]
+    # the product of own rows with the others' columns, and the product that makes the gradient: 2 x 2 operations a number
+    flops = sum(4 * each.rows * (gpus - 1) * each.rows * each.width for each in gathers)
+    way = sum(sizes) / cluster.bandwidth(gpus) + 2 * len(gathers) * math.ceil(math.log2(gpus)) * cluster.latency
+    seconds = way + flops / 1e12 / report.ceiling.teraflops_float32
+    return 1000 * accumulate * seconds, accumulate * sum(sizes), max(sizes, default=0)
 
 
 def local_ms(report: Report) -> float:
@@ -160,7 +165,7 @@ def predict(report: Report, cluster: Cluster, gpus: int, epochs: float, images: 
     step = max(working, loader, disk)
     rate = 1000 * gpus * per_gpu / step
     memory = held_bytes(report) + gather_held
-    costs = {"all-reduce": exposed, "gathered negatives": gather_ms}
+    costs = {"all-reduce": exposed, "gathered rows": gather_ms}
     return Prediction(
         gpus=gpus,
         nodes=nodes,
@@ -220,7 +225,8 @@ def heading(report: Report, cluster: Cluster, epochs: float, images: int) -> str
         f" {setting.micro_batch} x {setting.accumulate} images, data wait {report.part_ms(DATA):.1f} ms of it\n"
         f"memory of a GPU would hold about {most} images a micro-batch; the global batch grows with the GPUs, and the learning"
         " rate has to follow it\n"
-        "SDD sends nothing but its share of the gradient; MSDCRD with `gather` sends every region's features to every GPU"
+        f"losses that can gather rows from every GPU: {' and '.join(report.traffic.gathers) or 'none'}; all others send nothing"
+        " but their share of the gradient"
     )
 
 
@@ -268,9 +274,11 @@ def plan(asked: argparse.Namespace) -> dict[str, list[Prediction]]:
     print(heading(report, cluster, epochs, images))
     found = {"own": [predict(report, cluster, gpus, epochs, images, gather=False) for gpus in asked.gpus]}
     print("\n" + table(found["own"], gather=False))
-    if report.traffic.contrasts:
+    if report.traffic.gathers:
         found["gathered"] = [predict(report, cluster, gpus, epochs, images, gather=True) for gpus in asked.gpus]
-        print("\nwith --loss.msdcrd.gather true\n" + table(found["gathered"], gather=True))
+        print(
+            f"\nwhere {' and '.join(report.traffic.gathers)} gathers from every GPU\n" + table(found["gathered"], gather=True)
+        )
         still = [row.gpus for row in found["gathered"] if row.fits and row.gather_ms < COUNTS * row.step_ms]
         upto = f"up to {max(still)} GPUs" if still else "at none of these sizes"
         print(f"gather fits and takes less than {COUNTS:.0%} of the step {upto}")

@@ -1,11 +1,10 @@
-"""What one step holds and sends, seen in steps that are not measured: memory by owner, gradients as they come, contrasts."""
+"""What one step holds and sends, seen in steps that are not measured: memory by owner, and gradients as they come."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,29 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from distill.losses.msdcrd import MSDCRD
 from distill.run import Run
+from pipelines.measure.report import MemoryUse
 from pipelines.measure.timeline import OUTSIDE, TRANSFORM, milliseconds, now, tensors_of
 
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes, of this process."""
-
-    peak: int
-    """On a GPU the allocator's, on a CPU the resident set's: everything of this process, PyTorch's own code too."""
-    peak_part: str
-    """The part of the step in which the peak came."""
-    owners: dict[str, int]
-    """Exact sizes of what is held at the end of the forward pass, and of gradients and states, by name."""
-
-    @property
-    def owner(self) -> str:
-        """The largest of them."""
-        return max(self.owners, key=lambda name: self.owners[name])
 
 
 class MemoryLine:
@@ -92,7 +74,7 @@ def read_peak(device: torch.device) -> int:
     return next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
 
 
-def memory(run: Run, line: MemoryLine) -> Memory:
+def memory_use(run: Run, line: MemoryLine) -> MemoryUse:
     """What a step held that ran with `marked(run, line)` and autograd's `line.pack`."""
     distiller, optimizer = run.unwrapped, run.optimizer
     trained = [p for p in distiller.parameters() if p.requires_grad]
@@ -107,7 +89,7 @@ def memory(run: Run, line: MemoryLine) -> Memory:
     }
     peaks = {part: size for part, size in line.peaks.items() if part != OUTSIDE}
     part = max(peaks, key=lambda name: peaks[name])
-    return Memory(peaks[part], part, {name: size for name, size in owners.items() if size})
+    return MemoryUse(peaks[part], part, {name: size for name, size in owners.items() if size})
 
 
 def _state(module: nn.Module) -> Iterator[Tensor]:
@@ -165,26 +147,3 @@ class Arrivals:
         """(share of the backward pass that was over, bytes) of each gradient, in order of arrival."""
         whole = milliseconds(self._start, self._end)
         return [(min(1.0, milliseconds(self._start, moment) / whole), size) for moment, size in self._moments.values()]
-
-
-@contextmanager
-def contrasted(run: Run) -> Iterator[list[tuple[int, int, bool]]]:
-    """While it is open, notes (rows, width, gathered over processes) of every contrast that a loss makes."""
-    found: list[tuple[int, int, bool]] = []
-    losses = [c for c in run.unwrapped.criteria.values() if isinstance(c, MSDCRD)]
-    originals = [loss.contrast for loss in losses]
-
-    def noting(original: partial) -> Any:
-        def contrast(student: Tensor, teacher: Tensor, categories: Tensor) -> Any:
-            found.append((*teacher.shape, bool(original.keywords["gather"])))
-            return original(student, teacher, categories)
-
-        return contrast
-
-    for loss, original in zip(losses, originals, strict=True):
-        loss.contrast = noting(original)
-    try:
-        yield found
-    finally:
-        for loss, original in zip(losses, originals, strict=True):
-            loss.contrast = original

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from distill.config import RecipeError
+from distill.protocols import Gathered
 from pipelines.measure.timeline import BACKWARD, FORWARD, OPTIMISER, TEACHER
 
 FORMAT = 3
@@ -36,6 +37,8 @@ class Setting:
     teacher: str
     student: str
     losses: list[str]
+    advice: dict[str, str]
+    """For each loss the option that makes it cheaper; empty where it knows none."""
     image_size: list[int]
     micro_batch: int
     accumulate: int
@@ -112,13 +115,21 @@ class Ceiling:
 
 @with_config(_STRICT)
 @dataclass(frozen=True)
-class Held:
-    """Memory of one process in bytes."""
+class MemoryUse:
+    """Memory of one process during a step, in bytes."""
 
     peak: int
+    """The highest mark: the allocator's on a GPU; on a CPU the resident set's, with all that the process holds, PyTorch's own
+    code too."""
     peak_part: str
-    owner: str
+    """The part of the step in which the peak came."""
     owners: dict[str, int]
+    """Exact sizes by name: weights, what is saved at the end of the forward pass, gradients, states."""
+
+    @property
+    def owner(self) -> str:
+        """The name of the largest."""
+        return max(self.owners, key=lambda name: self.owners[name])
 
 
 @with_config(_STRICT)
@@ -132,8 +143,8 @@ class Traffic:
     """Bytes of each of DDP's all-reduces; empty for one process."""
     arrivals: list[tuple[float, int]]
     """(share of the backward pass that was over, bytes) of each gradient as it came."""
-    contrasts: list[tuple[int, int, bool]]
-    """(rows, width, gathered) of each contrast of regions."""
+    gathers: dict[str, list[Gathered]]
+    """What each loss gathers from all processes in a micro-batch, or would if it were set to; without losses that never do."""
     bytes_per_image: float
     """Mean size of an encoded training image."""
     training_images: int
@@ -150,7 +161,7 @@ class Report:
     step: Step
     parts: list[Part]
     ceiling: Ceiling
-    memory: Held
+    memory: MemoryUse
     traffic: Traffic
     bottleneck: str
 

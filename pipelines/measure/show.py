@@ -45,7 +45,8 @@ def _advice(name: str, ms: float, total: float, setting: Setting, ceiling: Ceili
     if name == ALL_REDUCE:
         return f"The all-reduce holds the step up ({share}); --train.accumulate {2 * setting.accumulate} halves it per image"
     if name.startswith("loss "):
-        return f"{name.capitalize()} costs {share}; {_loss_advice(name.removeprefix('loss '))}"
+        loss = name.removeprefix("loss ")
+        return f"{name.capitalize()} costs {share}; {setting.advice[loss] or f'--loss.{loss} null drops it'}"
     if name == AVERAGE:
         return f"The weight average costs {share}; --ema.enabled false leaves it out"
     if name == TRANSFORM:
@@ -54,14 +55,6 @@ def _advice(name: str, ms: float, total: float, setting: Setting, ceiling: Ceili
         )
     larger = "a larger batch per process makes it count less"
     return f"What lies between the parts (launches, checks, norms) costs {share}; {larger}"
-
-
-def _loss_advice(loss: str) -> str:
-    options = {
-        "msdcrd": "--loss.msdcrd.stages last leaves the earlier maps out",
-        "sdd": "--loss.sdd.scales '[1, 2]' has few regions",
-    }
-    return options.get(loss, f"--loss.{loss} null drops it")
 
 
 def _models_advice(setting: Setting, largest: str) -> str:

@@ -98,7 +98,7 @@ def test_gradients_are_noted_as_they_come(report: Report):
     assert all(before[0] <= after[0] for before, after in pairwise(arrivals))
     assert 0 < arrivals[0][0] < arrivals[-1][0] <= 1
     # 8 images of a micro-batch x 5 regions; cifar_resnet14's stages have 64, 32 and 16 channels
-    assert report.traffic.contrasts == [(40, 64, False), (40, 32, False), (40, 16, False)]
+    assert report.traffic.gathers == {"msdcrd": [(40, 64, False), (40, 32, False), (40, 16, False)]}
 
 
 def test_the_report_survives_json_and_becomes_a_table_and_a_picture(folder: Path, report: Report, tmp_path: Path):

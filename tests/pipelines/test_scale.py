@@ -9,7 +9,8 @@ import pytest
 import timm
 
 import distill.models  # noqa: F401 (registers the CIFAR architectures)
-from pipelines.measure.report import Ceiling, Held, Part, Report, Setting, Step, Traffic, WarmUp
+from distill.protocols import Gathered
+from pipelines.measure.report import Ceiling, MemoryUse, Part, Report, Setting, Step, Traffic, WarmUp
 from pipelines.measure.timeline import ALL_REDUCE, BACKWARD, FORWARD, REST, TEACHER
 from pipelines.scale import Cluster, buckets, main, predict, sent_bytes
 from tests.measured import arguments, measured
@@ -30,9 +31,9 @@ def this_machine(report: Report) -> Cluster:
 
 def test_bytes_and_steps_of_two_processes_are_as_predicted(digits: Path, tmp_path: Path):
     """Buckets and gathered negatives to the byte, against DDP's and gloo's own; the step within the tolerance."""
-    gathers = tmp_path / "gathers.jsonl"
+    noted = tmp_path / "gathers.jsonl"
     more = ["--student", "cifar_resnet8x4", "--loss.msdcrd.gather", "true", "--train.global_batch_size", "8"]
-    report = measured(arguments(digits, *more), tmp_path / "two.json", world_size=2, gathered=gathers)
+    report = measured(arguments(digits, *more), tmp_path / "two.json", world_size=2, gathered=noted)
     assert (report.setting.processes, report.setting.micro_batch) == (2, 4)
     assert ALL_REDUCE in [part.name for part in report.parts]
 
@@ -46,10 +47,11 @@ def test_bytes_and_steps_of_two_processes_are_as_predicted(digits: Path, tmp_pat
     # one bucket of everything sends each byte once there and once back: for two, the gradient's size
     predicted = predict(report, cluster, 2, epochs=1, images=100, gather=True)
     assert predicted.sent_bytes == report.traffic.gradient_bytes
-    lines = [json.loads(line) for line in gathers.read_text().splitlines()]
-    rows = {rows for rows, _, gathered in report.traffic.contrasts if gathered}
+    lines = [json.loads(line) for line in noted.read_text().splitlines()]
+    gathers = report.traffic.gathers["msdcrd"]
+    rows = {each.rows for each in gathers if each.gathered}
     steps = [received for received, length in lines if length in rows]  # the first step asks for the ranks' counts too
-    each = 2 * len(report.traffic.contrasts)
+    each = 2 * len(gathers)
     assert len(rows) == 1
     assert len(steps) % each == 0
     assert sum(steps[-each:]) == predicted.gather_bytes
@@ -83,7 +85,7 @@ MIB = 2**20
 def a_report(**changes: Any) -> Report:
     """A step of 100 ms, 40 of them backward, whose gradients fill a bucket of 1 MiB half-way and one of 25 MiB at the end."""
     parts = {TEACHER: 20.0, FORWARD: 30.0, BACKWARD: 40.0, REST: 10.0}
-    traffic = Traffic(26 * MIB, [], [(0.5, MIB), (0.9, 5 * MIB), (1.0, 20 * MIB)], [], 100_000.0, 1_000_000)
+    traffic = Traffic(26 * MIB, [], [(0.5, MIB), (0.9, 5 * MIB), (1.0, 20 * MIB)], {}, 100_000.0, 1_000_000)
     report = Report(
         format=3,
         setting=Setting(
@@ -100,6 +102,7 @@ def a_report(**changes: Any) -> Report:
             teacher="resnet34",
             student="resnet18",
             losses=["sdd"],
+            advice={"sdd": ""},
             image_size=[224, 224],
             micro_batch=64,
             accumulate=1,
@@ -111,9 +114,7 @@ def a_report(**changes: Any) -> Report:
         step=Step(100.0, 640.0, 20, [100.0] * 20, 100.0, None),
         parts=[Part(name, ms, ms / 100, None) for name, ms in parts.items()],
         ceiling=Ceiling(90.0, 1.1, [1.1], 6400.0, 1000.0, 20.0, 100.0, 50.0, {TEACHER: 7.0}, None, None),
-        memory=Held(
-            10 * 2**30, BACKWARD, "saved by student forward", {"saved by student forward": 8 * 2**30, "gradients": 2**30}
-        ),
+        memory=MemoryUse(10 * 2**30, BACKWARD, {"saved by student forward": 8 * 2**30, "gradients": 2**30}),
         traffic=traffic,
         bottleneck="",
     )
@@ -164,14 +165,14 @@ def test_hours_images_and_disk_follow_from_the_step():
 
 def test_what_gives_out_first_is_named():
     fast: dict[str, float] = {"inside": 1e15, "network": 1e15}
-    contrasts = replace(a_report().traffic, contrasts=[(1344, 512, False)])
+    gathers = replace(a_report().traffic, gathers={"msdcrd": [Gathered(1344, 512, False)]})
     found = [
         predict(a_report(), a_cluster(**fast, memory=float(2**30)), 8, 1, 1000, gather=False),
         predict(a_report(), a_cluster(**fast, loader=0.05), 8, 1, 1000, gather=False),
         predict(a_report(), a_cluster(**fast, disk=1e8), 8, 1, 1000, gather=False),
-        predict(a_report(traffic=contrasts), a_cluster(**fast), 1024, 1, 1000, gather=True),
+        predict(a_report(traffic=gathers), a_cluster(**fast), 1024, 1, 1000, gather=True),
     ]
-    assert [row.bottleneck for row in found] == ["memory", "decoding", "disk", "gathered negatives"]
+    assert [row.bottleneck for row in found] == ["memory", "decoding", "disk", "gathered rows"]
     assert [row.fits for row in found] == [False, True, True, True]
     assert found[1].step_ms == pytest.approx(200)  # 64 images at 320 a second
     assert found[2].step_ms == pytest.approx(128)  # two GPUs' 64 images of 100 kB at 100 MB/s
@@ -183,7 +184,7 @@ def test_what_gives_out_first_is_named():
 
 def test_the_command_plans_8_to_1024_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     ledger, rows = tmp_path / "ledger.json", tmp_path / "rows.json"
-    a_report(traffic=replace(a_report().traffic, contrasts=[(1344, 512, False)])).write(ledger)
+    a_report(traffic=replace(a_report().traffic, gathers={"msdcrd": [Gathered(1344, 512, False)]})).write(ledger)
     assert main(["--ledger", str(ledger), "--json", str(rows)]) == 0
     shown, found = capsys.readouterr().out, json.loads(rows.read_text())
     assert [row["gpus"] for row in found["own"]] == [8, 16, 32, 64, 128, 256, 512, 1024]

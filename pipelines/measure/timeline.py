@@ -216,17 +216,18 @@ def marked(run: Run, line: Line, communication: Communication) -> Iterator[None]
 
 
 def endless(loader: Loader) -> Iterator[Batch]:
-    """Epoch after epoch."""
+    """The loader's batches, epoch after epoch."""
     for epoch in count():
         yield from loader.epoch(epoch)
 
 
 def make_steps(run: Run, stream: Iterator[Batch], steps: int, line: Timeline) -> None:
-    """So many optimiser steps as training makes them; each begins on the line with waiting for its data."""
+    """Makes optimiser steps as training makes them; each begins on the line with waiting for its data."""
     for _ in range(steps):
         line.begin_step()
         batches = list(islice(stream, run.settings.accumulate))
         line.enter(REST)
         train_step(run, batches, logged=False)
         run.counters.step += 1
+        run.after_step()
     line.end()

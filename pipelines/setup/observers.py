@@ -1,4 +1,4 @@
-"""What makes a step faster without changing what it computes: compilers, and the means to see what they did."""
+"""Observers of a run's steps: what the compiler made of the models, and a trace of some steps for a profiler's page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distill.report import Reporter
 
 
 def compile_report() -> str:
-    """What the compiler made of the models so far: how many graphs, and each reason for a break with its count."""
+    """The compiler's work so far in one line: how many graphs, and each reason for a break with its count."""
     graphs = counters["stats"]["unique_graphs"]
     breaks = Counter({reason.splitlines()[0]: count for reason, count in counters["graph_break"].items()})
     reasons = "".join(f"; {count} x {reason}" for reason, count in breaks.most_common(5))
@@ -25,7 +25,7 @@ def compile_report() -> str:
 
 def mark_step() -> None:
     """Tells CUDA graphs (`compile_mode: reduce-overhead`) that what the last step made may be overwritten."""
-    if "torch._inductor.cudagraph_trees" in sys.modules:  # who has no graphs does not wait 2 s for the import
+    if "torch._inductor.cudagraph_trees" in sys.modules:  # a run without graphs does not wait 2 s for the import
         torch.compiler.cudagraph_mark_step_begin()
 
 
@@ -34,9 +34,11 @@ WARM_UP = 6
 
 
 class Observers:
-    """What happens after every step of this process: it says what was compiled, once it is, and writes the profile.
+    """The observers of one run, called after every step of this process (`Run.after_step`).
 
-    RecipeError where the run's `steps` are too few for a profile.
+    After the first step they say what was compiled, if the recipe compiles; after every step they mark its end for CUDA graphs;
+    and where the recipe asks for a profile they record `report.profile_steps` steps and write the trace to OUT/profile.
+    RecipeError where the run's `steps` are too few for that.
     """
 
     def __init__(self, recipe: Recipe, reporter: Reporter, rank: int, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""What to do about a device whose memory a step does not fit into."""
+"""Advice where a step does not fit into the device's memory."""
 
 from __future__ import annotations
 
@@ -27,25 +27,26 @@ class OutOfMemory(RuntimeError):
     """A step does not fit into the device; the text says what would."""
 
 
-class Footprint(NamedTuple):
-    """Bytes of one process, estimated: weights, gradients, optimiser state; and what an image adds."""
+class MemoryEstimate(NamedTuple):
+    """Memory that one process of a run needs, in bytes, computed and not measured."""
 
     fixed: int
+    """Weights, gradients and optimiser state."""
     image: int
-    """In float32, what the student keeps of it for the backward pass."""
+    """What the student keeps of an image for the backward pass, in float32."""
     checkpointed: int | None
     """The same with activation checkpointing; None where it cannot be had, or is on."""
 
 
 @contextmanager
 def memory_explained(recipe: Recipe, run: Run, models: Models) -> Iterator[None]:
-    """Where the device's memory is not enough inside, the error says which batch, precision or option would fit."""
+    """Raises OutOfMemory where the device's memory is not enough inside: it says which batch, precision or option would fit."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         capacity = capacity_of(run.accelerator.device)
         asked = recipe.train.mixed_precision if recipe.train.mixed_precision != "auto" else run.accelerator.mixed_precision
-        advice = advise(recipe, run.accelerator.num_processes, footprint(run, models), capacity, str(asked))
+        advice = advise(recipe, run.accelerator.num_processes, estimate_memory(run, models), capacity, str(asked))
         raise OutOfMemory(f"rank {run.accelerator.process_index}: {str(error).splitlines()[0]}; {advice}") from error
 
 
@@ -56,8 +57,8 @@ def capacity_of(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def footprint(run: Run, models: Models) -> Footprint:
-    """Of this run, computed without any of the device's memory: there is none left to try it."""
+def estimate_memory(run: Run, models: Models) -> MemoryEstimate:
+    """The estimate for this run, computed without any of the device's memory: there is none left to try it."""
     trained = [p for p in run.distiller.parameters() if p.requires_grad]
     # weights, gradients, and as much again for each tensor that the optimiser keeps per weight
     per_weight = 2 + max((len(s) for s in run.optimizer.state.values()), default=1)
@@ -70,7 +71,7 @@ def footprint(run: Run, models: Models) -> Footprint:
         if not getattr(models.student.model, "grad_checkpointing", False):
             with suppress(ValueError):
                 _, checkpointed = set_activation_checkpointing(weightless(models.student, fake))
-    return Footprint(fixed, image, checkpointed)
+    return MemoryEstimate(fixed, image, checkpointed)
 
 
 def weightless(backbone: Backbone, fake: FakeTensorMode) -> Backbone:
@@ -83,8 +84,8 @@ def _bytes_of(tensors: list[nn.Parameter]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def advise(recipe: Recipe, processes: int, found: Footprint, capacity: int, precision: str) -> str:
-    """One line: the estimate, and each single change that makes it fit, in the order of what it costs."""
+def advise(recipe: Recipe, processes: int, found: MemoryEstimate, capacity: int, precision: str) -> str:
+    """The estimate in one line, and each single change that makes it fit, in the order of what it costs."""
     batch = micro_batch_size(recipe, processes)
     half = precision in ("bf16", "fp16")
     image = found.image // 2 if half else found.image

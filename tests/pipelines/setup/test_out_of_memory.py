@@ -11,7 +11,7 @@ from distill.models.recompute import activation_bytes
 from pipelines.setup.build import build
 from pipelines.setup.data import build_splits
 from pipelines.setup.machine import build_accelerator
-from pipelines.setup.out_of_memory import Footprint, OutOfMemory, advise, footprint, memory_explained
+from pipelines.setup.out_of_memory import MemoryEstimate, OutOfMemory, advise, estimate_memory, memory_explained
 from tests.runs import recipe_of
 
 GIB = 2**30
@@ -30,7 +30,7 @@ def built(digits: Path, tmp_path: Path, fresh_accelerate: None):
 
 def test_the_estimate_is_made_without_memory_and_counts_what_the_device_would_hold(built):
     _, run, models = built
-    found = footprint(run, models)
+    found = estimate_memory(run, models)
     assert found.image == activation_bytes(models.student)
     assert found.checkpointed is not None
     assert found.checkpointed < found.image
@@ -50,7 +50,7 @@ def test_an_out_of_memory_error_names_the_rank_and_what_it_knows(built):
 
 def test_each_advice_fits(built):
     recipe, _, _ = built
-    found = Footprint(fixed=GIB, image=GIB, checkpointed=GIB // 4)
+    found = MemoryEstimate(fixed=GIB, image=GIB, checkpointed=GIB // 4)
     text = advise(recipe, 1, found, 14 * GIB, "no")
     assert "a micro-batch of 24 is estimated at 25.00 of 14.00 GiB (1024.0 MiB an image)" in text
     [accumulate, micro_batch] = map(int, re.search(r"--train.accumulate (\d+) \(micro-batch (\d+)\)", text).groups())

@@ -249,6 +249,6 @@ def evaluate_student(run: Run) -> None:
 
 
 def pulse(run: Run) -> bool:
-    """Tells the watchdog, between two batches of an evaluation, that the run is alive. Whether any process was asked to stop."""
+    """Tells the watchdog that the run is alive, between two batches of an evaluation; whether anybody asked it to stop."""
     run.watch(run.counters.step, "evaluating")
     return run.control.agree().stop

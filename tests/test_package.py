@@ -95,3 +95,16 @@ def test_losses_and_models_are_imported_from_the_wheel(fresh_python: Path, tmp_p
     version, file = run(fresh_python, IMPORT_ALL, tmp_path).split()
     assert version == distill.__version__
     assert Path(file).is_relative_to(fresh_python.parent.parent)
+
+
+def test_the_readme_example_trains_with_sdd_and_msdcrd_in_a_loop_of_ones_own(fresh_python: Path, tmp_path: Path):
+    section = (ROOT / "README.md").read_text().split("\n## As a library\n")[1].split("\n## ")[0]
+    (example,) = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    checks = """
+assert torch.isfinite(loss)
+assert all(parameter.grad is not None for parameter in [*student.parameters(), *msdcrd.parameters()])
+assert student.model.get_classifier().weight.grad.abs().max() > 0
+assert all(parameter.grad is None for parameter in teacher.parameters())
+print("trained", type(student.model).__name__)
+"""
+    assert run(fresh_python, example + checks, tmp_path) == "trained ResNet\n"

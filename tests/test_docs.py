@@ -1,0 +1,83 @@
+"""What can rot in README and docs: lines, links, and the files, names and commands that they mention."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "compatibility.md"),  # that one is generated
+]
+COLUMNS = 120
+BLOCK = re.compile(r"^```.*?^```$|(?:^ {4}[^\n]*\n)+", re.MULTILINE | re.DOTALL)
+"""A block of code: between fences, or indented."""
+OURS = ("distill", "pipelines", "shards", "tests", "docs")
+EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+EACH_LIVING_PAGE = pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=lambda page: page.name)
+"""All but the one that names what is gone."""
+
+
+def prose(page: Path) -> str:
+    """The page without its blocks of code."""
+    return BLOCK.sub("", page.read_text())
+
+
+def code(page: Path) -> list[str]:
+    """Every block of code and every span of it in a sentence."""
+    return [*BLOCK.findall(page.read_text()), *re.findall(r"`([^`\n]+)`", prose(page))]
+
+
+def anchors(page: Path) -> set[str]:
+    """What links to a heading of this page say behind `#`."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@EACH_PAGE
+def test_lines_fit_into_a_diff(page: Path):
+    long = [line for line in prose(page).split("\n") if len(line) > COLUMNS and not line.startswith("|")]
+    assert not long
+
+
+@EACH_PAGE
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{target}: no such file"
+        assert not anchor or anchor in anchors(there), f"{target}: no such heading"
+
+
+@EACH_LIVING_PAGE
+def test_paths_of_this_repository_exist(page: Path):
+    for word in re.findall(rf"(?:{'|'.join(OURS)})/[\w./-]*\w/?", "\n".join(re.findall(r"`([^`\n]+)`", prose(page)))):
+        assert (ROOT / word).exists(), f"{word}: no such file"
+
+
+@EACH_LIVING_PAGE
+def test_dotted_names_exist(page: Path):
+    for name in re.findall(rf"(?<![\w./])(?:{'|'.join(OURS)})(?:\.[A-Za-z_]\w*)+", "\n".join(code(page))):
+        if name.endswith((".py", ".yaml", ".md")):
+            continue
+        module, _, attribute = name.rpartition(".")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            assert hasattr(importlib.import_module(module), attribute), f"{name}: no such module, class or function"
+
+
+@EACH_LIVING_PAGE
+def test_commands_exist(page: Path):
+    makefile = (ROOT / "Makefile").read_text()
+    for text in code(page):
+        for script in re.findall(rf"\b(?:python|accelerate launch|torchrun)\b[^|;&]*?((?:{'|'.join(OURS)})/[\w/]+\.py)", text):
+            assert (ROOT / script).is_file(), f"{script}: no such script"
+        for module in re.findall(r"\bpython -m ([\w.]+)", text):
+            assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), f"python -m {module}: no such module"
+        for target in re.findall(r"(?:^|\n) *make ([a-z-]+)", text):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}: no such target"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -108,3 +111,25 @@ assert all(parameter.grad is None for parameter in teacher.parameters())
 print("trained", type(student.model).__name__)
 """
     assert run(fresh_python, example + checks, tmp_path) == "trained ResNet\n"
+
+
+def imported() -> set[str]:
+    """Top-level packages that the library and the commands import, neither ours nor Python's own."""
+    found = set()
+    for path in (p for room in ("distill", "pipelines", "shards") for p in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"distill", "pipelines", "shards"}
+
+
+def test_whatever_is_imported_is_a_declared_requirement():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(w for name, extra in extras.items() if name != "dev" for w in extra)]
+    declared = {re.match(r"[\w-]+", requirement)[0].lower().replace("-", "_") for requirement in wanted}
+    providers = packages_distributions()
+    missing = {name for name in imported() if not declared & {p.lower().replace("-", "_") for p in providers.get(name, [name])}}
+    assert not missing

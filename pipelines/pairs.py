@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 from distill.losses.msdcrd import MSDCRD
 from distill.models.describe import Description, create_outline, describe
 from distill.protocols import MapShape, ModelFacts, Needs, Regions
-from distill.regions import region_matrix
 from pipelines.measure.compatibility import check_all
 from pipelines.setup.arguments import Parser, add_import_option, command, import_files, requests
 
@@ -68,7 +67,7 @@ def explain(teacher_name: str, student_name: str, num_classes: int, as_json: boo
 
 def look_at(name: str, num_classes: int) -> Description:
     """The description of an architecture with fresh weights."""
-    return describe(create_outline(name, num_classes=num_classes), name, Needs((REGIONS,)), region_matrix)
+    return describe(create_outline(name, num_classes=num_classes), name, Needs((REGIONS,)))
 
 
 def losses(teacher: Description, student: Description) -> dict[str, str]:

@@ -15,10 +15,11 @@ from distill.models.region_logits.attend import AttendHead
 from distill.models.region_logits.find import CHECKED, find_mechanism, last_block_input
 from distill.models.region_logits.head_batchnorm import normalised_by, region_statistics, snapshot, training_batchnorms
 from distill.models.region_logits.layout import Features, Layout, TimmModel
-from distill.models.region_logits.mechanisms import Sight, SplitHead, pooled
-from distill.models.region_logits.plan import Pooling, RegionPlan, plan_regions, take
+from distill.models.region_logits.mechanisms import Sight, SplitHead
+from distill.models.region_logits.plan import RegionPlan, plan_regions, take
 from distill.models.region_logits.probe import Anatomy, examine
 from distill.protocols import InputSpec, MapShape, ModelFacts, ModelOutput, Needs
+from distill.regions import pool
 
 
 class Backbone(nn.Module):
@@ -31,7 +32,6 @@ class Backbone(nn.Module):
 
     Curated stages: the last map of each resolution without the stem's, the last one being the map that the head reads.
 
-    pooling: (height, width, regions) -> [R, height * width], the weights of each region.
     class_tokens: the definition of a region's logits where the head reads class tokens only: `attend`, `shift`, `patch` or
     `repeat`, see `mechanisms` and `attend`; it is `shift` where the last block is not one that `attend` knows, with a warning.
     class_map: for each class of the data the model's own class; logits and region logits are reordered so. None: as they are.
@@ -50,7 +50,6 @@ class Backbone(nn.Module):
         model: TimmModel,
         needs: Needs,
         *,
-        pooling: Pooling,
         input_spec: InputSpec,
         name: str = "",
         frozen: bool = False,
@@ -64,7 +63,7 @@ class Backbone(nn.Module):
         self.input_spec = input_spec
         self.frozen = frozen
         self.batchnorm_frozen = False
-        self.options: dict[str, Any] = {"pooling": pooling, "class_tokens": class_tokens, "class_map": class_map}
+        self.options: dict[str, Any] = {"class_tokens": class_tokens, "class_map": class_map}
         _check_trainable(self.name, model, frozen)
         self.num_classes = int(model.num_classes) if class_map is None else len(class_map)
         anatomy = _anatomy(self.name, model, input_spec)
@@ -73,13 +72,13 @@ class Backbone(nn.Module):
         self.stage_channels = anatomy.stage_channels
         self.facts = ModelFacts(self.num_classes, tuple(MapShape(width, 0, 0) for width in anatomy.stage_channels))
         self.stage_indices = _wanted_stages(self.name, needs, anatomy)
-        self.plan: RegionPlan = plan_regions(needs, self.grid, pooling)
+        self.plan: RegionPlan = plan_regions(needs, self.grid)
         self.region_head: nn.Module | None = None
         self.head_norms: list[str] = []
         self.whole_image_difference: float | None = None
         if needs.region_logits:
             origins = [self.plan.origins[row] for row in self.plan.through_head] or CHECKED
-            found = find_mechanism(self.name, model, anatomy, pooling, origins, class_tokens)
+            found = find_mechanism(self.name, model, anatomy, origins, class_tokens)
             self.region_head, self.head_norms = found.mechanism, found.head_norms
             self.whole_image_difference = found.difference
         self.mechanism = "none" if self.region_head is None else str(self.region_head.kind)
@@ -170,7 +169,7 @@ class Backbone(nn.Module):
         """Every distinct region, float32 [B, U, C]; no copy of the map in float32 where nobody asks for regions."""
         if not self.plan.origins:
             return feature_map.new_zeros(len(feature_map), 0, self.layout.channels, dtype=torch.float32)
-        return pooled(self.region_matrix, feature_map)
+        return pool(feature_map, self.region_matrix)
 
     def _last_stage(self, feature_map: Tensor) -> dict[int, Tensor]:
         return {-1: feature_map} if -1 in self.needs.stages else {}

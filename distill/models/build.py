@@ -17,7 +17,6 @@ from torch import nn
 
 from distill.models.backbone import Backbone
 from distill.models.input_spec import input_spec_of
-from distill.models.region_logits.plan import Pooling
 from distill.models.weights import classes_in, load_weights, read_class_map, read_config, read_weights
 from distill.protocols import InputSpec, Needs
 
@@ -30,7 +29,6 @@ def create_student(
     *,
     num_classes: int,
     needs: Needs,
-    pooling: Pooling,
     image_size: int | None = None,
     drop_rate: float | None = None,
     drop_path_rate: float | None = None,
@@ -49,7 +47,7 @@ def create_student(
         kwargs.setdefault("img_size", image_size)
     model = create_model(name, num_classes=num_classes, **kwargs)
     spec = _spec_at(model, image_size or kwargs.get("img_size"))
-    return Backbone(model, needs, pooling=pooling, input_spec=spec, name=name, class_tokens=class_tokens).train()
+    return Backbone(model, needs, input_spec=spec, name=name, class_tokens=class_tokens).train()
 
 
 def create_teacher(
@@ -58,7 +56,6 @@ def create_teacher(
     weights: str,
     num_classes: int,
     needs: Needs,
-    pooling: Pooling,
     image_size: int | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     class_tokens: str = "attend",
@@ -91,7 +88,6 @@ def create_teacher(
     return Backbone(
         model,
         needs,
-        pooling=pooling,
         input_spec=_spec_at(model, image_size or kwargs.get("img_size")),
         name=name,
         frozen=True,

@@ -15,7 +15,6 @@ from distill.models.backbone import Backbone
 from distill.models.build import create_model
 from distill.models.input_spec import input_spec_of
 from distill.models.region_logits.layout import Layout
-from distill.models.region_logits.plan import Pooling
 from distill.models.region_logits.probe import perturbed
 from distill.protocols import InputSpec, Needs
 
@@ -49,7 +48,6 @@ def describe(
     model: nn.Module,
     name: str,
     needs: Needs,
-    pooling: Pooling,
     *,
     count_flops: bool = True,
     input_spec: InputSpec | None = None,
@@ -63,10 +61,10 @@ def describe(
     refusal = ""
     with perturbed(list(model.modules()), torch.Generator().manual_seed(0)):
         try:
-            backbone = Backbone(model, needs, pooling=pooling, input_spec=spec, name=name)
+            backbone = Backbone(model, needs, input_spec=spec, name=name)
         except ValueError as error:
             refusal = str(error)
-            backbone = Backbone(model, replace(needs, region_logits=()), pooling=pooling, input_spec=spec, name=name)
+            backbone = Backbone(model, replace(needs, region_logits=()), input_spec=spec, name=name)
     return Description(
         name=name,
         kind=type(model).__name__,

@@ -17,7 +17,6 @@ from torch import nn
 from distill.models.describe import Description, count_parameters, create_outline, describe
 from distill.models.input_spec import input_spec_of
 from distill.protocols import Needs
-from distill.regions import region_matrix
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +98,13 @@ def describe_affordably(name: str, model: nn.Module, needs: Needs) -> Descriptio
         size = {"img_size": (small.height, small.width)} if fixed.get("fixed_input_size") else {}
         try:
             outline = create_outline(name, num_classes=10, **size)
-            found = describe(outline, name, needs, region_matrix, count_flops=False, input_spec=small)
+            found = describe(outline, name, needs, count_flops=False, input_spec=small)
         except Exception:  # whatever it was about the smaller images, the check at its own size says the rest
             logger.info("%s: not checked at %d px", name, side, exc_info=True)
         else:
             if not found.refusal:
                 return found
-    return describe(model, name, needs, region_matrix, count_flops=False)
+    return describe(model, name, needs, count_flops=False)
 
 
 def read(out: Path) -> list[dict[str, str]]:

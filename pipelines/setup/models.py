@@ -20,7 +20,6 @@ from distill.models.teacher import ServedTeacher
 from distill.models.weights import load_weights
 from distill.protocols import Criterion, DataFacts, ModelFacts, Needs
 from distill.recipe import Recipe, Teacher
-from distill.regions import region_matrix
 from pipelines.setup.machine import memory_format
 
 
@@ -43,7 +42,6 @@ def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torc
         recipe.student.name,
         num_classes=num_classes,
         needs=Needs(),
-        pooling=region_matrix,
         image_size=recipe.data.image_size or None,
         drop_rate=recipe.student.drop_rate,
         drop_path_rate=recipe.student.drop_path_rate,
@@ -77,7 +75,6 @@ def build_teacher(recipe: Recipe, num_classes: int) -> Backbone:
         weights=recipe.teacher.weights,
         num_classes=num_classes,
         needs=Needs(),
-        pooling=region_matrix,
         model_kwargs=recipe.teacher.model_kwargs,
         class_tokens=recipe.teacher.class_tokens,
         class_map=recipe.teacher.class_map,

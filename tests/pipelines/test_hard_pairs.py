@@ -21,7 +21,6 @@ from distill.models.build import create_student
 from distill.models.describe import create_outline
 from distill.models.input_spec import input_spec_of
 from distill.protocols import Batch, Needs, Progress, Target
-from distill.regions import region_matrix
 from shards.prepare import main as prepare
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "../shared/data/imagenet_sample.tar"
@@ -88,11 +87,11 @@ def test_the_pair_trains_with_both_papers_losses(
     teacher_name: str, teacher_side: int, kwargs: dict, student_name: str, student_side: int, photographs: ShardIndex
 ):
     torch.manual_seed(0)
-    shape = {"num_classes": CLASSES, "needs": Needs(), "pooling": region_matrix}
+    shape = {"num_classes": CLASSES, "needs": Needs()}
     plain = create_student(student_name, image_size=student_side, **shape)
     model = create_outline(teacher_name, num_classes=CLASSES, **kwargs)
     own = replace(input_spec_of(model), height=teacher_side, width=teacher_side)
-    teacher = Backbone(model, Needs(), pooling=region_matrix, input_spec=own, name=teacher_name, frozen=True)
+    teacher = Backbone(model, Needs(), input_spec=own, name=teacher_name, frozen=True)
     criteria = {
         "cross_entropy": LOSSES["cross_entropy"](),
         "sdd": LOSSES["sdd"](base="dkd"),

@@ -20,9 +20,8 @@ from distill.models.region_logits.mechanisms import (
     PoolHead,
     Sight,
     SplitHead,
-    pooled,
 )
-from distill.models.region_logits.plan import Pooling, is_whole, rows_on
+from distill.models.region_logits.plan import rows_on
 from distill.models.region_logits.probe import (
     Anatomy,
     Verdict,
@@ -36,6 +35,7 @@ from distill.models.region_logits.probe import (
     with_noise,
 )
 from distill.protocols import Regions
+from distill.regions import pool
 
 logger = logging.getLogger(__name__)
 DEFINED = "%s reads class tokens: its regions' logits are defined by '%s', which no paper does"
@@ -59,9 +59,7 @@ class Found:
     """Between the model's logits and the whole-image region's, relative; None for a definition that is not of the region."""
 
 
-def find_mechanism(
-    name: str, model: TimmModel, anatomy: Anatomy, pooling: Pooling, origins: Origins, class_tokens: str
-) -> Found:
+def find_mechanism(name: str, model: TimmModel, anatomy: Anatomy, origins: Origins, class_tokens: str) -> Found:
     """The mechanism that gives the logits of the regions `origins`.
 
     class_tokens: the definition for heads that never read the grid, see `mechanisms` and `attend`. ValueError with each
@@ -69,36 +67,30 @@ def find_mechanism(
     """
     if class_tokens not in CLASS_TOKEN_MODES:
         raise ValueError(f"class_tokens {class_tokens!r}: no such definition; choose one of {', '.join(CLASS_TOKEN_MODES)}")
-    layout = anatomy.layout
-    check_rows = rows_on(CHECKED, (layout.height, layout.width), pooling)
-    if not is_whole(check_rows[0]):
-        raise ValueError("pooling: its region of scale 1 is not the mean of the grid, so nothing can be checked against it")
     factory: Factory
     difference: float | None
     with noisy_head(model, anatomy) as (features, head):
         names = [n for n, module in model.named_modules() if module in head and isinstance(module, _BatchNorm)]
         if head_reads_grid(model, anatomy, features):
-            factory, difference = _grid_factory(name, model, anatomy, pooling, features, head)
+            factory, difference = _grid_factory(name, model, anatomy, features, head)
         else:
-            factory, difference = _class_token_factory(name, model, anatomy, pooling, class_tokens)
+            factory, difference = _class_token_factory(name, model, anatomy, class_tokens)
     device = next(model.parameters()).device
     return Found(factory(origins).to(device), names, difference)
 
 
 def _grid_factory(
-    name: str, model: TimmModel, anatomy: Anatomy, pooling: Pooling, features: Features, head: Sequence[nn.Module]
+    name: str, model: TimmModel, anatomy: Anatomy, features: Features, head: Sequence[nn.Module]
 ) -> tuple[Factory, float]:
     """`pool`, `split` or `crop`, whichever holds first, and how exactly."""
     layout = anatomy.layout
-    candidates: list[tuple[str, Factory]] = [("pool", partial(_pool_head, layout, pooling))]
-    candidates += [
-        ("split", partial(_split_head, layout, pooling, *found)) for found in _pools_of(model, layout, features, head)
-    ]
+    candidates: list[tuple[str, Factory]] = [("pool", partial(_pool_head, layout))]
+    candidates += [("split", partial(_split_head, layout, *found)) for found in _pools_of(model, layout, features, head)]
     if not layout.several:
-        candidates.append(("crop", lambda origins: CropHead(layout, _rows(layout, pooling, origins))))
+        candidates.append(("crop", lambda origins: CropHead(layout, _rows(layout, origins))))
     reasons = []
     for kind, factory in candidates:
-        verdict = _check(model, anatomy, pooling, features, factory)
+        verdict = _check(model, anatomy, features, factory)
         if verdict.reason is None:
             return factory, verdict.difference
         reasons.append(f"{kind}: {verdict.reason}")
@@ -108,8 +100,8 @@ def _grid_factory(
     )
 
 
-def _check(model: TimmModel, anatomy: Anatomy, pooling: Pooling, features: Features, factory: Factory) -> Verdict:
-    rows = _rows(anatomy.layout, pooling, CHECKED)
+def _check(model: TimmModel, anatomy: Anatomy, features: Features, factory: Factory) -> Verdict:
+    rows = _rows(anatomy.layout, CHECKED)
     mechanism = factory(CHECKED).to(next(model.parameters()).device)
 
     def run(source: Features) -> tuple[Tensor, Tensor]:
@@ -136,28 +128,26 @@ def look(model: TimmModel, layout: Layout, mechanism: nn.Module, features: Featu
     else:
         logits = model.forward_head(features)
     grid = layout.map_of(features)
-    return logits, Sight(features, pooled(rows.to(grid.device), grid), grid, logits, inner)
+    return logits, Sight(features, pool(grid, rows), grid, logits, inner)
 
 
-def _class_token_factory(
-    name: str, model: TimmModel, anatomy: Anatomy, pooling: Pooling, mode: str
-) -> tuple[Factory, float | None]:
+def _class_token_factory(name: str, model: TimmModel, anatomy: Anatomy, mode: str) -> tuple[Factory, float | None]:
     """The definition asked for; `shift` in the place of `attend` where the last block is not one that attend knows."""
     layout = anatomy.layout
     if mode == "attend":
-        verdict = check_attend(model, anatomy, pooling)
+        verdict = check_attend(model, anatomy)
         if verdict.reason is None:
             logger.info(DEFINED, name, mode)
-            return (lambda origins: AttendHead(layout, _rows(layout, pooling, origins))), verdict.difference
+            return (lambda origins: AttendHead(layout, _rows(layout, origins))), verdict.difference
         logger.warning("%s: class-token definition 'shift' instead of 'attend' (%s)", name, verdict.reason)
         mode = "shift"
     logger.info(DEFINED, name, mode)
     # the whole image's shift is zero, so there is nothing to measure
     difference = 0.0 if mode == "shift" else None
-    return (lambda origins: ClassTokenHead(layout, _matrices(layout, pooling, origins), mode)), difference
+    return (lambda origins: ClassTokenHead(layout, _matrices(layout, origins), mode)), difference
 
 
-def check_attend(model: TimmModel, anatomy: Anatomy, pooling: Pooling) -> Verdict:
+def check_attend(model: TimmModel, anatomy: Anatomy) -> Verdict:
     """Whether `attend` is to be had of this model."""
     refusal = partial(Verdict, float("inf"))
     layout, block = anatomy.layout, getattr(model, "blocks", [None])[-1]
@@ -174,7 +164,7 @@ def check_attend(model: TimmModel, anatomy: Anatomy, pooling: Pooling) -> Verdic
         again = model.norm(block(inner))
         if again.shape != anatomy.features.shape or relative_difference(again, anatomy.features) > 1e-5:
             return refusal("more than a norm follows its last block")
-        return _check_attend_regions(model, anatomy, pooling, inner)
+        return _check_attend_regions(model, anatomy, inner)
     except (TypeError, RuntimeError, AttributeError, ValueError) as error:
         return refusal(f"its last block does not run apart ({str(error).splitlines()[0]})")
 
@@ -187,9 +177,9 @@ def last_block_input(model: TimmModel, images: Tensor) -> tuple[Tensor, Tensor]:
     return features, torch.cat([prefix, tokens], dim=1)
 
 
-def _check_attend_regions(model: TimmModel, anatomy: Anatomy, pooling: Pooling, inner: Tensor) -> Verdict:
+def _check_attend_regions(model: TimmModel, anatomy: Anatomy, inner: Tensor) -> Verdict:
     layout, block = anatomy.layout, model.blocks[-1]
-    rows = _rows(layout, pooling, CHECKED)
+    rows = _rows(layout, CHECKED)
     mechanism = AttendHead(layout, rows).to(inner.device)
     part = layout.parts[0]
 
@@ -197,7 +187,7 @@ def _check_attend_regions(model: TimmModel, anatomy: Anatomy, pooling: Pooling, 
         features = model.norm(block(source))
         logits = model.forward_head(features)
         grid = part.to_map(features)
-        return logits, mechanism(model, Sight(features, pooled(rows.to(grid.device), grid), grid, logits, source))
+        return logits, mechanism(model, Sight(features, pool(grid, rows), grid, logits, source))
 
     def moved(source: Tensor, cells: Tensor) -> Tensor:
         mask = part.from_map(cells_on(layout, cells, part.to_map(source)), torch.zeros_like(source))
@@ -207,25 +197,25 @@ def _check_attend_regions(model: TimmModel, anatomy: Anatomy, pooling: Pooling, 
         return check_regions(run, moved, inner + noise_like(inner, anatomy.generator), rows[1])
 
 
-def _rows(layout: Layout, pooling: Pooling, origins: Origins) -> Tensor:
+def _rows(layout: Layout, origins: Origins) -> Tensor:
     """The regions on the feature map's grid, [R, H * W]."""
-    return rows_on(origins, (layout.height, layout.width), pooling)
+    return rows_on(origins, (layout.height, layout.width))
 
 
-def _matrices(layout: Layout, pooling: Pooling, origins: Origins) -> list[Tensor | None]:
+def _matrices(layout: Layout, origins: Origins) -> list[Tensor | None]:
     """The regions on the grid of every part other than the feature map; None for that one, and for parts without a grid."""
     return [
-        rows_on(origins, (part.height, part.width), pooling) if part.height and i != layout.primary else None
+        rows_on(origins, (part.height, part.width)) if part.height and i != layout.primary else None
         for i, part in enumerate(layout.parts)
     ]
 
 
-def _pool_head(layout: Layout, pooling: Pooling, origins: Origins) -> nn.Module:
-    return PoolHead(layout, _matrices(layout, pooling, origins))
+def _pool_head(layout: Layout, origins: Origins) -> nn.Module:
+    return PoolHead(layout, _matrices(layout, origins))
 
 
-def _split_head(layout: Layout, pooling: Pooling, pool_name: str, pool: nn.Module, dims: int, origins: Origins) -> nn.Module:
-    return SplitHead(_rows(layout, pooling, origins), pool, pool_name, dims)
+def _split_head(layout: Layout, pool_name: str, pool: nn.Module, dims: int, origins: Origins) -> nn.Module:
+    return SplitHead(_rows(layout, origins), pool, pool_name, dims)
 
 
 def _pools_of(

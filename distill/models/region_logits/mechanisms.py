@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.region_logits.layout import Features, Layout, TimmModel, join_tokens
+from distill.regions import pool
 
 CLASS_TOKEN_MODES = ("attend", "shift", "patch", "repeat")
 
@@ -33,12 +34,6 @@ class Sight(NamedTuple):
     """[B, K], the model's own."""
     inner: Tensor | None = None
     """Input of the last block, tokens [B, L, C]; for `attend` only."""
-
-
-def pooled(matrix: Tensor, grid: Tensor) -> Tensor:
-    """matrix [R, H * W], map [B, C, H, W] -> float32 [B, R, C], whatever autocast says."""
-    with torch.autocast(grid.device.type, enabled=False):
-        return matrix @ grid.float().flatten(2).transpose(1, 2)
 
 
 def as_head_input(rows: Tensor, like: Tensor) -> Tensor:
@@ -65,7 +60,7 @@ class PoolHead(nn.Module):
             if i == self.layout.primary:
                 rows.append(as_head_input(sight.rows, tensor))
             else:
-                rows.append(None if matrix is None else as_head_input(pooled(matrix, part.to_map(tensor)), tensor))
+                rows.append(None if matrix is None else as_head_input(pool(part.to_map(tensor), matrix), tensor))
         return rows
 
     def forward(self, model: TimmModel, sight: Sight) -> Tensor:
@@ -130,7 +125,7 @@ class SplitHead(nn.Module):
     def forward(self, model: TimmModel, sight: Sight) -> Tensor:
         """-> logits of each region, [B, R, K]; `sight.inner` is the map that the pool read."""
         kept = sight.inner
-        rows = as_head_input(pooled(self.matrix, kept), kept)  # type: ignore[arg-type]
+        rows = as_head_input(pool(kept, self.matrix), kept)  # type: ignore[arg-type]
         self.tap.given = rows.flatten(0, 1).unflatten(1, (-1, *self.trailing))
         try:
             # one sample runs through the layers before the pool, and what it gives there is dropped

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from distill.protocols import Needs, Regions
-
-Pooling = Callable[[int, int, Regions], Tensor]
-"""(height, width, regions) -> [R, height * width], one row of non-negative weights per region, summing to 1."""
+from distill.regions import region_matrix
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class RegionPlan:
     """For each `Regions` whose logits are asked for: positions in [whole image, *through_head], in order."""
 
 
-def plan_regions(needs: Needs, grid: tuple[int, int], pooling: Pooling) -> RegionPlan:
+def plan_regions(needs: Needs, grid: tuple[int, int]) -> RegionPlan:
     """The plan for what `needs` asks of a map with this grid; rows that coincide are kept once.
 
     A region that is the whole image takes the model's own logits, except in `cascade` mode, where the 1x1 region is the
@@ -50,14 +48,14 @@ def plan_regions(needs: Needs, grid: tuple[int, int], pooling: Pooling) -> Regio
         return rows[key]
 
     features = {
-        regions: tuple(number(row, regions, i) for i, row in enumerate(pooling(*grid, regions)))
+        regions: tuple(number(row, regions, i) for i, row in enumerate(region_matrix(*grid, regions)))
         for regions in needs.region_features
     }
     through_head: list[int] = []
     logits: dict[Regions, tuple[int, ...]] = {}
     for regions in needs.region_logits:
         positions = []
-        for i, row in enumerate(pooling(*grid, regions)):
+        for i, row in enumerate(region_matrix(*grid, regions)):
             if regions.mode != "cascade" and is_whole(row):
                 positions.append(0)
                 continue
@@ -70,9 +68,9 @@ def plan_regions(needs: Needs, grid: tuple[int, int], pooling: Pooling) -> Regio
     return RegionPlan(matrix, tuple(origins), features, tuple(through_head), logits)
 
 
-def rows_on(origins: Sequence[tuple[Regions, int]], grid: tuple[int, int], pooling: Pooling) -> Tensor:
+def rows_on(origins: Sequence[tuple[Regions, int]], grid: tuple[int, int]) -> Tensor:
     """The same regions on another grid: float32 [len(origins), height * width]."""
-    return torch.stack([pooling(*grid, regions)[number] for regions, number in origins]).float()
+    return torch.stack([region_matrix(*grid, regions)[number] for regions, number in origins]).float()
 
 
 def is_whole(row: Tensor) -> bool:

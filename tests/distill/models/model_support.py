@@ -9,7 +9,6 @@ from torch import Tensor, nn
 import distill.models  # noqa: F401  (registers the CIFAR nets)
 from distill.models.backbone import Backbone
 from distill.protocols import InputSpec, Needs, Regions
-from distill.regions import region_matrix
 
 PYRAMID = Regions(scales=(1, 2, 4))
 SMALL_PYRAMID = Regions(scales=(1, 2))
@@ -42,4 +41,4 @@ def stirred(model: nn.Module, seed: int = 0) -> nn.Module:
 def backbone(name: str, size: int, needs: Needs, num_classes: int = 10, seed: int = 0, **kwargs: object) -> Backbone:
     torch.manual_seed(seed)
     model = stirred(timm.create_model(name, num_classes=num_classes, **kwargs))
-    return Backbone(model, needs, pooling=region_matrix, input_spec=spec(size), name=name)
+    return Backbone(model, needs, input_spec=spec(size), name=name)

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from model_support import PYRAMID, region_matrix, stirred
+from model_support import PYRAMID, stirred
 from PIL import Image
 
 from distill.models.build import create_model, create_student, create_teacher, import_models
@@ -22,13 +22,11 @@ REGIONS = Needs((PYRAMID,))
 
 
 def student(name: str, **kwargs: object):
-    return create_student(name, **{"num_classes": 10, "needs": REGIONS, "pooling": region_matrix, **kwargs})
+    return create_student(name, **{"num_classes": 10, "needs": REGIONS, **kwargs})
 
 
 def teacher(name: str, **kwargs: object):
-    return create_teacher(
-        name, **{"num_classes": 10, "needs": REGIONS, "pooling": region_matrix, "weights": "random", **kwargs}
-    )
+    return create_teacher(name, **{"num_classes": 10, "needs": REGIONS, "weights": "random", **kwargs})
 
 
 @pytest.mark.parametrize(

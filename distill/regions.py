@@ -1,4 +1,4 @@
-"""Regions of a feature map: pooling matrices, the order of regions, and which of them are complementary to the whole.
+"""Regions of a feature map: pooling matrices, and the order of regions.
 
 A region is one row of a constant matrix over the map's cells, so that pooling is one product: its backward is deterministic
 on a GPU (adaptive pooling's is not), and one code path serves pyramids and sliding windows at every resolution.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Integral
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,11 +19,9 @@ from distill.precision import full_precision, no_autocast
 from distill.protocols import Regions
 
 Mode = Literal["area", "adaptive", "cascade"]
-Rule = Literal["label", "class"]
 Grid = tuple[int, int]
 
-MODES = ("area", "adaptive", "cascade")
-RULES = ("label", "class")
+MODES = get_args(Mode)
 CASCADE_GRID = 4
 
 
@@ -211,25 +209,6 @@ def scale_slices(scales: Sequence[int]) -> dict[int, slice]:
     for scale in scales:
         ends.append(ends[-1] + scale * scale)
     return {scale: slice(start, stop) for scale, start, stop in zip(scales, ends[:-1], ends[1:], strict=True)}
-
-
-def complementary(teacher_regions: Tensor, labels: Tensor, rule: str) -> Tensor:
-    """Which regions are complementary, bool [B, R]: the global region, which comes first, never is.
-
-    teacher_regions [B, R, K]; labels int [B] for the `label` rule, not read by `class`. The student plays no part.
-
-    - `label` (SDD's released code): the teacher is right here and wrong on the whole image, or the other way round.
-    - `class` (the text of arXiv 2403.13512): the teacher's class here is not its class of the whole image.
-
-    They agree wherever the teacher is right about the whole image; they differ where both are wrong, but differently.
-    """
-    if rule not in RULES:
-        raise ValueError(f"rule {rule!r} is unknown; choose one of {', '.join(RULES)}")
-    predicted = teacher_regions.detach().argmax(-1)
-    if rule == "class":
-        return predicted != predicted[:, :1]
-    right = predicted == labels[:, None]
-    return right ^ right[:, :1]
 
 
 def usable_scales(scales: Sequence[int], *grids: Grid) -> tuple[int, ...]:

@@ -18,12 +18,13 @@ from torch import Tensor
 from distill.losses.inputs import check_pair, check_temperature, check_weights, soft_labels, teacher_of
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
 from distill.protocols import Criterion, ModelOutput, Needs, Regions, Target
-from distill.regions import RULES, complementary, pooling_matrix, scale_slices
+from distill.regions import pooling_matrix, scale_slices
 
 log = logging.getLogger(__name__)
 
 BASES: dict[str, Callable[..., Tensor]] = {"kd": kd_loss, "dkd": dkd_loss, "nkd": nkd_loss}
 REDUCTIONS = ("mean", "sum")
+RULES = ("label", "class")
 
 
 def sdd_loss(
@@ -40,7 +41,7 @@ def sdd_loss(
 
     student_regions, teacher_regions: logits [B, R, K], the global region first; labels int [B] or soft, float [B, K].
     `base_options` are keyword arguments of the base loss (`temperature`, ...); what is left out takes its default.
-    `rule` is in `regions.complementary`; soft labels have no right or wrong, so the `class` rule then serves, with a note in
+    `rule` is that of `complementary`; soft labels have no right or wrong, so the `class` rule then serves, with a note in
     the log. `reduction`: `mean` over regions and batch (the released code), or `sum` over regions, mean over the batch
     (eq. 9-10 of the paper): R times as much. Weights are not normalised: the mean is 1 to `complementary_weight` times the
     plain mean.
@@ -73,6 +74,25 @@ def region_losses(
         shape = student_regions.shape if soft else student_regions.shape[:2]
         losses = BASES[base](student_regions, teacher_regions, labels.unsqueeze(1).expand(shape), **options)
     return losses, complementary(teacher_regions, labels, rule)
+
+
+def complementary(teacher_regions: Tensor, labels: Tensor, rule: str) -> Tensor:
+    """Which regions are complementary, bool [B, R]: the global region, which comes first, never is.
+
+    teacher_regions [B, R, K]; labels int [B] for the `label` rule, not read by `class`. The student plays no part.
+
+    - `label` (SDD's released code): the teacher is right here and wrong on the whole image, or the other way round.
+    - `class` (the text of arXiv 2403.13512): the teacher's class here is not its class of the whole image.
+
+    They agree wherever the teacher is right about the whole image; they differ where both are wrong, but differently.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r} is unknown; choose one of {', '.join(RULES)}")
+    predicted = teacher_regions.detach().argmax(-1)
+    if rule == "class":
+        return predicted != predicted[:, :1]
+    right = predicted == labels[:, None]
+    return right ^ right[:, :1]
 
 
 def check_choices(base: str, rule: str, reduction: str, base_options: Mapping[str, Any] | None) -> None:

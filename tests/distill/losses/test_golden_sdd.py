@@ -7,8 +7,8 @@ import torch
 from golden import assert_matches, cases, stored, vectors
 
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
-from distill.losses.sdd import sdd_loss
-from distill.regions import complementary, pooling_matrix
+from distill.losses.sdd import complementary, sdd_loss
+from distill.regions import pooling_matrix
 
 CASES = cases("sdd", "sdd_cases")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

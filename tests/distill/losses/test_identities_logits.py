@@ -12,8 +12,8 @@ from references import nkd as plain_nkd
 from references import sdd as plain_sdd
 
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
-from distill.losses.sdd import sdd_loss
-from distill.regions import MODES, complementary, pool, pooling_matrix
+from distill.losses.sdd import complementary, sdd_loss
+from distill.regions import MODES, pool, pooling_matrix
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2**31)

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distill.losses.sdd import complementary
 from distill.protocols import Regions
 from distill.regions import (
     MODES,
     _opaque_matrix,
     cached_matrix,
-    complementary,
     pool,
     pooling_matrix,
     region_matrix,

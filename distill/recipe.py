@@ -14,7 +14,7 @@ Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
-ClassTokens = Literal["attend", "shift", "patch", "repeat"]
+ClassTokens = Literal["attend", "shift", "repeat"]
 
 
 def _doc(text: str, default: Any, may_change: bool = False) -> Any:
@@ -84,16 +84,8 @@ class Teacher:
     expected_top1: Annotated[float, Field(ge=0, le=100)] | None = _changeable(
         "stop before training if the measured one is off", None
     )
-    published: str | None = _changeable(
-        "timm's results-imagenet.csv: names expected_top1 of its pretrained weights on ImageNet", None
-    )
     tolerance: NonNegative = _changeable("how far off the expected top-1 the teacher may be, in percent points", 1.0)
-    precision: Literal["auto", "bf16", "int8", "fp8"] = _doc(
-        "of its weights; auto: as the student's; int8, fp8: of its Linear layers, the others in bf16 (extra `quantize`)", "auto"
-    )
-    least_agreement: Annotated[float, Field(ge=0, le=100)] = _changeable(
-        "int8, fp8: percent of the validation images on which its top-1 is the bf16 teacher's, else it is refused", 99.5
-    )
+    precision: Literal["auto", "bf16"] = _doc("of its weights; auto: as the student's", "auto")
     model_kwargs: dict[str, Any] = _doc("more arguments for timm.create_model", {})
 
 

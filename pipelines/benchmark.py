@@ -43,7 +43,6 @@ from pipelines.setup.data import Splits, build_splits, check_mixing
 from pipelines.setup.machine import build_accelerator, keep_freed_memory, micro_batch_size
 from pipelines.setup.observers import compile_report
 from pipelines.setup.out_of_memory import memory_explained
-from pipelines.setup.teacher import lower_teacher
 
 SETTLE = 3
 """Steps after each pause that use up what the loader made ready in it."""
@@ -133,7 +132,8 @@ class MeasuredRun:
             self.run, self.models = build(self.recipe, self.accelerator, self.splits, Control())
         teacher, device = self.models.teacher, self.accelerator.device
         self.teacher_flops = 0.0 if teacher is None else flops_per_image(teacher.model, teacher.input_spec, device)
-        lower_teacher(self.recipe, self.models, self.accelerator)  # with random weights there is nothing to agree with
+        if self.models.served is not None:
+            self.models.served.lower(self.recipe.teacher.precision)
         self.run.eval_loader.close()
         self.run.distiller.train()
         self.communication = Communication(self.run)

@@ -25,7 +25,6 @@ from distill.evaluation import evaluate
 from distill.models.backbone import Backbone
 from distill.models.build import create_teacher
 from distill.protocols import Needs
-from distill.regions import region_matrix
 from distill.report import say
 from pipelines.setup.arguments import Parser, add_import_option, command, import_files, requests
 from pipelines.setup.data import create_eval_loader
@@ -79,7 +78,6 @@ def build_model(asked: argparse.Namespace, num_classes: int) -> Backbone:
         weights=asked.weights,
         num_classes=num_classes,
         needs=Needs(),
-        pooling=region_matrix,
         image_size=asked.image_size or None,
     )
 

@@ -32,8 +32,8 @@ class Backbone(nn.Module):
 
     Curated stages: the last map of each resolution without the stem's, the last one being the map that the head reads.
 
-    class_tokens: the definition of a region's logits where the head reads class tokens only: `attend`, `shift`, `patch` or
-    `repeat`, see `mechanisms` and `attend`; it is `shift` where the last block is not one that `attend` knows, with a warning.
+    class_tokens: the definition of a region's logits where the head reads class tokens only: `attend`, `shift` or `repeat`, see
+    `mechanisms` and `attend`; it is `shift` where the last block is not one that `attend` knows, with a warning.
     class_map: for each class of the data the model's own class; logits and region logits are reordered so. None: as they are.
     frozen: a teacher. Its parameters take no gradient and it stays in evaluation mode whatever `train()` says.
     ValueError where `needs` asks for what this model cannot give, with the reason and what still works.

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.backbone import Backbone
-from distill.models.quantize import EIGHT_BITS, Quantized, bfloat16_usable, bfloat16_weights, quantize
 from distill.protocols import ModelOutput
+
+_CAST = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 class ServedTeacher(nn.Module):
@@ -44,19 +45,33 @@ class ServedTeacher(nn.Module):
         """Entered around its forward pass."""
         return nullcontext() if self.dtype is None else torch.autocast(device.type, self.dtype)
 
-    def lower(self, precision: str, device: torch.device) -> Quantized | None:
-        """Turns the weights to `precision`, in place; what was quantised, where that is asked. A second call is not allowed.
+    def lower(self, precision: str) -> None:
+        """Turns the weights to `precision` (`auto`: as they are, `bf16`), in place.
 
         The backbone serves no other needs afterwards: `Backbone.serving` probes a model in float32.
         """
-        if precision == "auto":
-            return None
-        if bfloat16_usable(device):
+        if precision == "bf16":
             bfloat16_weights(self.backbone.model)
             self.dtype = torch.bfloat16
-        return quantize(self.backbone.model, precision) if precision in EIGHT_BITS else None
 
     def _outputs(self, images: Tensor) -> ModelOutput:
         # converted here and not before: a copy that the other stream made would be given away while this one still reads it
         with self.precision(images.device):
             return self.backbone(images.contiguous(memory_format=self.memory_format))
+
+
+def bfloat16_weights(model: nn.Module) -> None:
+    """Keeps the weights of Linear and convolutional layers in bfloat16, in place; to be run under bfloat16 autocast.
+
+    The outputs are those of autocast over float32 weights, bit for bit, which would cast them anew in every call: it remembers
+    only weights that take a gradient. Normalisation stays float32, and so do layers that compute their weights (weight
+    standardisation).
+    """
+    for module in model.modules():
+        if type(module).forward in _CAST:
+            module.to(torch.bfloat16)
+
+
+def bfloat16_usable(device: torch.device) -> bool:
+    """Whether the device has bfloat16 of its own; old GPUs emulate it."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)

@@ -104,7 +104,7 @@ class Alone:
 
 
 def flops_per_image(model: nn.Module, spec: InputSpec, device: torch.device) -> float:
-    """Floating-point operations of a forward pass, counted by PyTorch on two images; it does not see into quantised layers."""
+    """Floating-point operations of a forward pass, counted by PyTorch on two images."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(2, 3, spec.height, spec.width, device=device))
     return counter.get_total_flops() / 2

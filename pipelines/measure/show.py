@@ -65,7 +65,7 @@ def _models_advice(setting: Setting, largest: str) -> str:
     if setting.compiled == "none":
         return "--train.compile both is the next thing to try"
     if largest == TEACHER and setting.teacher_precision == "auto":
-        return "--teacher.precision bf16 casts its weights once; int8 and fp8 are for its Linear layers"
+        return "--teacher.precision bf16 casts its weights once"
     if setting.on_gpu and setting.teacher != "none" and not train["overlap_teacher"]:
         return "--train.overlap_teacher true runs the teacher beside the student where the GPU has room for both"
     other = str(not setting.channels_last).lower()

@@ -54,7 +54,7 @@ def rehearse(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> None:
     rehearsed = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, weights="random"))
     data = data_facts(recipe, splits.train, accelerator.num_processes)
     models = build_models(rehearsed, splits.train.num_classes, data, torch.device("cpu"))
-    check_precision(recipe.teacher, models.teacher, accelerator.device)
+    check_precision(recipe.teacher.precision, accelerator.device)
     build_optimizer(rehearsed, build_distiller(rehearsed, models))
 
 
@@ -95,7 +95,7 @@ def build(
     seed_all(derive_seed(recipe.seed, "initialisation"))
     data = data_facts(recipe, splits.train, accelerator.num_processes)
     models = build_models(recipe, splits.train.num_classes, data, accelerator.device)
-    check_precision(recipe.teacher, models.teacher, accelerator.device)
+    check_precision(recipe.teacher.precision, accelerator.device)
     if recipe.train.overlap_teacher and accelerator.device.type != "cuda":
         accelerator.print("train.overlap_teacher: no effect here, it needs a GPU")
     ema = recipe.ema

@@ -15,11 +15,10 @@ from distill.losses import LOSSES
 from distill.models.backbone import Backbone
 from distill.models.batchnorm import set_batchnorm
 from distill.models.build import create_student, create_teacher
-from distill.models.quantize import check_quantisable
-from distill.models.teacher import ServedTeacher
+from distill.models.teacher import ServedTeacher, bfloat16_usable
 from distill.models.weights import load_weights
 from distill.protocols import Criterion, DataFacts, ModelFacts, Needs
-from distill.recipe import Recipe, Teacher
+from distill.recipe import Recipe
 from pipelines.setup.machine import memory_format
 
 
@@ -124,14 +123,12 @@ def compile_backbones(recipe: Recipe, student: Backbone, teacher: Backbone | Non
             backbone.compile(mode=recipe.train.compile_mode, dynamic=False)
 
 
-def check_precision(teacher: Teacher, backbone: Backbone | None, device: torch.device) -> None:
-    """Raises RecipeError with one line where this teacher cannot be had in the precision that the recipe asks for."""
-    if backbone is None:
-        return
-    try:
-        check_quantisable(teacher.name, backbone.model, teacher.precision, device)
-    except ValueError as error:
-        raise RecipeError(f"teacher.precision: {teacher.precision!r} {error}") from None
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises RecipeError where the device does not compute in the precision that the recipe asks for."""
+    if precision == "bf16" and not bfloat16_usable(device):
+        raise RecipeError(
+            f"teacher.precision: 'bf16' needs a device that computes in bfloat16, {device} does not; leave it at auto"
+        )
 
 
 def teacher_stream(recipe: Recipe, device: torch.device) -> torch.cuda.Stream | None:

@@ -197,7 +197,7 @@ def test_where_only_the_models_cost_the_next_unused_option_is_named(report: Repo
     steps = [
         ("--train.mixed_precision bf16", {"precision": "bf16"}, {}),
         ("--train.compile both", {"compiled": "both"}, {}),
-        ("--teacher.precision bf16", {"teacher_precision": "int8"}, {}),
+        ("--teacher.precision bf16", {"teacher_precision": "bf16"}, {}),
         ("--train.overlap_teacher true", {}, {"overlap_teacher": True}),
         ("--train.channels_last false may be faster", {}, {}),
     ]

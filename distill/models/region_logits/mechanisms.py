@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distill.models.region_logits.layout import Features, Layout, TimmModel, join_tokens
 from distill.regions import pool
 
-CLASS_TOKEN_MODES = ("attend", "shift", "patch", "repeat")
+CLASS_TOKEN_MODES = ("attend", "shift", "repeat")
 
 
 class Sight(NamedTuple):
@@ -168,7 +168,7 @@ class ClassTokenHead(PoolHead):
     """`token` without attention. No paper defines regions of a class-token model; with t the class tokens after the last norm:
 
     `shift`: t + (region mean - image mean) of the final patch tokens; equal to the model's logits for the whole image.
-    `patch`: the region mean in the place of t. `repeat`: the model's own logits for every region.
+    `repeat`: the model's own logits for every region.
     """
 
     def __init__(self, layout: Layout, matrices: Sequence[Tensor | None], mode: str) -> None:
@@ -194,8 +194,6 @@ class ClassTokenHead(PoolHead):
 
     def _tokens(self, prefix: Tensor, rows: Tensor, grid: Tensor) -> Tensor:
         """Class tokens [B, P, C], regions [B, R, C] and their map -> tokens [B * R, P + 1, C] for the head."""
-        moved = rows if self.mode == "patch" else rows - as_head_input(grid.float().mean((2, 3)), prefix)[:, None]
-        repeated = prefix.repeat_interleave(rows.shape[1], dim=0)
-        flat = moved.flatten(0, 1)[:, None]
-        placed = flat.expand_as(repeated) if self.mode == "patch" else repeated + flat
+        moved = rows - as_head_input(grid.float().mean((2, 3)), prefix)[:, None]
+        placed = prefix.repeat_interleave(rows.shape[1], dim=0) + moved.flatten(0, 1)[:, None]
         return join_tokens(placed, rows.flatten(0, 1)[:, None])

@@ -138,7 +138,7 @@ def test_attend_on_a_region_is_the_last_block_run_on_that_regions_tokens_filling
     torch.testing.assert_close(output.region_logits[PYRAMID][:, 2], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["attend", "shift", "patch", "repeat"])
+@pytest.mark.parametrize("mode", ["attend", "shift", "repeat"])
 def test_class_token_definitions_are_what_they_say(mode: str) -> None:
     torch.manual_seed(0)
     model = stirred(timm.create_model("vit_tiny_patch16_224", num_classes=10, **VIT)).eval()
@@ -151,7 +151,6 @@ def test_class_token_definitions_are_what_they_say(mode: str) -> None:
     rows = pooling_matrix(4, 4, (1, 2, 4), "area").float() @ tokens[:, 1:]
     by_hand = {
         "shift": lambda: model.head(tokens[:, :1] + rows - tokens[:, 1:].mean(1, keepdim=True)),
-        "patch": lambda: model.head(rows),
         "repeat": lambda: output.logits[:, None].expand(-1, 21, -1),
     }
     if mode in by_hand:
@@ -171,7 +170,7 @@ def test_the_log_says_which_definition_is_used_and_when_attend_is_not_to_be_had(
 
 def test_an_unknown_class_token_definition_is_refused() -> None:
     model = timm.create_model("cifar_resnet8")
-    with pytest.raises(ValueError, match="class_tokens 'mean': no such definition; choose one of attend, shift, patch, repeat"):
+    with pytest.raises(ValueError, match="class_tokens 'mean': no such definition; choose one of attend, shift, repeat"):
         Backbone(model, EVERYTHING, input_spec=spec(32), class_tokens="mean")
 
 

@@ -131,9 +131,10 @@ class MeasuredRun:
             self.splits: Splits = build_splits(self.recipe, self.accelerator)
             self.run, self.models = build(self.recipe, self.accelerator, self.splits, Control())
         teacher, device = self.models.teacher, self.accelerator.device
-        self.teacher_flops = 0.0 if teacher is None else flops_per_image(teacher.model, teacher.input_spec, device)
-        if self.models.served is not None:
-            self.models.served.lower(self.recipe.teacher.precision)
+        self.teacher_flops = 0.0
+        if teacher is not None:
+            with teacher.autocast(device):
+                self.teacher_flops = flops_per_image(teacher.backbone.model, teacher.backbone.input_spec, device)
         self.run.eval_loader.close()
         self.run.distiller.train()
         self.communication = Communication(self.run)

@@ -41,7 +41,7 @@ from pipelines.setup.machine import build_accelerator, keep_freed_memory, micro_
 from pipelines.setup.models import Models
 from pipelines.setup.out_of_memory import memory_explained
 from pipelines.setup.run_folder import RunFolder, digest
-from pipelines.setup.teacher import prepare_teacher
+from pipelines.setup.teacher import evaluate_teacher
 
 
 class Session(NamedTuple):
@@ -154,7 +154,7 @@ def run_once(recipe: Recipe, folder: RunFolder, splits: Splits, session: Session
     folder.check(contents)
     start_trackers(recipe, accelerator)
     with peers_named(session.watchdog):
-        teacher = prepare_teacher(recipe, run, models, splits.val)
+        teacher = evaluate_teacher(recipe, run, models, splits.val)
         folder.write({"train_samples": splits.train.num_samples, **contents})
         if folder.resumed:
             go_on(run)

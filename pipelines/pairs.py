@@ -12,12 +12,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
 from distill.losses.msdcrd import MSDCRD
 from distill.models.describe import Description, create_outline, describe
-from distill.protocols import MapShape, ModelFacts, Needs, Regions
+from distill.protocols import Needs, Regions
 from pipelines.measure.compatibility import check_all
 from pipelines.setup.arguments import Parser, add_import_option, command, import_files, requests
 
@@ -55,14 +56,19 @@ def explain(teacher_name: str, student_name: str, num_classes: int, as_json: boo
     """Prints what the pair is and what works."""
     teacher, student = (look_at(name, num_classes) for name in (teacher_name, student_name))
     report = {
-        "teacher": dataclasses.asdict(teacher),
-        "student": dataclasses.asdict(student),
+        "teacher": as_values(teacher),
+        "student": as_values(student),
         "losses": losses(teacher, student),
         "projector_parameters": projector_parameters(teacher, student),
         "teacher_share_of_step": teacher_share(teacher, student),
         "warnings": warnings(teacher, student, num_classes),
     }
     print(json.dumps(report, indent=2) if as_json else as_text(teacher, student, report))
+
+
+def as_values(model: Description) -> dict[str, Any]:
+    """The description as plain values, without the tensors of its normalisation layers."""
+    return dataclasses.asdict(dataclasses.replace(model, facts=dataclasses.replace(model.facts, preactivation_norms=())))
 
 
 def look_at(name: str, num_classes: int) -> Description:
@@ -74,17 +80,16 @@ def losses(teacher: Description, student: Description) -> dict[str, str]:
     """For each family of losses: by which mechanism it works, or why it does not."""
     refused = [m for m in (teacher, student) if m.refusal]
     sdd = "; ".join(m.refusal for m in refused) or f"teacher {teacher.mechanism}, student {student.mechanism}"
-    stages = min(len(teacher.stage_channels), len(student.stage_channels))
+    stages = min(len(teacher.facts.stages), len(student.facts.stages))
     categories = teacher.refusal or f"{stages} stage(s), the teacher's categories by {teacher.mechanism}"
     return {"cross_entropy, kd, dkd, nkd": "logits", "sdd": sdd, "msdcrd": categories}
 
 
 def projector_parameters(teacher: Description, student: Description) -> dict[str, int]:
     """What MSDCRD's default projectors add while training, for the last stage and for all."""
-    sides = [ModelFacts(0, tuple(MapShape(width, 0, 0) for width in each.stage_channels)) for each in (student, teacher)]
     counts = {}
     for stages in ("last", "all"):
-        criterion = MSDCRD(*sides, stages=stages)
+        criterion = MSDCRD(student.facts, teacher.facts, stages=stages)
         counts[stages] = sum(p.numel() for p in criterion.parameters())
     return counts
 
@@ -130,12 +135,12 @@ def as_text(teacher: Description, student: Description, report: dict) -> str:
     """The report for people."""
     lines = []
     for role, model in (("teacher", teacher), ("student", student)):
-        spec = model.input_spec
+        spec, stages = model.input_spec, [stage.channels for stage in model.facts.stages]
         size = f"{model.parameters / 1e6:.2f} M parameters, {model.flops / 1e9:.2f} GFLOP an image"
         lines += [
             f"{role}: {model.name} ({model.kind}), {size}",
             f"  {spec.height}x{spec.width} {spec.interpolation}, crop {spec.crop_fraction}, mean {spec.mean}, std {spec.std}",
-            f"  head reads {model.features}, grid {model.grid[0]}x{model.grid[1]}, stages {list(model.stage_channels)}",
+            f"  head reads {model.features}, grid {model.grid[0]}x{model.grid[1]}, stages {stages}",
             f"  region logits: {model.refusal or model.mechanism}",
         ]
     lines.append("losses:")

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distill.models.anatomy import Anatomy
 from distill.models.region_logits.attend import AttendHead
 from distill.models.region_logits.find import CHECKED, find_mechanism, last_block_input
 from distill.models.region_logits.head_batchnorm import normalised_by, region_statistics, snapshot, training_batchnorms
-from distill.models.region_logits.layout import Features, Layout, TimmModel
+from distill.models.region_logits.layout import Features, TimmModel
 from distill.models.region_logits.mechanisms import Sight, SplitHead
 from distill.models.region_logits.plan import RegionPlan, plan_regions, take
-from distill.models.region_logits.probe import Anatomy, examine
-from distill.protocols import InputSpec, MapShape, ModelFacts, ModelOutput, Needs
+from distill.protocols import InputSpec, ModelOutput, Needs
 from distill.regions import pool
 
 
@@ -26,12 +26,10 @@ class Backbone(nn.Module):
     """A timm model, its own normalisation, and exactly the outputs that `needs` asks for.
 
     `model` stays a plain timm model without hooks: its state dict and its copies (EMA) are timm's. Attributes:
-    `layout` (form and grid of its features), `grid` (h, w), `stage_channels` (curated stages, first to last),
-    `num_classes`, `input_spec`, `mechanism` (how region logits are had; "none" where nobody asks for them),
-    `whole_image_difference` (how exactly, as measured when built).
+    `layout` (form and grid of its features), `grid` (h, w), `num_classes`, `input_spec`, `mechanism` (how region logits are
+    had; "none" where nobody asks for them), `whole_image_difference` (how exactly, as measured when it was found).
 
-    Curated stages: the last map of each resolution without the stem's, the last one being the map that the head reads.
-
+    anatomy: of this model, or of the one that it is a copy of; see `examine`, which also says what the curated stages are.
     class_tokens: the definition of a region's logits where the head reads class tokens only: `attend`, `shift` or `repeat`, see
     `mechanisms` and `attend`; it is `shift` where the last block is not one that `attend` knows, with a warning.
     class_map: for each class of the data the model's own class; logits and region logits are reordered so. None: as they are.
@@ -44,49 +42,41 @@ class Backbone(nn.Module):
     std: Tensor
     region_matrix: Tensor
     head_rows_0: Tensor
+    class_index: Tensor | None
 
     def __init__(
         self,
         model: TimmModel,
+        anatomy: Anatomy,
         needs: Needs,
         *,
-        input_spec: InputSpec,
-        name: str = "",
         frozen: bool = False,
         class_tokens: str = "attend",
         class_map: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.name = name or type(model).__name__
-        self.model = model
-        self.needs = needs
-        self.input_spec = input_spec
-        self.frozen = frozen
+        self.model, self.anatomy, self.needs = model, anatomy, needs
+        self.name, self.input_spec, self.layout = anatomy.name, anatomy.input_spec, anatomy.layout
+        self.frozen, self.class_tokens, self.class_map = frozen, class_tokens, class_map
         self.batchnorm_frozen = False
-        self.options: dict[str, Any] = {"class_tokens": class_tokens, "class_map": class_map}
-        _check_trainable(self.name, model, frozen)
-        self.num_classes = int(model.num_classes) if class_map is None else len(class_map)
-        anatomy = _anatomy(self.name, model, input_spec)
-        self.layout: Layout = anatomy.layout
-        self.grid = (anatomy.layout.height, anatomy.layout.width)
-        self.stage_channels = anatomy.stage_channels
-        self.facts = ModelFacts(self.num_classes, tuple(MapShape(width, 0, 0) for width in anatomy.stage_channels))
-        self.stage_indices = _wanted_stages(self.name, needs, anatomy)
+        self.num_classes = anatomy.facts.num_classes if class_map is None else len(class_map)
+        self.grid = (self.layout.height, self.layout.width)
+        if not frozen:
+            _check_keeps_tokens(self.name, model)
+        self.stage_indices = _wanted_stages(needs, anatomy)
         self.plan: RegionPlan = plan_regions(needs, self.grid)
         self.region_head: nn.Module | None = None
         self.head_norms: list[str] = []
         self.whole_image_difference: float | None = None
         if needs.region_logits:
-            origins = [self.plan.origins[row] for row in self.plan.through_head] or CHECKED
-            found = find_mechanism(self.name, model, anatomy, origins, class_tokens)
-            self.region_head, self.head_norms = found.mechanism, found.head_norms
-            self.whole_image_difference = found.difference
+            found = find_mechanism(model, anatomy, class_tokens)
+            self.region_head = found.make([self.plan.origins[row] for row in self.plan.through_head] or CHECKED)
+            self.head_norms, self.whole_image_difference = found.head_norms, found.difference
         self.mechanism = "none" if self.region_head is None else str(self.region_head.kind)
-        self.class_index: Tensor | None
-        self.register_buffer("class_index", None if class_map is None else torch.tensor(class_map), persistent=False)
-        self._constants(input_spec)
+        self._constants(self.input_spec)
         if frozen:
             self.requires_grad_(False)
+        self.to(next(model.parameters()).device)
         self.train(self.training)
 
     def _constants(self, spec: InputSpec) -> None:
@@ -94,6 +84,8 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("region_matrix", self.plan.matrix, persistent=False)
+        index = None if self.class_map is None else torch.tensor(self.class_map)
+        self.register_buffer("class_index", index, persistent=False)
         tables = {
             "features": list(self.plan.features.values()),
             "logits": list(self.plan.logits.values()),
@@ -105,9 +97,8 @@ class Backbone(nn.Module):
 
     def serving(self, needs: Needs, model: TimmModel | None = None) -> Backbone:
         """A backbone like this one that gives what `needs` asks, over the same weights or over those of `model`, its copy."""
-        model = self.model if model is None else model
-        same: dict[str, Any] = {"input_spec": self.input_spec, "name": self.name, "frozen": self.frozen}
-        return Backbone(model, needs, **same, **self.options)
+        options: dict[str, Any] = {"frozen": self.frozen, "class_tokens": self.class_tokens, "class_map": self.class_map}
+        return Backbone(self.model if model is None else model, self.anatomy, needs, **options)
 
     def train(self, mode: bool = True) -> Backbone:
         """Training or evaluation mode; a frozen backbone evaluates always, frozen BatchNorms too."""
@@ -195,26 +186,17 @@ class Backbone(nn.Module):
         return logits if self.class_index is None else logits.index_select(-1, self.class_index)
 
 
-def _check_trainable(name: str, model: TimmModel, frozen: bool) -> None:
-    """ValueError for a model without a classifier, or one that drops tokens in training, so that no grid is left."""
-    if int(model.num_classes) < 1:
-        raise ValueError(f"{name} has no classifier (num_classes {model.num_classes}); give num_classes or other weights")
+def _check_keeps_tokens(name: str, model: TimmModel) -> None:
+    """ValueError for a student that drops tokens in training, so that no grid is left."""
     rates = [module.prob for module in model.modules() if isinstance(module, PatchDropout) and module.prob > 0]
-    if rates and not frozen:
+    if rates:
         raise ValueError(f"patch_drop_rate {rates[0]}: {name} drops tokens in training and has no grid then; leave it out")
 
 
-def _anatomy(name: str, model: TimmModel, spec: InputSpec) -> Anatomy:
-    try:
-        return examine(model, spec)
-    except ValueError as error:
-        raise ValueError(f"{name} cannot be served: {error}") from error
-
-
-def _wanted_stages(name: str, needs: Needs, anatomy: Anatomy) -> dict[int, int]:
+def _wanted_stages(needs: Needs, anatomy: Anatomy) -> dict[int, int]:
     """Stage, counted from the end, -> index for `forward_intermediates`; without -1, which is the feature map."""
-    count = len(anatomy.stage_channels)
+    count = len(anatomy.facts.stages)
     for stage in needs.stages:
         if not -count <= stage <= -1:
-            raise ValueError(f"stage {stage}: {name} has {count} stages; ask for -1 to -{count}")
+            raise ValueError(f"stage {stage}: {anatomy.name} has {count} stages; ask for -1 to -{count}")
     return {stage: anatomy.stage_indices[count + stage] for stage in needs.stages if stage != -1}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +15,95 @@ from safetensors import SafetensorError
 from timm.models import get_pretrained_cfg, is_model, list_models, list_pretrained
 from torch import nn
 
+from distill.models.anatomy import Anatomy, examine
 from distill.models.backbone import Backbone
 from distill.models.input_spec import input_spec_of
+from distill.models.region_logits.layout import TimmModel
 from distill.models.weights import classes_in, load_weights, read_class_map, read_config, read_weights
-from distill.protocols import InputSpec, Needs
+from distill.protocols import InputSpec, ModelFacts, Needs
 
 LOCAL = "local-dir:"
 REMOTE = ("hf-hub:", "hf_hub:", LOCAL)
+
+
+@dataclass(frozen=True)
+class ProbedModel:
+    """A timm model that was made and probed once: losses are made from its facts, then a backbone for each who reads it."""
+
+    model: TimmModel
+    anatomy: Anatomy
+    class_tokens: str = "attend"
+    class_map: tuple[int, ...] | None = None
+    frozen: bool = False
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What losses are told of it; its classes are those of the data."""
+        if self.class_map is None:
+            return self.anatomy.facts
+        return replace(self.anatomy.facts, num_classes=len(self.class_map))
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """What it wants to be fed."""
+        return self.anatomy.input_spec
+
+    def backbone(self, needs: Needs) -> Backbone:
+        """The model as the one module that gives what `needs` asks for. ValueError where it cannot give that."""
+        return Backbone(
+            self.model,
+            self.anatomy,
+            needs,
+            frozen=self.frozen,
+            class_tokens=self.class_tokens,
+            class_map=self.class_map,
+        )
+
+
+def probe(
+    model: nn.Module,
+    *,
+    name: str = "",
+    input_spec: InputSpec | None = None,
+    class_tokens: str = "attend",
+    class_map: Sequence[int] | None = None,
+    frozen: bool = False,
+) -> ProbedModel:
+    """A timm model that you have made, probed.
+
+    name: what errors call it. input_spec: what it is fed; None: what its `pretrained_cfg` says. The others as in `Backbone`.
+    ValueError for a model without a classifier and for one whose features have no grid.
+    """
+    anatomy = examine(model, input_spec or input_spec_of(model), name)
+    return ProbedModel(model, anatomy, class_tokens, None if class_map is None else tuple(class_map), frozen)
 
 
 def create_student(
     name: str,
     *,
     num_classes: int,
-    needs: Needs,
+    weights: str | Path | None = None,
     image_size: int | None = None,
     drop_rate: float | None = None,
     drop_path_rate: float | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     class_tokens: str = "attend",
-) -> Backbone:
-    """A student with fresh weights, in training mode.
+) -> ProbedModel:
+    """A student, in training mode, with fresh weights or those of a file or folder `weights`.
 
     image_size: its input, in pixels, where it is not the architecture's own; models of a fixed input size are made for it.
     `drop_rate` and `drop_path_rate` are timm's; None leaves the architecture's default. model_kwargs: anything else that
     `timm.create_model` takes for it. class_tokens: see `Backbone`. ValueError where the name is unknown (with the nearest
-    ones), where an argument is not one of the architecture's, or where it cannot give what `needs` asks for.
+    ones), where an argument is not one of the architecture's, or where the weights are not its own.
     """
     kwargs = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate, **(model_kwargs or {})}
     if image_size is not None and _is_fixed(name):
         kwargs.setdefault("img_size", image_size)
     model = create_model(name, num_classes=num_classes, **kwargs)
+    if weights is not None:
+        load_weights(model, weights)
     spec = _spec_at(model, image_size or kwargs.get("img_size"))
-    return Backbone(model, needs, input_spec=spec, name=name, class_tokens=class_tokens).train()
+    return probe(model.train(), name=name, input_spec=spec, class_tokens=class_tokens)
 
 
 def create_teacher(
@@ -55,13 +111,12 @@ def create_teacher(
     *,
     weights: str,
     num_classes: int,
-    needs: Needs,
     image_size: int | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     class_tokens: str = "attend",
     class_map: str | None = None,
-) -> Backbone:
-    """A frozen teacher at its own input size (or `image_size`) and normalisation, in evaluation mode whatever `train()` says.
+) -> ProbedModel:
+    """A teacher at its own input size (or `image_size`) and normalisation, whose backbones are frozen.
 
     weights: "pretrained" (timm's published ones), a .safetensors or .pth file, a folder in timm's layout, or "random" (for
     tests and measurements). ValueError as in `create_student`, and where the weights are for another number of classes: timm
@@ -85,15 +140,8 @@ def create_teacher(
     else:
         model = create_model(name, num_classes=own_classes, **kwargs)
         load_weights(model, weights)
-    return Backbone(
-        model,
-        needs,
-        input_spec=_spec_at(model, image_size or kwargs.get("img_size")),
-        name=name,
-        frozen=True,
-        class_tokens=class_tokens,
-        class_map=mapped,
-    )
+    spec = _spec_at(model, image_size or kwargs.get("img_size"))
+    return probe(model, name=name, input_spec=spec, class_tokens=class_tokens, class_map=mapped, frozen=True)
 
 
 def _spec_at(model: nn.Module, size: int | tuple[int, int] | None) -> InputSpec:

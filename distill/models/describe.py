@@ -11,12 +11,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill.models.anatomy import examine
 from distill.models.backbone import Backbone
 from distill.models.build import create_model
 from distill.models.input_spec import input_spec_of
 from distill.models.region_logits.layout import Layout
 from distill.models.region_logits.probe import perturbed
-from distill.protocols import InputSpec, Needs
+from distill.protocols import InputSpec, ModelFacts, Needs
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Description:
     features: str
     """Form of what the head reads, with the number of prefix tokens."""
     grid: tuple[int, int]
-    stage_channels: tuple[int, ...]
+    facts: ModelFacts
+    """What losses are told of it."""
     mechanism: str
     """How region logits are had; "refused" where they are not."""
     whole_image_difference: float | None
@@ -60,11 +62,12 @@ def describe(
     spec = input_spec or input_spec_of(model)
     refusal = ""
     with perturbed(list(model.modules()), torch.Generator().manual_seed(0)):
+        anatomy = examine(model, spec, name)
         try:
-            backbone = Backbone(model, needs, input_spec=spec, name=name)
+            backbone = Backbone(model, anatomy, needs)
         except ValueError as error:
             refusal = str(error)
-            backbone = Backbone(model, replace(needs, region_logits=()), input_spec=spec, name=name)
+            backbone = Backbone(model, anatomy, replace(needs, region_logits=()))
     return Description(
         name=name,
         kind=type(model).__name__,
@@ -74,7 +77,7 @@ def describe(
         classes_of_weights=int(model.pretrained_cfg.get("num_classes", 0)),  # type: ignore[operator, union-attr]
         features=_features(backbone.layout),
         grid=backbone.grid,
-        stage_channels=backbone.stage_channels,
+        facts=anatomy.facts,
         mechanism="refused" if refusal else backbone.mechanism,
         whole_image_difference=backbone.whole_image_difference,
         head_batchnorms=len(backbone.head_norms),

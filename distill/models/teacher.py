@@ -8,24 +8,35 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.backbone import Backbone
-from distill.protocols import ModelOutput
+from distill.protocols import ModelOutput, Needs
 
 _CAST = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
-class ServedTeacher(nn.Module):
+class FrozenTeacher(nn.Module):
     """Images -> what the backbone gives.
 
-    stream: where its kernels go; the stream that called it may read the outputs after `join`. None: that stream itself.
+    precision: `auto`, which is the caller's autocast; or `bf16`, which turns the backbone's weights to bfloat16, in place, and
+    runs under an autocast of its own. stream: where its kernels go; the stream that called it may read the outputs after
+    `join`. None: that stream itself.
     """
 
-    def __init__(self, backbone: Backbone, memory_format: torch.memory_format, stream: torch.cuda.Stream | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        memory_format: torch.memory_format,
+        precision: str = "auto",
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.memory_format = memory_format
-        self.dtype: torch.dtype | None = None
-        """Of its autocast; None: the caller's."""
+        self.backbone, self.memory_format, self.precision = backbone, memory_format, precision
         self._stream = stream
+        if precision == "bf16":
+            bfloat16_weights(backbone.model)
+
+    def serving(self, needs: Needs) -> FrozenTeacher:
+        """A teacher over the same weights that gives what `needs` asks: not compiled, on the caller's stream."""
+        return FrozenTeacher(self.backbone.serving(needs), self.memory_format, self.precision)
 
     def forward(self, images: Tensor) -> ModelOutput:
         """As `Backbone.forward`; the caller keeps the images until `join`."""
@@ -37,26 +48,17 @@ class ServedTeacher(nn.Module):
             return self._outputs(images)
 
     def join(self) -> None:
-        """What the calling stream does from now on sees the outputs; the host does not wait."""
+        """Makes what the calling stream does from now on see the outputs; the host does not wait."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
-    def precision(self, device: torch.device) -> AbstractContextManager[object]:
-        """Entered around its forward pass."""
-        return nullcontext() if self.dtype is None else torch.autocast(device.type, self.dtype)
-
-    def lower(self, precision: str) -> None:
-        """Turns the weights to `precision` (`auto`: as they are, `bf16`), in place.
-
-        The backbone serves no other needs afterwards: `Backbone.serving` probes a model in float32.
-        """
-        if precision == "bf16":
-            bfloat16_weights(self.backbone.model)
-            self.dtype = torch.bfloat16
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """The context of its forward pass on this device."""
+        return torch.autocast(device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     def _outputs(self, images: Tensor) -> ModelOutput:
         # converted here and not before: a copy that the other stream made would be given away while this one still reads it
-        with self.precision(images.device):
+        with self.autocast(images.device):
             return self.backbone(images.contiguous(memory_format=self.memory_format))
 
 

@@ -36,13 +36,13 @@ class Alone:
     def __init__(self, recipe: Recipe, run: Run, models: Models, batch: int, teacher_flops: float) -> None:
         self._run = run
         self._teacher_flops = teacher_flops
-        self._served = models.served
         self._student = self._ready(copy.deepcopy(models.student.model).train(), recipe, "student")
         self._images = self._pixels(models.student, batch, memory_format(recipe))
+        self._frozen = models.teacher
         self._teacher, self._teacher_images = None, self._images
         if models.teacher is not None:
-            self._teacher = self._ready(copy.deepcopy(models.teacher.model).eval(), recipe, "teacher")
-            self._teacher_images = self._pixels(models.teacher, batch, memory_format(recipe))
+            self._teacher = self._ready(copy.deepcopy(models.teacher.backbone.model).eval(), recipe, "teacher")
+            self._teacher_images = self._pixels(models.teacher.backbone, batch, memory_format(recipe))
         self._gradient: Tensor | None = None
         optim = recipe.optim
         self._optimizer = create_optimizer(
@@ -81,9 +81,9 @@ class Alone:
 
     def _micro_batch(self, line: Timeline) -> None:
         autocast = self._run.accelerator.autocast
-        if self._teacher is not None and self._served is not None:
+        if self._teacher is not None and self._frozen is not None:
             line.enter(TEACHER)
-            with torch.no_grad(), autocast(), self._served.precision(self._run.accelerator.device):
+            with torch.no_grad(), autocast(), self._frozen.autocast(self._run.accelerator.device):
                 self._teacher(self._teacher_images)
         line.enter(FORWARD)
         with autocast():

@@ -79,7 +79,7 @@ def check(name: str, needs: Needs) -> dict[str, str]:
             "input": own if checked == own else f"{own}, checked at {checked}",
             "features": found.features,
             "grid": f"{found.grid[0]}x{found.grid[1]}",
-            "stage_channels": " ".join(map(str, found.stage_channels)),
+            "stage_channels": " ".join(str(stage.channels) for stage in found.facts.stages),
             "head_batchnorms": str(found.head_batchnorms),
             "mechanism": found.mechanism,
             "whole_image_difference": "" if exact is None else f"{exact:.1e}",

@@ -53,8 +53,8 @@ def rehearse(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> None:
     said before days are spent on training its teacher."""
     rehearsed = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, weights="random"))
     data = data_facts(recipe, splits.train, accelerator.num_processes)
-    models = build_models(rehearsed, splits.train.num_classes, data, torch.device("cpu"))
     check_precision(recipe.teacher.precision, accelerator.device)
+    models = build_models(rehearsed, splits.train.num_classes, data, torch.device("cpu"))
     build_optimizer(rehearsed, build_distiller(rehearsed, models))
 
 
@@ -75,7 +75,7 @@ def build_optimizer(recipe: Recipe, distiller: Distiller) -> torch.optim.Optimiz
 def build_distiller(recipe: Recipe, models: Models) -> Distiller:
     """The module that DDP will wrap."""
     schedules = {name: weight_schedule(**dataclasses.asdict(term_schedule(entry)[0])) for name, entry in recipe.loss.items()}
-    join = () if models.served is None else (models.served.join,)
+    join = () if models.teacher is None else (models.teacher.join,)
     return Distiller(models.student, models.criteria, schedules, *join)
 
 
@@ -95,7 +95,6 @@ def build(
     seed_all(derive_seed(recipe.seed, "initialisation"))
     data = data_facts(recipe, splits.train, accelerator.num_processes)
     models = build_models(recipe, splits.train.num_classes, data, accelerator.device)
-    check_precision(recipe.teacher.precision, accelerator.device)
     if recipe.train.overlap_teacher and accelerator.device.type != "cuda":
         accelerator.print("train.overlap_teacher: no effect here, it needs a GPU")
     ema = recipe.ema
@@ -107,7 +106,7 @@ def build(
     if checkpointing:
         before, after = set_activation_checkpointing(models.student)
         accelerator.print(f"activations of one image: {after / 1e6:.1f} MB instead of {before / 1e6:.1f} MB (float32)")
-    compile_backbones(recipe, models.student, models.teacher)
+    compile_backbones(recipe, models)
     settings = build_settings(recipe, splits.train.num_samples)
     spec = eval_spec(recipe, models.student)
     rank = accelerator.process_index
@@ -119,8 +118,8 @@ def build(
         watch=watch,
         seed=recipe.seed,
         distiller=prepared,
-        classifier=models.student.serving(Needs(), None if average is None else average.module).to(accelerator.device),
-        teacher=models.served,
+        classifier=models.student.serving(Needs(), None if average is None else average.module),
+        teacher=models.teacher,
         optimizer=prepared_optimizer,
         guard=Guard(prepared_optimizer, accelerator.scaler, partial(accelerator.reduce, reduction="sum")),
         learning_rate=learning_rate_schedule(peak=recipe.optim.learning_rate, **dataclasses.asdict(recipe.schedule)),

@@ -90,7 +90,7 @@ def fault_report(recipe: Recipe, accelerator: Accelerator) -> Path | None:
 
 def build_train_loader(recipe: Recipe, splits: Splits, models: Models, accelerator: Accelerator) -> Loader:
     """Training views at the larger of both models' input sizes; the other model resizes on the device."""
-    specs = [m.input_spec for m in (models.student, models.teacher) if m is not None]
+    specs = [models.student.input_spec, *([] if models.teacher is None else [models.teacher.backbone.input_spec])]
     augment, asked = recipe.augment, recipe.data.interpolation
     transform = TrainTransform(
         crop=augment.crop,

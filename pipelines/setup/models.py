@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,66 +13,68 @@ from distill.config import RecipeError, run_parameters, term_schedule
 from distill.losses import LOSSES
 from distill.models.backbone import Backbone
 from distill.models.batchnorm import set_batchnorm
-from distill.models.build import create_student, create_teacher
-from distill.models.teacher import ServedTeacher, bfloat16_usable
-from distill.models.weights import load_weights
+from distill.models.build import ProbedModel, create_student, create_teacher
+from distill.models.teacher import FrozenTeacher, bfloat16_usable
 from distill.protocols import Criterion, DataFacts, ModelFacts, Needs
 from distill.recipe import Recipe
 from pipelines.setup.machine import memory_format
 
 
 class Models(NamedTuple):
-    """Both backbones and the criteria between them, on the device."""
+    """Student, teacher and the criteria between them, on the device."""
 
     student: Backbone
-    teacher: Backbone | None
+    teacher: FrozenTeacher | None
     criteria: dict[str, Criterion]
-    served: ServedTeacher | None
-    """The teacher as the steps call it."""
 
 
 def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torch.device) -> Models:
-    """Student, teacher and criteria. Raises ValueError with one line where the pair cannot serve the losses."""
-    name = recipe.student.name
-    if recipe.student.initial_weights == "pretrained" and ":" not in name and not is_model_pretrained(name):
+    """Student, teacher and criteria. Raises ValueError with one line where the pair cannot serve the losses. The order:
+
+    1. both models are made and probed; 2. the criteria, from the facts of both; 3. a backbone each, for what the criteria read,
+    while the models are float32 and eager; 4. the device and the memory format; 5. the teacher's precision.
+    """
+    check_precision(recipe.teacher.precision, device)
+    student = build_student(recipe, num_classes)
+    teacher = build_teacher(recipe, num_classes) if recipe.teacher.name != "none" else None
+    criteria = build_criteria(recipe, student.facts, None if teacher is None else teacher.facts, data)
+    student_needs, teacher_needs = needs_of(criteria)
+    ours = set_batchnorm(student.backbone(student_needs), recipe.student.batchnorm)
+    chosen = memory_format(recipe)
+    trained: list[nn.Module] = [ours, *criteria.values()]
+    for module in trained:
+        module.to(device).to(memory_format=chosen)
+    if teacher is None:
+        return Models(ours, None, criteria)
+    theirs = teacher.backbone(teacher_needs).to(device).to(memory_format=chosen)
+    frozen = FrozenTeacher(theirs, chosen, recipe.teacher.precision, teacher_stream(recipe, device))
+    return Models(ours, frozen, criteria)
+
+
+def build_student(recipe: Recipe, num_classes: int) -> ProbedModel:
+    """The student with the weights that the recipe starts from."""
+    name, start = recipe.student.name, recipe.student.initial_weights
+    if start == "pretrained" and ":" not in name and not is_model_pretrained(name):
         raise RecipeError(f"student.initial_weights: timm publishes no weights for {name}; use random or a path")
-    plain = create_student(
-        recipe.student.name,
+    return create_student(
+        name,
         num_classes=num_classes,
-        needs=Needs(),
+        weights=None if start in ("random", "pretrained") else start,
         image_size=recipe.data.image_size or None,
         drop_rate=recipe.student.drop_rate,
         drop_path_rate=recipe.student.drop_path_rate,
         class_tokens=recipe.student.class_tokens,
         # a fresh head over pretrained weights is what fine-tuning a student means
-        model_kwargs={**recipe.student.model_kwargs, "pretrained": recipe.student.initial_weights == "pretrained" or None},
+        model_kwargs={**recipe.student.model_kwargs, "pretrained": start == "pretrained" or None},
     )
-    if recipe.student.initial_weights not in ("random", "pretrained"):
-        load_weights(plain.model, Path(recipe.student.initial_weights))
-    teacher = build_teacher(recipe, num_classes) if recipe.teacher.name != "none" else None
-    criteria = build_criteria(recipe, plain.facts, None if teacher is None else teacher.facts, data)
-    student_needs, teacher_needs = needs_of(criteria)
-    # the criteria had to know the channels first; now each backbone is probed for what they read
-    student = plain.serving(student_needs)
-    if teacher is not None:
-        teacher = teacher.serving(teacher_needs)
-    student = set_batchnorm(student, recipe.student.batchnorm)
-    trained: list[nn.Module] = [student, *criteria.values()]
-    for module in trained if teacher is None else [*trained, teacher]:
-        module.to(device).to(memory_format=memory_format(recipe))
-    if teacher is None:
-        return Models(student, None, criteria, None)
-    served = ServedTeacher(teacher, memory_format(recipe), teacher_stream(recipe, device))
-    return Models(student, teacher, criteria, served)
 
 
-def build_teacher(recipe: Recipe, num_classes: int) -> Backbone:
-    """The frozen teacher with the recipe's weights."""
+def build_teacher(recipe: Recipe, num_classes: int) -> ProbedModel:
+    """The teacher with the recipe's weights."""
     return create_teacher(
         recipe.teacher.name,
         weights=recipe.teacher.weights,
         num_classes=num_classes,
-        needs=Needs(),
         model_kwargs=recipe.teacher.model_kwargs,
         class_tokens=recipe.teacher.class_tokens,
         class_map=recipe.teacher.class_map,
@@ -110,13 +111,13 @@ def needs_of(criteria: Mapping[str, Criterion]) -> tuple[Needs, Needs]:
     return student, teacher
 
 
-def compile_backbones(recipe: Recipe, student: Backbone, teacher: Backbone | None) -> None:
+def compile_backbones(recipe: Recipe, models: Models) -> None:
     """Compiles the forward (and backward) of the models that `train.compile` names, at their first call.
 
     In place: the modules, their parameters' names and their copies stay what they were, and evaluation, which sees batches
     of several sizes through another backbone over the same weights, stays eager.
     """
-    wanted = {"student": student, "teacher": teacher}
+    wanted = {"student": models.student, "teacher": None if models.teacher is None else models.teacher.backbone}
     for name, backbone in wanted.items():
         if backbone is not None and recipe.train.compile in (name, "both"):
             # every training batch has one shape; a general one would be slower

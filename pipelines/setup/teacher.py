@@ -1,4 +1,4 @@
-"""The teacher before the first step: in the recipe's precision, as good as the recipe says."""
+"""The teacher before the first step: whether it is as good as the recipe says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from distill.config import RecipeError
 from distill.data.index import ShardIndex
 from distill.engine import pulse
 from distill.evaluation import evaluate
-from distill.models.teacher import ServedTeacher
 from distill.protocols import Needs
 from distill.recipe import Recipe, Teacher
 from distill.run import Run
@@ -14,29 +13,23 @@ from pipelines.setup.data import build_eval_loader, eval_spec
 from pipelines.setup.models import Models
 
 
-def prepare_teacher(recipe: Recipe, run: Run, models: Models, val: ShardIndex) -> dict[str, float]:
-    """The teacher in the recipe's precision, and its own numbers on the validation shards, fed its own way.
+def evaluate_teacher(recipe: Recipe, run: Run, models: Models, val: ShardIndex) -> dict[str, float]:
+    """The teacher's numbers on the validation shards, fed its own way and in its own precision; empty where nobody asks.
 
     RecipeError where it is not as good as the recipe expects.
     """
-    if models.teacher is None or models.served is None:
+    if models.teacher is None or not recipe.teacher.evaluate:
         return {}
-    asked, spec = recipe.teacher, models.teacher.input_spec
-    if not asked.evaluate:
-        models.served.lower(asked.precision)
-        return {}
-    # while the model can still be probed; not compiled, for evaluation has batches of two sizes
-    own = ServedTeacher(models.teacher.serving(Needs()).to(models.teacher.mean.device), models.served.memory_format)
-    models.served.lower(asked.precision)
-    own.dtype = models.served.dtype
     run.watch(0, "evaluating")
+    spec = models.teacher.backbone.input_spec
     other = spec != eval_spec(recipe, models.student)
     loader = build_eval_loader(recipe, val, spec, run.accelerator) if other else run.eval_loader
-    found = evaluate(own, loader, run.accelerator, lambda: pulse(run))
+    # of logits alone, and not compiled: evaluation has batches of two sizes
+    found = evaluate(models.teacher.serving(Needs()), loader, run.accelerator, lambda: pulse(run))
     if other:
         loader.close()
-    compared = check_top1(asked, found["top1"])
-    run.reporter.say(f"teacher {asked.name}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}; {compared}")
+    compared = check_top1(recipe.teacher, found["top1"])
+    run.reporter.say(f"teacher {recipe.teacher.name}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}; {compared}")
     return found
 
 

@@ -34,7 +34,6 @@ from distill.config import RecipeError
 from distill.data.index import ShardIndex
 from distill.models.build import create_teacher
 from distill.models.export import export_student
-from distill.protocols import Needs
 from pipelines.setup.arguments import Parser, command, requests
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +79,7 @@ class Times:
 
 def make_teacher(name: str, classes: int, side: int, folder: Path) -> None:
     """Random weights as a folder that both sides load; its config names the side of the images that it sees."""
-    backbone = create_teacher(name, weights="random", num_classes=classes, needs=Needs())
+    backbone = create_teacher(name, weights="random", num_classes=classes)
     spec = replace(backbone.input_spec, height=side, width=side)
     names = [str(number) for number in range(classes)]
     export_student(backbone.model, folder, input_spec=spec, class_names=names, metadata={})

@@ -16,11 +16,10 @@ from distill.data.index import ShardIndex
 from distill.data.reference import ReferenceTrainLoader
 from distill.distiller import Distiller
 from distill.losses import LOSSES
-from distill.models.backbone import Backbone
-from distill.models.build import create_student
+from distill.models.build import create_student, probe
 from distill.models.describe import create_outline
 from distill.models.input_spec import input_spec_of
-from distill.protocols import Batch, Needs, Progress, Target
+from distill.protocols import Batch, Progress, Target
 from shards.prepare import main as prepare
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "../shared/data/imagenet_sample.tar"
@@ -87,18 +86,17 @@ def test_the_pair_trains_with_both_papers_losses(
     teacher_name: str, teacher_side: int, kwargs: dict, student_name: str, student_side: int, photographs: ShardIndex
 ):
     torch.manual_seed(0)
-    shape = {"num_classes": CLASSES, "needs": Needs()}
-    plain = create_student(student_name, image_size=student_side, **shape)
+    ours = create_student(student_name, num_classes=CLASSES, image_size=student_side)
     model = create_outline(teacher_name, num_classes=CLASSES, **kwargs)
     own = replace(input_spec_of(model), height=teacher_side, width=teacher_side)
-    teacher = Backbone(model, Needs(), input_spec=own, name=teacher_name, frozen=True)
+    theirs = probe(model, name=teacher_name, input_spec=own, frozen=True)
     criteria = {
         "cross_entropy": LOSSES["cross_entropy"](),
         "sdd": LOSSES["sdd"](base="dkd"),
-        "msdcrd": LOSSES["msdcrd"](plain.facts, teacher.facts),
+        "msdcrd": LOSSES["msdcrd"](ours.facts, theirs.facts),
     }
-    student = plain.serving(criteria["sdd"].student_needs | criteria["msdcrd"].student_needs).train()
-    teacher = teacher.serving(criteria["sdd"].teacher_needs | criteria["msdcrd"].teacher_needs)
+    student = ours.backbone(criteria["sdd"].student_needs | criteria["msdcrd"].student_needs).train()
+    teacher = theirs.backbone(criteria["sdd"].teacher_needs | criteria["msdcrd"].teacher_needs)
     distiller = Distiller(student, criteria, dict.fromkeys(criteria, lambda _: 1.0))
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01)
 

@@ -30,7 +30,7 @@ def test_explain_says_what_a_pair_gives_costs_and_can_be_trained_with() -> None:
     assert report["teacher"]["parameters"] == 21_797_672
     assert report["student"]["parameters"] == 1_464_840  # 1,233,540 at 100 classes and 900 more rows of 257
     assert 7.2e9 < report["teacher"]["flops"] < 7.5e9  # 3.67 GMAC at 224 px
-    assert report["teacher"]["stage_channels"] == [64, 128, 256, 512]
+    assert [stage[0] for stage in report["teacher"]["facts"]["stages"]] == [64, 128, 256, 512]
     assert report["losses"]["sdd"] == "teacher pool, student pool"
     assert 0 < report["teacher_share_of_step"] < 1
     assert any("resnet34.tv_in1k" in text for text in report["warnings"])

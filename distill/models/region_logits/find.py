@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distill.models.anatomy import Anatomy
 from distill.models.region_logits.attend import AttendHead
 from distill.models.region_logits.layout import Features, Layout, TimmModel
 from distill.models.region_logits.mechanisms import (
@@ -23,7 +24,6 @@ from distill.models.region_logits.mechanisms import (
 )
 from distill.models.region_logits.plan import rows_on
 from distill.models.region_logits.probe import (
-    Anatomy,
     Verdict,
     cells_on,
     check_regions,
@@ -51,37 +51,37 @@ CHECKED: Origins = ((Regions(scales=(1,), mode="area"), 0), (Regions(scales=(2,)
 class Found:
     """A mechanism that holds for a model."""
 
-    mechanism: nn.Module
-    """(model, sight) -> logits of the regions asked for."""
+    make: Factory
+    """Regions -> the module (model, sight) -> their logits."""
     head_norms: list[str]
     """Names of the BatchNorms inside the model's head."""
     difference: float | None
     """Between the model's logits and the whole-image region's, relative; None for a definition that is not of the region."""
 
 
-def find_mechanism(name: str, model: TimmModel, anatomy: Anatomy, origins: Origins, class_tokens: str) -> Found:
-    """The mechanism that gives the logits of the regions `origins`.
+def find_mechanism(model: TimmModel, anatomy: Anatomy, class_tokens: str) -> Found:
+    """The mechanism that gives this model's region logits; looked for once, then remembered in the anatomy.
 
-    class_tokens: the definition for heads that never read the grid, see `mechanisms` and `attend`. ValueError with each
-    mechanism's reason where none holds.
+    class_tokens: the definition for heads that never read the grid, see `mechanisms` and `attend`. The head runs under noise
+    meanwhile, so the model must be in float32 and not compiled when this is first called. ValueError with each mechanism's
+    reason where none holds.
     """
     if class_tokens not in CLASS_TOKEN_MODES:
         raise ValueError(f"class_tokens {class_tokens!r}: no such definition; choose one of {', '.join(CLASS_TOKEN_MODES)}")
-    factory: Factory
-    difference: float | None
-    with noisy_head(model, anatomy) as (features, head):
-        names = [n for n, module in model.named_modules() if module in head and isinstance(module, _BatchNorm)]
-        if head_reads_grid(model, anatomy, features):
-            factory, difference = _grid_factory(name, model, anatomy, features, head)
-        else:
-            factory, difference = _class_token_factory(name, model, anatomy, class_tokens)
-    device = next(model.parameters()).device
-    return Found(factory(origins).to(device), names, difference)
+    if class_tokens not in anatomy.mechanisms:
+        with noisy_head(model, anatomy) as (features, head):
+            names = [n for n, module in model.named_modules() if module in head and isinstance(module, _BatchNorm)]
+            if head_reads_grid(model, anatomy, features):
+                factory, difference = _grid_factory(model, anatomy, features, head)
+            else:
+                factory, difference = _class_token_factory(model, anatomy, class_tokens)
+        anatomy.mechanisms[class_tokens] = Found(factory, names, difference)
+    return anatomy.mechanisms[class_tokens]
 
 
 def _grid_factory(
-    name: str, model: TimmModel, anatomy: Anatomy, features: Features, head: Sequence[nn.Module]
-) -> tuple[Factory, float]:
+    model: TimmModel, anatomy: Anatomy, features: Features, head: Sequence[nn.Module]
+) -> tuple[Factory, float | None]:
     """`pool`, `split` or `crop`, whichever holds first, and how exactly."""
     layout = anatomy.layout
     candidates: list[tuple[str, Factory]] = [("pool", partial(_pool_head, layout))]
@@ -95,7 +95,7 @@ def _grid_factory(
             return factory, verdict.difference
         reasons.append(f"{kind}: {verdict.reason}")
     raise ValueError(
-        f"{name} cannot give region logits ({'; '.join(reasons)}). Its logits, region features and stages work; "
+        f"{anatomy.name} cannot give region logits ({'; '.join(reasons)}). Its logits, region features and stages work; "
         "take a loss without region logits, or another model"
     )
 
@@ -131,9 +131,9 @@ def look(model: TimmModel, layout: Layout, mechanism: nn.Module, features: Featu
     return logits, Sight(features, pool(grid, rows), grid, logits, inner)
 
 
-def _class_token_factory(name: str, model: TimmModel, anatomy: Anatomy, mode: str) -> tuple[Factory, float | None]:
+def _class_token_factory(model: TimmModel, anatomy: Anatomy, mode: str) -> tuple[Factory, float | None]:
     """The definition asked for; `shift` in the place of `attend` where the last block is not one that attend knows."""
-    layout = anatomy.layout
+    layout, name = anatomy.layout, anatomy.name
     if mode == "attend":
         verdict = check_attend(model, anatomy)
         if verdict.reason is None:
@@ -214,14 +214,12 @@ def _pool_head(layout: Layout, origins: Origins) -> nn.Module:
     return PoolHead(layout, _matrices(layout, origins))
 
 
-def _split_head(layout: Layout, pool_name: str, pool: nn.Module, dims: int, origins: Origins) -> nn.Module:
-    return SplitHead(_rows(layout, origins), pool, pool_name, dims)
+def _split_head(layout: Layout, pool_name: str, dims: int, origins: Origins) -> nn.Module:
+    return SplitHead(_rows(layout, origins), pool_name, dims)
 
 
-def _pools_of(
-    model: TimmModel, layout: Layout, features: Features, head: Sequence[nn.Module]
-) -> list[tuple[str, nn.Module, int]]:
-    """The pool modules inside the head that read a whole grid: name, module and dimensions of what they give."""
+def _pools_of(model: TimmModel, layout: Layout, features: Features, head: Sequence[nn.Module]) -> list[tuple[str, int]]:
+    """The pool modules inside the head that read a whole grid: each one's name, and the dimensions of what it gives."""
     found: dict[nn.Module, int] = {}
 
     def note(module: nn.Module, args: tuple, output: object) -> None:
@@ -237,4 +235,4 @@ def _pools_of(
     finally:
         for handle in handles:
             handle.remove()
-    return [(n, module, found[module]) for n, module in model.named_modules() if module in found]
+    return [(n, found[module]) for n, module in model.named_modules() if module in found]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.region_logits.layout import Features, Layout, TimmModel, join_tokens
+from distill.models.taps import Tap, tapped
 from distill.regions import pool
 
 CLASS_TOKEN_MODES = ("attend", "shift", "repeat")
@@ -75,52 +76,22 @@ class PoolHead(nn.Module):
         return model.forward_head(self.layout.features(cells)).unflatten(0, sight.rows.shape[:2])
 
 
-class PoolTap(nn.Module):
-    """Stands in for the pool module inside a head: keeps what the pool reads, or gives what it should have given."""
-
-    pool: nn.Module
-
-    def __init__(self, pool: nn.Module) -> None:
-        super().__init__()
-        self.kept: Tensor | None = None
-        self.given: Tensor | None = None
-        object.__setattr__(self, "pool", pool)  # not as a child: it belongs to the model
-
-    def run(self, model: TimmModel, pool_name: str, features: Features) -> Tensor:
-        """`forward_head(features)` with this module in the pool's place; afterwards the model is as it was."""
-        parent_name, _, name = pool_name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        setattr(parent, name, self)
-        try:
-            return model.forward_head(features)
-        finally:
-            setattr(parent, name, self.pool)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.given is not None:
-            return self.given
-        self.kept = x
-        return self.pool(x)
-
-
 class SplitHead(nn.Module):
     """`split`. `pool_name` is the head's own pool module; it reads a map of the features' grid."""
 
     kind = "split"
 
-    def __init__(self, matrix: Tensor, pool: nn.Module, pool_name: str, output_dims: int) -> None:
+    def __init__(self, matrix: Tensor, pool_name: str, output_dims: int) -> None:
         super().__init__()
-        self.pool_name = pool_name
         self.trailing = (1,) * (output_dims - 2)
-        self.tap = PoolTap(pool)
+        self.tap = Tap(pool_name, copies=False)  # a pool does not write into what it reads
         self.register_buffer("matrix", matrix, persistent=False)
 
     def first(self, model: TimmModel, features: Features) -> tuple[Tensor, Tensor]:
         """The model's own logits, and the map that its pool read."""
-        logits = self.tap.run(model, self.pool_name, features)
-        kept = self.tap.kept
-        self.tap.kept = None
-        return logits, kept  # type: ignore[return-value]
+        with tapped(model, [self.tap]):
+            logits = model.forward_head(features)
+        return logits, self.tap.taken()
 
     def forward(self, model: TimmModel, sight: Sight) -> Tensor:
         """-> logits of each region, [B, R, K]; `sight.inner` is the map that the pool read."""
@@ -129,7 +100,8 @@ class SplitHead(nn.Module):
         self.tap.given = rows.flatten(0, 1).unflatten(1, (-1, *self.trailing))
         try:
             # one sample runs through the layers before the pool, and what it gives there is dropped
-            return self.tap.run(model, self.pool_name, sight.features[:1]).unflatten(0, rows.shape[:2])
+            with tapped(model, [self.tap]):
+                return model.forward_head(sight.features[:1]).unflatten(0, rows.shape[:2])
         finally:
             self.tap.given = None
 

@@ -1,4 +1,4 @@
-"""What a model is, found by running it once when its backbone is built; nothing here runs in a training step."""
+"""The check of a mechanism on the model itself: noise in places, and what it moves. Nothing here runs in a training step."""
 
 from __future__ import annotations
 
@@ -10,67 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distill.models.region_logits.layout import Features, Layout, TimmModel, find_layout
-from distill.protocols import InputSpec
+from distill.models.anatomy import Anatomy, evaluating
+from distill.models.region_logits.layout import Features, Layout, TimmModel
 
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest logit, between a model's logits and those of its whole-image region."""
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What one probe of a model in evaluation mode found."""
-
-    layout: Layout
-    stage_indices: tuple[int, ...]
-    """Indices for `forward_intermediates` of the curated stages before the feature map, first to last."""
-    stage_channels: tuple[int, ...]
-    """Channels of the curated stages, first to last; the last is the feature map."""
-    features: Features
-    """What the head reads, for two images of noise."""
-    images: Tensor
-    stand_in: Tensor | None
-    """The feature map, where it is none of the features."""
-    generator: torch.Generator
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, and every module's mode and the random number states as they were afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.random.fork_rng(), torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def examine(model: TimmModel, spec: InputSpec) -> Anatomy:
-    """The anatomy of a timm model at this input size. ValueError, with the reason, for one whose features have no grid."""
-    generator = torch.Generator().manual_seed(0)
-    parameter = next(model.parameters())
-    images = torch.randn(2, 3, spec.height, spec.width, generator=generator).to(parameter.device, parameter.dtype)
-    with evaluating(model):
-        features, maps = model.forward_intermediates(images, stop_early=False, output_fmt="NCHW")
-    layout = find_layout(model, features, maps)
-    indices = curate(maps, layout, (spec.height, spec.width))
-    channels = (*(maps[i].shape[1] for i in indices), layout.channels)
-    stand_in = None if layout.stand_in is None else maps[layout.stand_in]
-    return Anatomy(layout, indices, channels, features, images, stand_in, generator)
-
-
-def curate(maps: Sequence[Tensor], layout: Layout, image: tuple[int, int]) -> tuple[int, ...]:
-    """Indices of the stages before the feature map: the last map of each resolution coarser than the stem's.
-
-    Maps finer than 1/4 of the image are a stem's where the net goes on to 1/16 or coarser; a CIFAR net starts its stages at
-    full resolution. Maps as coarse as the feature map are left to the feature map.
-    """
-    last = {m.shape[2]: i for i, m in enumerate(maps)}
-    deep = image[0] / layout.height >= 16
-    kept = [i for height, i in last.items() if height > layout.height and not (deep and image[0] / height < 4)]
-    return tuple(sorted(kept, key=lambda i: -maps[i].shape[2]))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import distill.models  # noqa: F401  (registers the CIFAR nets)
+from distill.models.anatomy import examine
 from distill.models.backbone import Backbone
 from distill.protocols import InputSpec, Needs, Regions
 
@@ -41,4 +42,4 @@ def stirred(model: nn.Module, seed: int = 0) -> nn.Module:
 def backbone(name: str, size: int, needs: Needs, num_classes: int = 10, seed: int = 0, **kwargs: object) -> Backbone:
     torch.manual_seed(seed)
     model = stirred(timm.create_model(name, num_classes=num_classes, **kwargs))
-    return Backbone(model, needs, input_spec=spec(size), name=name)
+    return Backbone(model, examine(model, spec(size), name), needs)

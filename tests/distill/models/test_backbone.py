@@ -7,13 +7,14 @@ import copy
 import pytest
 import timm
 import torch
-from model_support import MEAN, PYRAMID, SMALL_PYRAMID, STD, backbone, normalised, spec, stirred
+from model_support import PYRAMID, SMALL_PYRAMID, backbone, normalised, spec, stirred
 from torch import nn
 
+from distill.models.anatomy import examine
 from distill.models.backbone import Backbone
 from distill.models.batchnorm import set_batchnorm
 from distill.models.region_logits.head_batchnorm import FEW_ROWS
-from distill.protocols import InputSpec, Needs, Regions
+from distill.protocols import Needs, Regions
 from distill.regions import region_matrix
 
 FAMILIES = [
@@ -50,7 +51,7 @@ def test_logits_are_the_models_own_and_regions_are_its_head_on_pooled_regions(na
         )
     torch.testing.assert_close(output.region_features[PYRAMID][:, 0], features.mean((2, 3)))
     assert output.stages[-1] is output.feature_map
-    assert output.stages[-2].shape[:3] == (2, served.stage_channels[-2], 4)
+    assert output.stages[-2].shape[:3] == (2, served.anatomy.facts.stages[-2].channels, 4)
 
 
 def test_noise_outside_a_region_leaves_its_logits_alone_and_noise_inside_moves_them() -> None:
@@ -76,7 +77,7 @@ def test_rows_that_coincide_are_pooled_once_and_the_cascade_keeps_its_own_global
 def test_building_leaves_the_model_and_the_random_numbers_as_they_were() -> None:
     model = stirred(timm.create_model("mobilenetv4_conv_small_035", num_classes=10)).train()
     before, seed = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    Backbone(model, EVERYTHING, input_spec=spec(64))
+    Backbone(model, examine(model, spec(64)), EVERYTHING)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), seed)
     assert model.training
@@ -127,7 +128,7 @@ def test_copies_of_the_model_carry_no_trace_of_the_backbone() -> None:
 def test_a_frozen_teacher_stays_in_evaluation_and_takes_no_gradient() -> None:
     torch.manual_seed(0)
     model = timm.create_model("cifar_resnet8", num_classes=10)
-    teacher = Backbone(model, Needs(), input_spec=spec(32), frozen=True)
+    teacher = Backbone(model, examine(model, spec(32)), Needs(), frozen=True)
     nn.Sequential(teacher).train()
     assert not any(module.training for module in teacher.modules())
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -200,14 +201,14 @@ def test_a_stage_that_is_not_there_is_refused_with_the_range() -> None:
 def test_a_model_without_a_classifier_is_refused() -> None:
     model = timm.create_model("resnet18", num_classes=0)
     with pytest.raises(ValueError, match=r"resnet18 has no classifier \(num_classes 0\)"):
-        Backbone(model, Needs(), input_spec=InputSpec(64, 64, MEAN, STD, "bicubic", 1.0), name="resnet18")
+        examine(model, spec(64), "resnet18")
 
 
 def test_a_student_that_drops_tokens_in_training_is_refused() -> None:
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=1, img_size=64, patch_drop_rate=0.5)
     with pytest.raises(ValueError, match=r"patch_drop_rate 0.5: vit drops tokens in training"):
-        Backbone(model, Needs(), input_spec=spec(64), name="vit")
-    assert Backbone(model, Needs(), input_spec=spec(64), frozen=True).grid == (4, 4)
+        Backbone(model, examine(model, spec(64), "vit"), Needs())
+    assert Backbone(model, examine(model, spec(64)), Needs(), frozen=True).grid == (4, 4)
 
 
 def test_a_compiled_training_step_equals_the_eager_one() -> None:

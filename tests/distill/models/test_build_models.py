@@ -12,6 +12,7 @@ import torch
 from model_support import PYRAMID, stirred
 from PIL import Image
 
+from distill.models.backbone import Backbone
 from distill.models.build import create_model, create_student, create_teacher, import_models
 from distill.models.export import export_student
 from distill.models.input_spec import input_spec_of
@@ -21,12 +22,12 @@ from distill.protocols import InputSpec, Needs
 REGIONS = Needs((PYRAMID,))
 
 
-def student(name: str, **kwargs: object):
-    return create_student(name, **{"num_classes": 10, "needs": REGIONS, **kwargs})
+def student(name: str, needs: Needs = REGIONS, **kwargs: object) -> Backbone:
+    return create_student(name, **{"num_classes": 10, **kwargs}).backbone(needs)
 
 
-def teacher(name: str, **kwargs: object):
-    return create_teacher(name, **{"num_classes": 10, "needs": REGIONS, "weights": "random", **kwargs})
+def teacher(name: str, needs: Needs = REGIONS, **kwargs: object) -> Backbone:
+    return create_teacher(name, **{"num_classes": 10, "weights": "random", **kwargs}).backbone(needs)
 
 
 @pytest.mark.parametrize(

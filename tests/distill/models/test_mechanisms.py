@@ -11,6 +11,7 @@ import torch
 from model_support import PYRAMID, SMALL_PYRAMID, backbone, normalised, spec, stirred
 from torch import Tensor, nn
 
+from distill.models.anatomy import examine
 from distill.models.backbone import Backbone
 from distill.models.batchnorm import set_batchnorm
 from distill.models.region_logits.mechanisms import CropHead
@@ -53,7 +54,7 @@ def test_every_kind_is_recognised_and_leaves_the_model_its_own_logits(
         assert torch.equal(output.logits, served.model(normalised(images)))
     assert torch.equal(output.region_logits[PYRAMID][:, 0], output.logits)
     torch.testing.assert_close(output.region_logits[PYRAMID][:, :5], output.region_logits[SMALL_PYRAMID])
-    assert output.feature_map.shape == (2, served.stage_channels[-1], *served.grid)
+    assert output.feature_map.shape == (2, served.anatomy.facts.stages[-1].channels, *served.grid)
     mean = output.feature_map.float().mean((2, 3))
     torch.testing.assert_close(output.region_features[PYRAMID][:, 0], mean, rtol=1e-4, atol=1e-5)
 
@@ -142,7 +143,7 @@ def test_attend_on_a_region_is_the_last_block_run_on_that_regions_tokens_filling
 def test_class_token_definitions_are_what_they_say(mode: str) -> None:
     torch.manual_seed(0)
     model = stirred(timm.create_model("vit_tiny_patch16_224", num_classes=10, **VIT)).eval()
-    served = Backbone(model, EVERYTHING, input_spec=spec(64), class_tokens=mode).eval()
+    served = Backbone(model, examine(model, spec(64)), EVERYTHING, class_tokens=mode).eval()
     assert served.mechanism == f"token:{mode}"
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
@@ -171,7 +172,7 @@ def test_the_log_says_which_definition_is_used_and_when_attend_is_not_to_be_had(
 def test_an_unknown_class_token_definition_is_refused() -> None:
     model = timm.create_model("cifar_resnet8")
     with pytest.raises(ValueError, match="class_tokens 'mean': no such definition; choose one of attend, shift, repeat"):
-        Backbone(model, EVERYTHING, input_spec=spec(32), class_tokens="mean")
+        Backbone(model, examine(model, spec(32)), EVERYTHING, class_tokens="mean")
 
 
 def test_crops_are_the_boxes_of_their_regions() -> None:
@@ -202,9 +203,10 @@ class FlatHead(nn.Module):
 
 def test_what_no_mechanism_serves_is_refused_by_name_with_every_reason_and_the_rest_works() -> None:
     model = FlatHead()
+    anatomy = examine(model, spec(32), "flat")
     with pytest.raises(ValueError, match=r"flat cannot give region logits \(pool: its head fails .*; crop: .*stages work"):
-        Backbone(model, Needs((PYRAMID,)), input_spec=spec(32), name="flat")
-    served = Backbone(model, Needs((), (PYRAMID,), (-1,)), input_spec=spec(32), name="flat")
+        Backbone(model, anatomy, Needs((PYRAMID,)))
+    served = Backbone(model, anatomy, Needs((), (PYRAMID,), (-1,)))
     assert served(torch.rand(1, 3, 32, 32)).region_features[PYRAMID].shape == (1, 21, 4)
 
 

@@ -113,7 +113,7 @@ def test_the_class_is_served_by_its_mechanism_and_its_whole_image_is_exact(
     torch.manual_seed(0)
     needs = Needs((SMALL_PYRAMID,))
     with caplog.at_level(logging.CRITICAL):
-        served = create_student(name, num_classes=10, needs=needs, image_size=size)
+        served = create_student(name, num_classes=10, image_size=size).backbone(needs)
     assert served.mechanism == mechanism
     assert served.whole_image_difference is not None
     assert served.whole_image_difference < 1e-4

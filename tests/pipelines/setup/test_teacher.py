@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill.config import RecipeError
-from distill.models.teacher import ServedTeacher
+from distill.models.teacher import FrozenTeacher
 from distill.protocols import Needs
 from distill.recipe import Teacher
 from pipelines.setup.models import teacher_stream
@@ -27,10 +27,9 @@ def test_bf16_weights_give_exactly_what_bf16_autocast_gives(name: str, kwargs: d
     images = torch.rand(3, 3, 32, 32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         wanted = teacher(images)
-    served = ServedTeacher(teacher, torch.channels_last)
     with torch.no_grad():
-        assert served(images).logits.dtype is torch.float32
-    served.lower("bf16")
+        assert FrozenTeacher(teacher, torch.channels_last)(images).logits.dtype is torch.float32
+    served = FrozenTeacher(teacher, torch.channels_last, "bf16")
     with torch.no_grad():
         found = served(images)
         with torch.autocast("cpu", torch.bfloat16):
@@ -72,8 +71,8 @@ def test_two_cuda_graphs_at_once_are_refused(digits: Path, tmp_path: Path):
 def test_a_stream_of_its_own_changes_no_output():
     device = torch.device("cuda")
     teacher = backbone("cifar_resnet14", 32, NEEDS).eval().requires_grad_(False).to(device)
-    plain = ServedTeacher(teacher, torch.channels_last)
-    beside = ServedTeacher(teacher, torch.channels_last, torch.cuda.Stream(device))
+    plain = FrozenTeacher(teacher, torch.channels_last)
+    beside = FrozenTeacher(teacher, torch.channels_last, stream=torch.cuda.Stream(device))
     batches = torch.rand(8, 64, 3, 32, 32, device=device)
     with torch.no_grad():
         wanted = [plain(images).region_logits[PYRAMID].clone() for images in batches]

@@ -42,10 +42,13 @@ class SplitUnit(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.branch = _branch(channels // 2, channels // 2, 1)
+        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         kept, changed = x.chunk(2, dim=1)
-        return shuffled(torch.cat([kept, self.branch(changed)], dim=1), 2)
+        # The paper's ReLU ends the branch. Behind the shuffle it gives the same numbers, for `kept` is nowhere negative, and the
+        # unit ends in an activation, so that its pre-activation can be had.
+        return self.act(shuffled(torch.cat([kept, self.branch(changed)], dim=1), 2))
 
 
 class DownUnit(nn.Module):
@@ -55,23 +58,22 @@ class DownUnit(nn.Module):
         super().__init__()
         half = channels // 2
         self.left = nn.Sequential(
-            *conv_norm(in_channels, in_channels, 3, 2, groups=in_channels),
-            *conv_norm(in_channels, half, 1),
-            nn.ReLU(inplace=True),
+            *conv_norm(in_channels, in_channels, 3, 2, groups=in_channels), *conv_norm(in_channels, half, 1)
         )
         self.right = _branch(in_channels, half, 2)
+        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return shuffled(torch.cat([self.left(x), self.right(x)], dim=1), 2)
+        return self.act(shuffled(torch.cat([self.left(x), self.right(x)], dim=1), 2))
 
 
 def _branch(in_channels: int, channels: int, stride: int) -> nn.Sequential:
+    """1x1, depthwise 3x3 and 1x1 convolutions, without the activation that ends them."""
     return nn.Sequential(
         *conv_norm(in_channels, channels, 1),
         nn.ReLU(inplace=True),
         *conv_norm(channels, channels, 3, stride, groups=channels),
         *conv_norm(channels, channels, 1),
-        nn.ReLU(inplace=True),
     )
 
 

@@ -46,8 +46,8 @@ class SplitUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kept, changed = x.chunk(2, dim=1)
-        # The paper's ReLU ends the branch. Behind the shuffle it gives the same numbers, for `kept` is nowhere negative, and the
-        # unit ends in an activation, so that its pre-activation can be had.
+        # The paper's ReLU ends the branch. Behind the shuffle it gives the same numbers, for `kept` is nowhere negative, and
+        # the unit ends in an activation, so that its pre-activation can be had.
         return self.act(shuffled(torch.cat([kept, self.branch(changed)], dim=1), 2))
 
 

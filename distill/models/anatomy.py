@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distill.models.classifier import Classifier, find_classifier
+from distill.models.preactivations import Preactivation, Trace, find_preactivation
 from distill.models.region_logits.layout import Features, Layout, TimmModel, find_layout
 from distill.protocols import InputSpec, MapShape, ModelFacts
-
-if TYPE_CHECKING:
-    from distill.models.region_logits.find import Found
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,11 @@ class Anatomy:
     stand_in: Tensor | None
     """The feature map, where it is none of the features."""
     generator: torch.Generator
-    mechanisms: dict[str, Found] = field(default_factory=dict)
-    """The ways to region logits that were looked for, by the definition for class tokens; filled by `find_mechanism`."""
+    classifier: Classifier
+    preactivations: tuple[Preactivation, ...]
+    """Of the curated stages, first to last."""
+    found: dict[str, Any] = field(default_factory=dict)
+    """What is looked for only when somebody asks: `find_mechanism` and `head_bias_refusal` keep their findings here."""
 
     def __deepcopy__(self, memo: object) -> Anatomy:
         """The same object: a copy of a model has the same anatomy."""
@@ -65,20 +67,27 @@ def examine(model: TimmModel, spec: InputSpec, name: str = "") -> Anatomy:
     generator = torch.Generator().manual_seed(0)
     parameter = next(model.parameters())
     images = torch.randn(2, 3, spec.height, spec.width, generator=generator).to(parameter.device, parameter.dtype)
+    trace = Trace(model)
     with evaluating(model):
-        features, maps = model.forward_intermediates(images, stop_early=False, output_fmt="NCHW")
-    try:
-        layout = find_layout(model, features, maps)
-    except ValueError as error:
-        raise ValueError(f"{name} cannot be served: {error}") from error
+        with trace.recording():
+            features, maps = model.forward_intermediates(images, stop_early=False, output_fmt="NCHW")
+        try:
+            layout = find_layout(model, features, maps)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be served: {error}") from error
+        classifier = find_classifier(model, features)
     indices = curate(maps, layout, (spec.height, spec.width))
+    stand_in = None if layout.stand_in is None else maps[layout.stand_in]
+    stages = [*(maps[i] for i in indices), layout.map_of(features) if stand_in is None else stand_in]
+    preactivations = tuple(find_preactivation(trace, each) for each in stages)
     facts = ModelFacts(
         num_classes=int(model.num_classes),
-        stages=(*(_shape(maps[i]) for i in indices), MapShape(layout.channels, layout.height, layout.width)),
-        blocks=tuple(_shape(each) for each in maps),
+        stages=tuple(MapShape(*each.shape[1:]) for each in stages),
+        blocks=tuple(MapShape(*each.shape[1:]) for each in maps),
+        embedding=classifier.width,
+        preactivation_norms=tuple(each.norm for each in preactivations),
     )
-    stand_in = None if layout.stand_in is None else maps[layout.stand_in]
-    return Anatomy(name, spec, layout, facts, indices, features, images, stand_in, generator)
+    return Anatomy(name, spec, layout, facts, indices, features, images, stand_in, generator, classifier, preactivations)
 
 
 def curate(maps: Sequence[Tensor], layout: Layout, image: tuple[int, int]) -> tuple[int, ...]:
@@ -91,7 +100,3 @@ def curate(maps: Sequence[Tensor], layout: Layout, image: tuple[int, int]) -> tu
     deep = image[0] / layout.height >= 16
     kept = [i for height, i in last.items() if height > layout.height and not (deep and image[0] / height < 4)]
     return tuple(sorted(kept, key=lambda i: -maps[i].shape[2]))
-
-
-def _shape(feature_map: Tensor) -> MapShape:
-    return MapShape(*feature_map.shape[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import PatchDropout
@@ -12,14 +12,29 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill.models.anatomy import Anatomy
+from distill.models.classifier import Classifier
 from distill.models.region_logits.attend import AttendHead
 from distill.models.region_logits.find import CHECKED, find_mechanism, last_block_input
 from distill.models.region_logits.head_batchnorm import normalised_by, region_statistics, snapshot, training_batchnorms
 from distill.models.region_logits.layout import Features, TimmModel
 from distill.models.region_logits.mechanisms import Sight, SplitHead
 from distill.models.region_logits.plan import RegionPlan, plan_regions, take
-from distill.protocols import InputSpec, ModelOutput, Needs
+from distill.models.region_logits.probe import head_bias_refusal
+from distill.models.taps import Tap, tapped
+from distill.protocols import ModelOutput, Needs
 from distill.regions import pool
+
+
+class Trunk(NamedTuple):
+    """What a model gives before its head."""
+
+    features: Features
+    """What the head reads."""
+    feature_map: Tensor
+    maps: dict[int, Tensor]
+    """[B, C, H, W], by their index for `forward_intermediates`."""
+    inner: Tensor | None = None
+    """The input of the last block, where region logits are made from it."""
 
 
 class Backbone(nn.Module):
@@ -29,7 +44,7 @@ class Backbone(nn.Module):
     `layout` (form and grid of its features), `grid` (h, w), `num_classes`, `input_spec`, `mechanism` (how region logits are
     had; "none" where nobody asks for them), `whole_image_difference` (how exactly, as measured when it was found).
 
-    anatomy: of this model, or of the one that it is a copy of; see `examine`, which also says what the curated stages are.
+    anatomy: of this model, or of the one that it is a copy of; see `examine`. `curate` says which maps are stages.
     class_tokens: the definition of a region's logits where the head reads class tokens only: `attend`, `shift` or `repeat`, see
     `mechanisms` and `attend`; it is `shift` where the last block is not one that `attend` knows, with a warning.
     class_map: for each class of the data the model's own class; logits and region logits are reordered so. None: as they are.
@@ -63,7 +78,11 @@ class Backbone(nn.Module):
         self.grid = (self.layout.height, self.layout.width)
         if not frozen:
             _check_keeps_tokens(self.name, model)
-        self.stage_indices = _wanted_stages(needs, anatomy)
+        self.map_indices = _wanted_maps(needs, anatomy)
+        self.taps = _wanted_taps(needs, anatomy)
+        self.head_taps = [_classifier_of(anatomy).tap()] if needs.embedding else []
+        if needs.head_bias:
+            _check_head_bias(model, anatomy, not frozen)
         self.plan: RegionPlan = plan_regions(needs, self.grid)
         self.region_head: nn.Module | None = None
         self.head_norms: list[str] = []
@@ -73,14 +92,15 @@ class Backbone(nn.Module):
             self.region_head = found.make([self.plan.origins[row] for row in self.plan.through_head] or CHECKED)
             self.head_norms, self.whole_image_difference = found.head_norms, found.difference
         self.mechanism = "none" if self.region_head is None else str(self.region_head.kind)
-        self._constants(self.input_spec)
+        self._constants()
         if frozen:
             self.requires_grad_(False)
         self.to(next(model.parameters()).device)
         self.train(self.training)
 
-    def _constants(self, spec: InputSpec) -> None:
-        """What moves with the module to its device and is no part of its state."""
+    def _constants(self) -> None:
+        """Registers what moves with the module to its device and is no part of its state."""
+        spec = self.input_spec
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("region_matrix", self.plan.matrix, persistent=False)
@@ -115,18 +135,28 @@ class Backbone(nn.Module):
         Images of another size than the model's are resized with antialiasing. Under autocast the model runs in its dtype;
         resizing, normalisation and pooling are float32.
         """
-        features, feature_map, stages, inner = self._trunk(self._prepare(images))
-        rows = self._rows(feature_map)
-        logits, cells = self._head(features, feature_map, take(rows, self.plan.through_head, self.head_rows_0), inner)
-        region_features = {
-            regions: take(rows, positions, self.get_buffer(f"features_rows_{i}"))
-            for i, (regions, positions) in enumerate(self.plan.features.items())
-        }
-        region_logits = {
-            regions: take(cells, positions, self.get_buffer(f"logits_rows_{i}"))
-            for i, (regions, positions) in enumerate(self.plan.logits.items())
-        }
-        return ModelOutput(logits, feature_map, region_logits, region_features, {**stages, **self._last_stage(feature_map)})
+        with tapped(self.model, list(self.taps.values())):
+            trunk = self._trunk(self._prepare(images))
+        rows = self._rows(trunk.feature_map)
+        logits, cells = self._head(trunk, take(rows, self.plan.through_head, self.head_rows_0))
+        needs = self.needs
+        return ModelOutput(
+            logits=logits,
+            feature_map=trunk.feature_map,
+            region_logits={
+                regions: take(cells, positions, self.get_buffer(f"logits_rows_{i}"))
+                for i, (regions, positions) in enumerate(self.plan.logits.items())
+            },
+            region_features={
+                regions: take(rows, positions, self.get_buffer(f"features_rows_{i}"))
+                for i, (regions, positions) in enumerate(self.plan.features.items())
+            },
+            stages={stage: self._stage(trunk, stage) for stage in needs.stages},
+            preactivations={stage: self._preactivation(trunk, stage) for stage in needs.preactivations},
+            blocks={block: trunk.maps[block % len(self.anatomy.facts.blocks)] for block in needs.blocks},
+            embedding=self.head_taps[0].taken().flatten(1) if needs.embedding else None,
+            head_bias=self._head_bias(trunk.features) if needs.head_bias else None,
+        )
 
     def _prepare(self, images: Tensor) -> Tensor:
         """Pixels in [0, 1] -> this model's size and normalisation, in float32, keeping the memory format."""
@@ -140,21 +170,33 @@ class Backbone(nn.Module):
                     images = images.clamp(0, 1)  # bicubic overshoots at edges; a resized picture is clipped as well
             return (images - self.mean) / self.std
 
-    def _trunk(self, images: Tensor) -> tuple[Features, Tensor, dict[int, Tensor], Tensor | None]:
-        """Normalised images -> what the head reads, the feature map, the stages before it that are asked for, and the input
-        of the last block where region logits are made from it."""
+    def _trunk(self, images: Tensor) -> Trunk:
+        """Normalised images -> what comes before the head, with the maps of `map_indices`."""
         layout = self.layout
         if isinstance(self.region_head, AttendHead):
-            features, inner = last_block_input(self.model, images)
-            return features, layout.parts[0].to_map(features), {}, inner
-        wanted = sorted({*self.stage_indices.values(), *([] if layout.stand_in is None else [layout.stand_in])})
-        if wanted:
-            features, found = self.model.forward_intermediates(images, indices=wanted, stop_early=False, output_fmt="NCHW")
-            maps = dict(zip(wanted, found, strict=True))
-        else:
-            features, maps = self.model.forward_features(images), {}
-        feature_map = maps[layout.stand_in] if layout.stand_in is not None else layout.map_of(features)
-        return features, feature_map, {stage: maps[index] for stage, index in self.stage_indices.items()}, None
+            features, inner, tokens = last_block_input(self.model, images, self.map_indices)
+            maps = {index: each.transpose(1, 2).unflatten(2, self.grid) for index, each in tokens.items()}
+            return Trunk(features, layout.map_of(features), maps, inner)
+        if not self.map_indices:
+            features = self.model.forward_features(images)
+            return Trunk(features, layout.map_of(features), {})
+        features, found = self.model.forward_intermediates(
+            images, indices=self.map_indices, stop_early=False, output_fmt="NCHW"
+        )
+        maps = dict(zip(self.map_indices, found, strict=True))
+        return Trunk(features, layout.map_of(features) if layout.stand_in is None else maps[layout.stand_in], maps)
+
+    def _stage(self, trunk: Trunk, stage: int) -> Tensor:
+        """The map of a stage, counted from the end."""
+        return trunk.feature_map if stage == -1 else trunk.maps[self.anatomy.stage_indices[stage + 1]]
+
+    def _preactivation(self, trunk: Trunk, stage: int) -> Tensor:
+        """What came before the activation that ends a stage; its own map where none does."""
+        if stage not in self.taps:
+            return self._stage(trunk, stage)
+        kept, pooling = self.taps[stage].taken(), self.anatomy.preactivations[stage].pool
+        pooled: Tensor = self.model.get_submodule(pooling)(kept) if pooling else kept
+        return pooled
 
     def _rows(self, feature_map: Tensor) -> Tensor:
         """Every distinct region, float32 [B, U, C]; no copy of the map in float32 where nobody asks for regions."""
@@ -162,24 +204,30 @@ class Backbone(nn.Module):
             return feature_map.new_zeros(len(feature_map), 0, self.layout.channels, dtype=torch.float32)
         return pool(feature_map, self.region_matrix)
 
-    def _last_stage(self, feature_map: Tensor) -> dict[int, Tensor]:
-        return {-1: feature_map} if -1 in self.needs.stages else {}
-
-    def _head(self, features: Features, feature_map: Tensor, rows: Tensor, inner: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _head(self, trunk: Trunk, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The model's own logits [B, K], and with them in front those of the regions, [B, 1 + R, K]."""
         if self.region_head is None or not self.plan.through_head:
-            logits = self._of_the_data(self.model.forward_head(features))
+            logits = self._of_the_data(self._logits(trunk)[0])
             return logits, logits[:, None]
         norms = training_batchnorms([self.model.get_submodule(name) for name in self.head_norms])
         before = snapshot(norms)
-        if isinstance(self.region_head, SplitHead):
-            logits, inner = self.region_head.first(self.model, features)
-        else:
-            logits = self.model.forward_head(features)
+        logits, inner = self._logits(trunk)
         with normalised_by(norms, region_statistics(norms, before, len(logits))):
-            cells = self.region_head(self.model, Sight(features, rows, feature_map, logits, inner))
+            cells = self.region_head(self.model, Sight(trunk.features, rows, trunk.feature_map, logits, inner))
         together = self._of_the_data(torch.cat([logits[:, None], cells.to(logits.dtype)], dim=1))
         return (logits if self.class_index is None else together[:, 0]), together
+
+    def _logits(self, trunk: Trunk) -> tuple[Tensor, Tensor | None]:
+        """The model's own logits by its own classes, and what the way to region logits reads beside the features."""
+        with tapped(self.model, self.head_taps):
+            if isinstance(self.region_head, SplitHead):
+                return self.region_head.first(self.model, trunk.features)
+            return self.model.forward_head(trunk.features), trunk.inner
+
+    def _head_bias(self, features: Features) -> Tensor:
+        """The logits of an empty map, [K]."""
+        empty = [tensor.new_zeros((1, *tensor.shape[1:])) for tensor in self.layout.tensors(features)]
+        return self._of_the_data(self.model.forward_head(self.layout.features(empty)))[0]
 
     def _of_the_data(self, logits: Tensor) -> Tensor:
         """The model's classes [..., K'] in the order of the data's [..., K]."""
@@ -193,10 +241,43 @@ def _check_keeps_tokens(name: str, model: TimmModel) -> None:
         raise ValueError(f"patch_drop_rate {rates[0]}: {name} drops tokens in training and has no grid then; leave it out")
 
 
-def _wanted_stages(needs: Needs, anatomy: Anatomy) -> dict[int, int]:
-    """Stage, counted from the end, -> index for `forward_intermediates`; without -1, which is the feature map."""
-    count = len(anatomy.facts.stages)
-    for stage in needs.stages:
-        if not -count <= stage <= -1:
-            raise ValueError(f"stage {stage}: {anatomy.name} has {count} stages; ask for -1 to -{count}")
-    return {stage: anatomy.stage_indices[count + stage] for stage in needs.stages if stage != -1}
+def _wanted_maps(needs: Needs, anatomy: Anatomy) -> list[int]:
+    """Indices for `forward_intermediates` of every map that is asked for and is not the feature map, sorted."""
+    name, stages, blocks = anatomy.name, len(anatomy.facts.stages), len(anatomy.facts.blocks)
+    for stage in (*needs.stages, *needs.preactivations):
+        if not -stages <= stage <= -1:
+            raise ValueError(f"stage {stage}: {name} has {stages} stages; ask for -1 to -{stages}")
+    for block in needs.blocks:
+        if not -blocks <= block < blocks:
+            raise ValueError(f"block {block}: {name} has {blocks} blocks; ask for 0 to {blocks - 1}, or -1 to -{blocks}")
+    own_maps = [stage for stage in needs.preactivations if not anatomy.preactivations[stage].name]
+    wanted = {anatomy.stage_indices[stage + 1] for stage in (*needs.stages, *own_maps) if stage != -1}
+    wanted |= {block % blocks for block in needs.blocks}
+    return sorted(wanted if anatomy.layout.stand_in is None else wanted | {anatomy.layout.stand_in})
+
+
+def _wanted_taps(needs: Needs, anatomy: Anatomy) -> dict[int, Tap]:
+    """A tap for each pre-activation that is not the stage's own map."""
+    found = {stage: anatomy.preactivations[stage] for stage in needs.preactivations}
+    for stage, each in found.items():
+        if each.refusal:
+            raise ValueError(
+                f"{anatomy.name} cannot give the pre-activation of stage {stage}: {each.refusal}; take a loss that reads stages"
+            )
+    return {stage: each.tap() for stage, each in found.items() if each.name}
+
+
+def _classifier_of(anatomy: Anatomy) -> Classifier:
+    """The model's last linear layer; ValueError, with the reason, where it has none."""
+    if anatomy.classifier.refusal:
+        raise ValueError(
+            f"{anatomy.name} cannot give an embedding: {anatomy.classifier.refusal}; take a loss that reads logits or maps"
+        )
+    return anatomy.classifier
+
+
+def _check_head_bias(model: TimmModel, anatomy: Anatomy, trains: bool) -> None:
+    """ValueError, with the reason, where the logits of an empty map say nothing."""
+    refusal = head_bias_refusal(model, anatomy, trains)
+    if refusal:
+        raise ValueError(f"{anatomy.name} cannot give the bias of its head: {refusal}; take a loss that does not need it")

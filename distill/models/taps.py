@@ -58,6 +58,7 @@ def tapped(model: nn.Module, taps: Sequence[Tap]) -> Iterator[None]:
     try:
         yield
     finally:
-        for tap, (parent, name, module) in zip(taps, places, strict=True):
+        # in reverse: of two taps on one module the second stands in for the first
+        for tap, (parent, name, module) in zip(reversed(taps), reversed(places), strict=True):
             tap._module.pop()
             setattr(parent, name, module)

@@ -68,15 +68,16 @@ def find_mechanism(model: TimmModel, anatomy: Anatomy, class_tokens: str) -> Fou
     """
     if class_tokens not in CLASS_TOKEN_MODES:
         raise ValueError(f"class_tokens {class_tokens!r}: no such definition; choose one of {', '.join(CLASS_TOKEN_MODES)}")
-    if class_tokens not in anatomy.mechanisms:
+    if class_tokens not in anatomy.found:
         with noisy_head(model, anatomy) as (features, head):
             names = [n for n, module in model.named_modules() if module in head and isinstance(module, _BatchNorm)]
             if head_reads_grid(model, anatomy, features):
                 factory, difference = _grid_factory(model, anatomy, features, head)
             else:
                 factory, difference = _class_token_factory(model, anatomy, class_tokens)
-        anatomy.mechanisms[class_tokens] = Found(factory, names, difference)
-    return anatomy.mechanisms[class_tokens]
+        anatomy.found[class_tokens] = Found(factory, names, difference)
+    found: Found = anatomy.found[class_tokens]
+    return found
 
 
 def _grid_factory(
@@ -160,7 +161,7 @@ def check_attend(model: TimmModel, anatomy: Anatomy) -> Verdict:
     if anatomy.stage_indices:
         return refusal("it has stages of several resolutions")
     try:
-        inner = last_block_input(model, anatomy.images)[1]
+        _, inner, _ = last_block_input(model, anatomy.images)
         again = model.norm(block(inner))
         if again.shape != anatomy.features.shape or relative_difference(again, anatomy.features) > 1e-5:
             return refusal("more than a norm follows its last block")
@@ -169,12 +170,17 @@ def check_attend(model: TimmModel, anatomy: Anatomy) -> Verdict:
         return refusal(f"its last block does not run apart ({str(error).splitlines()[0]})")
 
 
-def last_block_input(model: TimmModel, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What the head reads, and the input of the last block with its prefix tokens in front, [B, L, C], in one pass."""
-    features, [(tokens, prefix)] = model.forward_intermediates(
-        images, indices=[len(model.blocks) - 2], return_prefix_tokens=True, stop_early=False, output_fmt="NLC"
+def last_block_input(model: TimmModel, images: Tensor, blocks: Sequence[int] = ()) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """What the head reads; the input of the last block with its prefix tokens in front, [B, L, C]; and the patch tokens that
+    these blocks give, by index: all in one pass."""
+    last = len(model.blocks) - 2
+    wanted = sorted({last, *blocks})
+    features, found = model.forward_intermediates(
+        images, indices=wanted, return_prefix_tokens=True, stop_early=False, output_fmt="NLC"
     )
-    return features, torch.cat([prefix, tokens], dim=1)
+    tokens = {index: patches for index, (patches, _) in zip(wanted, found, strict=True)}
+    prefix = found[wanted.index(last)][1]
+    return features, torch.cat([prefix, tokens[last]], dim=1), tokens
 
 
 def _check_attend_regions(model: TimmModel, anatomy: Anatomy, inner: Tensor) -> Verdict:

@@ -64,6 +64,40 @@ def head_reads_grid(model: TimmModel, anatomy: Anatomy, features: Features) -> b
     return not torch.equal(model.forward_head(moved), model.forward_head(features))
 
 
+def head_bias_refusal(model: TimmModel, anatomy: Anatomy, trains: bool) -> str:
+    """Why the logits of an empty map say nothing; empty where the model's logits are an affine function of the map's mean.
+
+    Looked for once, with noise on the head like a mechanism, then remembered in the anatomy. trains: whether it is a student,
+    whose BatchNorms would take the empty map for a batch.
+    """
+    if "head_bias" not in anatomy.found:
+        with noisy_head(model, anatomy) as (features, head):
+            norms = any(isinstance(module, _BatchNorm) for module in head)
+            anatomy.found["head_bias"] = (_head_bias_refusal(model, anatomy.layout, features), norms)
+    refusal, norms = anatomy.found["head_bias"]
+    return str(refusal) or ("its head has BatchNorm, which is not affine in training" if norms and trains else "")
+
+
+def _head_bias_refusal(model: TimmModel, layout: Layout, features: Features) -> str:
+    if layout.primary is None:
+        return "its head reads no map"
+    index, part = layout.primary, layout.parts[layout.primary]
+    grid = layout.map_of(features)
+    mean = grid.mean((2, 3), keepdim=True).expand_as(grid).contiguous()
+
+    def head(grid: Tensor) -> Tensor:
+        tensors = [torch.zeros_like(tensor) for tensor in layout.tensors(features)]
+        tensors[index] = part.from_map(grid, tensors[index])
+        return model.forward_head(layout.features(tensors))
+
+    logits, doubled, empty = head(mean), head(2 * mean), head(0 * mean)
+    if relative_difference(logits, model.forward_head(features)) > TOLERANCE:
+        return "its head reads more than the mean of the map"
+    if relative_difference(doubled + empty, 2 * logits) > TOLERANCE:
+        return "its logits are no affine function of the map's mean"
+    return ""
+
+
 def relative_difference(a: Tensor, b: Tensor) -> float:
     """Largest absolute difference over the largest absolute value of `b`; infinite where either is not finite."""
     if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):

@@ -1,0 +1,57 @@
+"""The last linear layer of a model, found by watching its head run: what it reads is the model's embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distill.models.region_logits.layout import Features, TimmModel
+from distill.models.taps import Tap
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """The one layer whose output is the logits."""
+
+    name: str = ""
+    width: int = 0
+    """Numbers of an embedding; 0 where there is no such layer."""
+    refusal: str = ""
+    """Why there is none; empty where there is one."""
+
+    def tap(self) -> Tap:
+        """A tap on the embedding; no copy, for a linear layer does not write into what it reads."""
+        return Tap(self.name, copies=False)
+
+
+def find_classifier(model: TimmModel, features: Features) -> Classifier:
+    """The linear layer, or 1x1 convolution of one cell, that gives a model's logits; called in evaluation mode.
+
+    Its output must be the logits themselves, in the same memory, so that it cannot be one of several heads that are averaged,
+    or be scaled afterwards.
+    """
+    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((module, args[0], output))
+
+    layers: dict[nn.Module, str] = {
+        module: name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+    handles = [module.register_forward_hook(note) for module in layers]
+    try:
+        logits = model.forward_head(features)
+    finally:
+        for handle in handles:
+            handle.remove()
+    last = [each for each in seen if each[2].numel() == logits.numel() and each[2].data_ptr() == logits.data_ptr()]
+    if len(last) != 1 or sum(module is last[0][0] for module, _, _ in seen) > 1:
+        return Classifier(refusal="no single linear layer gives its logits")
+    module, read, gave = last[0]
+    width = read.numel() // len(read)
+    again = module(read.detach())
+    if width != read.shape[1] or not torch.equal(again.flatten(), logits.flatten()) or gave.flatten(1).shape != logits.shape:
+        return Classifier(refusal=f"its last linear layer {layers[module]} reads more than one vector of an image")
+    return Classifier(layers[module], width)

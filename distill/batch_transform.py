@@ -6,6 +6,7 @@ One view for both models: each backbone normalises for itself afterwards, so tea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from timm.data import Mixup
@@ -14,11 +15,20 @@ from torch import Tensor
 
 from distill.protocols import Batch
 
+ErasingMode = Literal["const", "rand", "pixel"]
+"""What fills an erased box (timm's names)."""
+
 
 def to_pixels(images: Tensor, channels_last: bool = True) -> Tensor:
     """float32 [B, 3, H, W] in [0, 1] from uint8 [B, H, W, 3]; channels_last strides come without a copy of the bytes."""
     pixels = images.permute(0, 3, 1, 2).float().div_(255)
     return pixels if channels_last else pixels.contiguous()
+
+
+def check_pairs(micro_batch: int) -> None:
+    """Raises ValueError for a micro-batch that Mixup and CutMix cannot pair."""
+    if micro_batch % 2:
+        raise ValueError(f"images are mixed in pairs, and a micro-batch of {micro_batch} is odd; make it even")
 
 
 class BatchTransform:
@@ -41,7 +51,7 @@ class BatchTransform:
         mix_probability: float = 1.0,
         cutmix_share: float = 0.5,
         erasing: float = 0.0,
-        erasing_mode: str = "pixel",
+        erasing_mode: ErasingMode = "pixel",
     ) -> None:
         self.channels_last = channels_last
         self.mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
@@ -57,8 +67,7 @@ class BatchTransform:
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images, labels = to_pixels(batch.images, self.channels_last), batch.labels
         if self.mixup is not None:
-            if len(images) % 2:
-                raise ValueError(f"augment.mixup: a micro-batch of {len(images)} cannot be paired; make it even")
+            check_pairs(len(images))
             images, labels = self.mixup(images, labels)
         if self.erasing is not None:
             images = self.erasing((images - self.mean) / self.std) * self.std + self.mean

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 
+from distill.data.order import micro_batch_size
 from distill.recipe import Recipe, TermSchedule
 
 
@@ -183,16 +184,14 @@ def combinations(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
         yield "schedule.decay_epochs: empty, but schedule.name is 'step'; give the epochs, such as [30, 60, 90]"
     if recipe.schedule.name != "step" and recipe.schedule.decay_epochs:
         yield f"schedule.decay_epochs: set, but schedule.name is {recipe.schedule.name!r}; it belongs to 'step'"
-    low, high = recipe.augment.scale
-    if not 0 < low <= high <= 1:
-        yield f"augment.scale: ({low}, {high}) is not a range inside (0, 1]"
-    if recipe.augment.ratio[0] > recipe.augment.ratio[1] or recipe.augment.ratio[0] <= 0:
-        yield f"augment.ratio: {recipe.augment.ratio} is not a range of positive numbers"
-    if recipe.train.global_batch_size % recipe.train.accumulate:
-        yield (
-            f"train.accumulate: {recipe.train.accumulate} does not divide train.global_batch_size"
-            f" {recipe.train.global_batch_size}"
-        )
+    try:
+        recipe.augment.of_each_image()
+    except ValueError as error:
+        yield from (f"augment.{line}" for line in str(error).splitlines())
+    try:
+        micro_batch_size(recipe.train.global_batch_size, recipe.train.accumulate, world_size=1)
+    except ValueError as error:
+        yield f"train.accumulate: {error}"
 
 
 def merge(base: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:

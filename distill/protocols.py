@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ class Batch(NamedTuple):
     """int64 [B]: the row in the shard index of each image that is really shown, 0 to the number of samples less one."""
 
 
+Interpolation = Literal["bilinear", "bicubic"]
+"""timm's names."""
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """What a model wants to be fed: read off the `pretrained_cfg` of the instance, never of the architecture."""
@@ -33,8 +37,7 @@ class InputSpec:
     width: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    interpolation: str
-    """`bilinear` or `bicubic` (timm's names)."""
+    interpolation: Interpolation
     crop_fraction: float
     """timm's `crop_pct`: evaluation resizes the shorter side to `floor(size / crop_fraction)`, then crops the centre."""
 

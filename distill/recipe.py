@@ -8,6 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, with_config
 
+from distill.batch_transform import ErasingMode
+from distill.data.augment.parameters import Crop, TrainTransform
+from distill.protocols import Interpolation
+
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 Positive = Annotated[int, Field(ge=1)]
@@ -48,13 +52,13 @@ class Data:
         "share of the samples that may turn out bad (replaced, reported) before the run stops", 1e-4
     )
     crop_fraction: Fraction = _doc("evaluation: kept share of the resized shorter side; 0: the model's own", 0.0)
-    interpolation: Literal["auto", "bilinear", "bicubic"] = _doc("of training and evaluation; auto: the student's own", "auto")
+    interpolation: Literal["auto", Interpolation] = _doc("of training and evaluation; auto: the student's own", "auto")
 
 
 @with_config(_STRICT)
 @dataclass(frozen=True)
 class Augment:
-    crop: Literal["random_resized", "pad", "resize"] = _doc("how a training view is cut", "random_resized")
+    crop: Crop = _doc("how a training view is cut", "random_resized")
     scale: tuple[float, float] = _doc("random_resized: range of the view's share of the image's area", (0.08, 1.0))
     ratio: tuple[float, float] = _doc("random_resized: range of the view's width / height", (3 / 4, 4 / 3))
     padding: Count = _doc("pad: black pixels added on each side before a crop of the input size", 4)
@@ -66,7 +70,20 @@ class Augment:
     mix_probability: Fraction = _doc("share of batches that are mixed at all", 1.0)
     cutmix_share: Fraction = _doc("share of mixed batches that get CutMix where both are on", 0.5)
     erasing: Fraction = _doc("probability of random erasing, per image", 0.0)
-    erasing_mode: Literal["const", "rand", "pixel"] = _doc("fill of the erased box (timm's names)", "pixel")
+    erasing_mode: ErasingMode = _doc("fill of the erased box (timm's names)", "pixel")
+
+    def of_each_image(self, interpolation: Interpolation = "bilinear") -> TrainTransform:
+        """The part of this section that is done to images one by one. Raises ValueError as `TrainTransform` does."""
+        return TrainTransform(
+            crop=self.crop,
+            scale=self.scale,
+            ratio=self.ratio,
+            padding=self.padding,
+            flip=self.flip,
+            interpolation=interpolation,
+            rand_augment=self.rand_augment,
+            color_jitter=self.color_jitter,
+        )
 
 
 @with_config(_STRICT)

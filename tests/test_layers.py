@@ -12,8 +12,8 @@ LEAVES = {"distill.protocols", "distill.seeds", "distill.files", "distill.precis
 ALLOWED: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "distill.regions": {"distill.protocols", "distill.precision"},
-    "distill.recipe": set(),
-    "distill.config": {"distill.recipe"},
+    "distill.recipe": {"distill.protocols", "distill.batch_transform", "distill.data.augment.parameters"},
+    "distill.config": {"distill.recipe", "distill.data.order"},
     "distill.metrics": LEAVES,
     "distill.optim": LEAVES,
     "distill.batch_transform": LEAVES,

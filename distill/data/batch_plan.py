@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from distill.data.augment.parameters import TrainTransform, crop_windows, eval_geometry, flips, layers, uniforms
 from distill.data.faults import Quarantine
-from distill.data.order import TrainOrder, eval_batches, eval_samples, micro_batch_rows
+from distill.data.order import TrainOrder, eval_batches, eval_samples, micro_batch_rows, micro_batch_size
 from distill.data.reader import BadSample
 from distill.data.stream import Position
-from distill.protocols import InputSpec
+from distill.protocols import InputSpec, Interpolation
 from distill.seeds import derive_seed
 
 Loaded = TypeVar("Loaded")
@@ -50,7 +50,7 @@ class Plan(Protocol):
     """What the order of samples is a function of, beside index and position."""
     size: tuple[int, int]
     """(height, width) of the output."""
-    interpolation: str
+    interpolation: Interpolation
     num_layers: int
     """Layers of operations after the flip."""
     fill: tuple[int, int, int]
@@ -108,7 +108,7 @@ class TrainPlan:
         self.slices = transform.crop == "pad"
         self.exact = self.slices or self.num_layers > 0
         self.shows_borders = False  # twice the time for lines that differ by some levels: not where images are distorted anyway
-        self.batch_size = global_batch_size // (accumulate * world_size)
+        self.batch_size = micro_batch_size(global_batch_size, accumulate, world_size)
         self.batches_per_epoch = self.order.steps_per_epoch * accumulate
         self._rows = rows
 

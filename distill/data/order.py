@@ -82,8 +82,8 @@ class TrainOrder:
         return cached[1]
 
 
-def micro_batch_rows(global_batch_size: int, accumulate: int, rank: int, world_size: int, micro: int) -> slice:
-    """The rows of a global batch that process `rank` handles as micro-batch `micro`: block `micro * world_size + rank`.
+def micro_batch_size(global_batch_size: int, accumulate: int, world_size: int) -> int:
+    """Images of one micro-batch of one process.
 
     Raises ValueError where the global batch does not divide into `accumulate * world_size` equal parts.
     """
@@ -93,9 +93,17 @@ def micro_batch_rows(global_batch_size: int, accumulate: int, rank: int, world_s
             f"global batch size {global_batch_size} is not divisible by "
             f"{world_size} processes x accumulate {accumulate} = {parts}"
         )
+    return global_batch_size // parts
+
+
+def micro_batch_rows(global_batch_size: int, accumulate: int, rank: int, world_size: int, micro: int) -> slice:
+    """The rows of a global batch that process `rank` handles as micro-batch `micro`: block `micro * world_size + rank`.
+
+    Raises ValueError as `micro_batch_size` does.
+    """
+    size = micro_batch_size(global_batch_size, accumulate, world_size)
     if not (0 <= rank < world_size and 0 <= micro < accumulate):
         raise ValueError(f"rank {rank} of {world_size}, micro-batch {micro} of {accumulate}: out of range")
-    size = global_batch_size // parts
     first = (micro * world_size + rank) * size
     return slice(first, first + size)
 

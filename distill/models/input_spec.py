@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
-from distill.protocols import InputSpec
-
-INTERPOLATIONS = ("bilinear", "bicubic")
+from distill.protocols import InputSpec, Interpolation
 
 
 def input_spec_of(model: nn.Module) -> InputSpec:
@@ -26,8 +24,9 @@ def spec_of_cfg(cfg: Mapping[str, Any] | None, name: str) -> InputSpec:
     if channels != 3:
         raise ValueError(f"{name} takes {channels} channels; only RGB images are served")
     interpolation = cfg.get("interpolation", "bicubic")
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"{name} asks for {interpolation!r} interpolation; only {' and '.join(INTERPOLATIONS)} are served")
+    if interpolation not in get_args(Interpolation):
+        served = " and ".join(get_args(Interpolation))
+        raise ValueError(f"{name} asks for {interpolation!r} interpolation; only {served} are served")
     red, green, blue = (float(v) for v in cfg["mean"])
     mean = (red, green, blue)
     red, green, blue = (float(v) for v in cfg["std"])

@@ -24,7 +24,15 @@ from distill.recipe import Recipe
 from distill.report import Reporter
 from distill.run import LoopSettings, Run
 from distill.seeds import derive_seed, seed_all
-from pipelines.setup.data import Splits, build_eval_loader, build_train_loader, build_transform, data_facts, eval_spec
+from pipelines.setup.data import (
+    Splits,
+    build_eval_loader,
+    build_train_loader,
+    build_transform,
+    data_facts,
+    eval_spec,
+    train_order,
+)
 from pipelines.setup.models import Models, build_models, check_precision, compile_backbones
 from pipelines.setup.observers import Observers
 
@@ -34,7 +42,7 @@ def build_settings(recipe: Recipe, num_samples: int) -> LoopSettings:
     train = recipe.train
     return LoopSettings(
         epochs=train.epochs,
-        steps_per_epoch=num_samples // train.global_batch_size,
+        steps_per_epoch=train_order(recipe, num_samples).steps_per_epoch,
         global_batch_size=train.global_batch_size,
         accumulate=train.accumulate,
         max_steps=train.max_steps,

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
-from distill.batch_transform import BatchTransform
+from distill.batch_transform import BatchTransform, check_pairs
 from distill.config import RecipeError
 from distill.data import dali, reference
-from distill.data.augment.parameters import TrainTransform
 from distill.data.dali_graph import dali_available
 from distill.data.index import ShardIndex
+from distill.data.order import TrainOrder
 from distill.models.backbone import Backbone
 from distill.protocols import DataFacts, InputSpec, Loader
 from distill.recipe import Data, Recipe
@@ -44,11 +44,13 @@ def build_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
             f"data: {recipe.data.train} has {train.num_classes} classes and {recipe.data.val} has {val.num_classes},"
             " or their names differ; prepare both splits in one run"
         )
-    if train.num_samples < recipe.train.global_batch_size:
-        raise RecipeError(
-            f"train.global_batch_size: {recipe.train.global_batch_size} is more than the {train.num_samples} training images"
-        )
+    train_order(recipe, train.num_samples)  # a batch that the images do not fill is refused before models are built
     return Splits(train, val)
+
+
+def train_order(recipe: Recipe, num_samples: int) -> TrainOrder:
+    """The global batches of a run, for the numbers that follow from them. Raises ValueError where there is not one."""
+    return TrainOrder(num_samples, recipe.train.global_batch_size, recipe.seed, recipe.data.shuffle_block)
 
 
 def data_facts(recipe: Recipe, train: ShardIndex, world_size: int) -> DataFacts:
@@ -58,8 +60,11 @@ def data_facts(recipe: Recipe, train: ShardIndex, world_size: int) -> DataFacts:
 
 def check_mixing(recipe: Recipe, micro_batch: int) -> None:
     """Raises RecipeError where Mixup or CutMix cannot go with the batch."""
-    if (recipe.augment.mixup or recipe.augment.cutmix) and micro_batch % 2:
-        raise RecipeError(f"augment.mixup: images are mixed in pairs, and a micro-batch of {micro_batch} is odd")
+    if recipe.augment.mixup or recipe.augment.cutmix:
+        try:
+            check_pairs(micro_batch)
+        except ValueError as error:
+            raise RecipeError(f"augment.mixup: {error}") from None
 
 
 def eval_spec(recipe: Recipe, model: Backbone) -> InputSpec:
@@ -91,21 +96,11 @@ def fault_report(recipe: Recipe, accelerator: Accelerator) -> Path | None:
 def build_train_loader(recipe: Recipe, splits: Splits, models: Models, accelerator: Accelerator) -> Loader:
     """Training views at the larger of both models' input sizes; the other model resizes on the device."""
     specs = [models.student.input_spec, *([] if models.teacher is None else [models.teacher.backbone.input_spec])]
-    augment, asked = recipe.augment, recipe.data.interpolation
-    transform = TrainTransform(
-        crop=augment.crop,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        padding=augment.padding,
-        flip=augment.flip,
-        interpolation=specs[0].interpolation if asked == "auto" else asked,
-        rand_augment=augment.rand_augment,
-        color_jitter=augment.color_jitter,
-    )
+    asked = recipe.data.interpolation
     return _loader_room(recipe.data.loader)[0](
         splits.train,
         size=(max(s.height for s in specs), max(s.width for s in specs)),
-        transform=transform,
+        transform=recipe.augment.of_each_image(specs[0].interpolation if asked == "auto" else asked),
         global_batch_size=recipe.train.global_batch_size,
         accumulate=recipe.train.accumulate,
         rank=accelerator.process_index,

@@ -12,6 +12,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.tracking import get_available_trackers
 
 from distill.config import RecipeError
+from distill.data import order
 from distill.recipe import Recipe
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -84,13 +85,10 @@ def memory_format(recipe: Recipe) -> torch.memory_format:
 
 def micro_batch_size(recipe: Recipe, world_size: int) -> int:
     """Images per process and micro-batch. Raises RecipeError with the numbers where the global batch does not divide."""
-    total, accumulate = recipe.train.global_batch_size, recipe.train.accumulate
-    if total % (world_size * accumulate):
-        raise RecipeError(
-            f"train.global_batch_size: {total} is not divisible by {world_size} processes x accumulate {accumulate}"
-            f" = {world_size * accumulate}"
-        )
-    return total // (world_size * accumulate)
+    try:
+        return order.micro_batch_size(recipe.train.global_batch_size, recipe.train.accumulate, world_size)
+    except ValueError as error:
+        raise RecipeError(f"train.global_batch_size: {error}") from None
 
 
 def num_threads(asked: int) -> int:

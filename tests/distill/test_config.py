@@ -42,11 +42,13 @@ def test_all_problems_are_reported_together_with_the_nearest_name():
         ({"train.epochs": True}, "train.epochs: true"),
         ({"train.epochs": 0}, "greater than or equal to 1"),
         ({"augment.scale": [0.5]}, "augment.scale"),
-        ({"augment.scale": [0.9, 0.1]}, "not a range inside (0, 1]"),
+        ({"augment.scale": [0.9, 0.1]}, "augment.scale (0.9, 0.1): must be two shares of the area, 0 < least <= most <= 1"),
+        ({"augment.color_jitter": 0.4, "augment.rand_augment": "rand-m9"}, "augment.color_jitter 0.4 with rand_augment"),
+        ({"augment.rand_augment": "rand-m9-x3"}, "augment.rand_augment 'rand-m9-x3': must be like"),
         ({"teacher.name": "none"}, "loss.sdd: needs a teacher"),
         ({"schedule.name": "step"}, "schedule.decay_epochs: empty"),
         ({"schedule.decay_epochs": [3]}, "belongs to 'step'"),
-        ({"train.accumulate": 7}, "7 does not divide train.global_batch_size 64"),
+        ({"train.accumulate": 7}, "global batch size 64 is not divisible by 1 processes x accumulate 7 = 7"),
         ({"loss": {}}, "loss: no loss is left"),
         ({"loss": [1]}, "loss: [1]"),
         ({"student": "resnet18"}, "student"),
@@ -58,6 +60,12 @@ def test_all_problems_are_reported_together_with_the_nearest_name():
 )
 def test_a_wrong_value_or_combination_is_named_with_its_rule(overrides: dict, expected: str):
     assert expected in problems(overrides)
+
+
+def test_impossible_combinations_are_reported_together():
+    said = problems({"augment.scale": [0.9, 0.1], "augment.ratio": [0.0, 1.0], "train.accumulate": 7, "loss": {}})
+    assert "4 problems" in said
+    assert all(name in said for name in ("augment.scale (", "augment.ratio (", "train.accumulate: ", "loss: no loss"))
 
 
 def test_numbers_in_scientific_notation_are_numbers():

@@ -8,17 +8,18 @@ two implementations can be compared pixel by pixel.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill.data.augment.policy import JITTER_LAYERS, draw_color_jitter, draw_rand_augment, parse_rand_augment
-from distill.protocols import InputSpec
+from distill.protocols import InputSpec, Interpolation
 from distill.seeds import derive_seed
 
-CROPS = ("random_resized", "pad", "resize")
-INTERPOLATIONS = ("bilinear", "bicubic")
+Crop = Literal["random_resized", "pad", "resize"]
 
 TRIES = 10
 """Windows that random-resized-crop draws before it falls back to the centre, as torchvision and timm do."""
@@ -36,15 +37,16 @@ class TrainTransform:
 
     `crop` is `random_resized` (a window of `scale` of the area and `ratio` of the sides, resized), `pad` (a window of the
     wanted size out of the image padded by `padding` black pixels on each side; nothing is resized) or `resize` (the whole
-    image). `flip` is the probability of a horizontal flip. Raises ValueError for values that make no sense.
+    image). `flip` is the probability of a horizontal flip. Raises ValueError for values that make no sense: a line for each
+    of them, which begins with the field's name.
     """
 
-    crop: str = "random_resized"
+    crop: Crop = "random_resized"
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     padding: int = 4
     flip: float = 0.5
-    interpolation: str = "bilinear"
+    interpolation: Interpolation = "bilinear"
     rand_augment: str | None = None
     """timm's notation, such as `rand-m9-mstd0.5-inc1`; after the flip."""
     color_jitter: float = 0.0
@@ -53,24 +55,31 @@ class TrainTransform:
     """The colour that comes in from outside in rotations and shifts: ImageNet's mean."""
 
     def __post_init__(self) -> None:
-        if self.crop not in CROPS:
-            raise ValueError(f"crop {self.crop!r}: must be one of {', '.join(CROPS)}")
-        if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"interpolation {self.interpolation!r}: must be one of {', '.join(INTERPOLATIONS)}")
+        if problems := list(self._problems()):
+            raise ValueError("\n".join(problems))
+
+    def _problems(self) -> Iterator[str]:
+        if self.crop not in get_args(Crop):
+            yield f"crop {self.crop!r}: must be one of {', '.join(get_args(Crop))}"
+        if self.interpolation not in get_args(Interpolation):
+            yield f"interpolation {self.interpolation!r}: must be one of {', '.join(get_args(Interpolation))}"
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale {self.scale}: must be two shares of the area, 0 < least <= most <= 1")
+            yield f"scale {self.scale}: must be two shares of the area, 0 < least <= most <= 1"
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio {self.ratio}: must be two ratios of width to height, 0 < least <= most")
+            yield f"ratio {self.ratio}: must be two ratios of width to height, 0 < least <= most"
         if self.padding < 0:
-            raise ValueError(f"padding {self.padding}: must not be negative")
+            yield f"padding {self.padding}: must not be negative"
         if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip {self.flip}: must be a probability between 0 and 1")
+            yield f"flip {self.flip}: must be a probability between 0 and 1"
         if self.color_jitter < 0:
-            raise ValueError(f"color_jitter {self.color_jitter}: must not be negative")
+            yield f"color_jitter {self.color_jitter}: must not be negative"
         if self.color_jitter and self.rand_augment is not None:
-            raise ValueError(f"color_jitter {self.color_jitter} with rand_augment {self.rand_augment!r}: give one of them")
+            yield f"color_jitter {self.color_jitter} with rand_augment {self.rand_augment!r}: give one of them"
         if self.rand_augment is not None:
-            parse_rand_augment(self.rand_augment)
+            try:
+                parse_rand_augment(self.rand_augment)
+            except ValueError as error:
+                yield str(error)
 
     @property
     def num_layers(self) -> int:

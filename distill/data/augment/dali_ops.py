@@ -78,7 +78,7 @@ def add_layer(
         elif operation == CONTRAST:
             grey = dali.fn.color_space_conversion(images, image_type=dali.types.RGB, output_type=dali.types.GRAY)
             centre = dali.math.floor(dali.fn.reductions.mean(grey, dtype=dali.types.FLOAT) + 0.5)
-            images = dali.fn.contrast(images, contrast=argument, contrast_center=centre)
+            images = dali.fn.contrast(images, contrast=argument, contrast_center=centre.cpu())
         elif operation == BRIGHTNESS:
             images = dali.fn.brightness(images, brightness=argument)
         elif operation == SHARPNESS:

@@ -6,7 +6,6 @@ Both loaders follow these plans; a plan holds no position, it answers for any.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -59,8 +58,6 @@ class Plan(Protocol):
     """False where no image is ever resized: `resized` is then the size of the window."""
     slices: bool
     """False where the resized image is the output: all `anchors` are then 0."""
-    shows_borders: bool
-    """True where the output may show the outermost lines of resized images, and PIL's are asked for."""
     exact: bool
     """False where images are resized and flipped and no more: another resizer than Pillow may then do both at once."""
     batch_size: int
@@ -107,7 +104,6 @@ class TrainPlan:
         self.resizes = transform.crop != "pad"
         self.slices = transform.crop == "pad"
         self.exact = self.slices or self.num_layers > 0
-        self.shows_borders = False  # twice the time for lines that differ by some levels: not where images are distorted anyway
         self.batch_size = micro_batch_size(global_batch_size, accumulate, world_size)
         self.batches_per_epoch = self.order.steps_per_epoch * accumulate
         self._rows = rows
@@ -155,8 +151,6 @@ class EvalPlan:
         self.resizes = True
         self.slices = True
         self.exact = True
-        # a filter that reaches two pixels far is renormalised in two lines on each side
-        self.shows_borders = any(math.floor(side / spec.crop_fraction) - side < 4 for side in self.size)
         self.batch_size = batch_size
         self.batches_per_epoch = eval_batches(num_samples, batch_size, rank, world_size)
         self._rank = rank

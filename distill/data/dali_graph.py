@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distill.data.augment.borders import borders
-from distill.data.augment.dali_ops import add_layer, resize, resize_with_borders
+from distill.data.augment.dali_ops import add_layer, resize
 from distill.data.augment.policy import affine_matrices
 from distill.data.batch_plan import Plan, Work
 
@@ -62,15 +61,10 @@ def build_pipeline(plan: Plan, device: torch.device, num_threads: int, decode_on
         """All that comes after decoding."""
         if plan.resizes:
             size = source("resized", types.FLOAT, 1) if plan.slices else plan.size
-            if plan.shows_borders:
-                images = resize_with_borders(modules, images, size, plan.interpolation, source)
-            else:
-                images = resize(modules, images, size, plan.interpolation)
+            images = resize(modules, images, size, plan.interpolation)
         if plan.slices:
             anchor = source("anchor", types.INT32, 1)
             images = fn.slice(images, start=anchor, shape=plan.size, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
-        if plan.shows_borders:
-            images = fn.cast(images / source("shares", types.FLOAT, 3), dtype=types.UINT8)
         images = fn.flip(images, horizontal=source("flip", types.INT32, 0))
         for layer in range(plan.num_layers):
             operation = source(f"operation{layer}", types.INT32, 0)
@@ -118,8 +112,6 @@ def feed(pipeline: Any, plan: Plan, batch: HostBatch, decode_only: bool) -> None
         pipeline.feed_input("resized", work.resized.astype(np.float32))
     if plan.slices:
         pipeline.feed_input("anchor", work.anchors.astype(np.int32))
-    if plan.shows_borders:
-        feed_borders(pipeline, plan, work)
     pipeline.feed_input("flip", work.flips)
     for layer in range(plan.num_layers):
         operations, arguments = work.operations[:, layer], work.arguments[:, layer]
@@ -127,17 +119,6 @@ def feed(pipeline: Any, plan: Plan, batch: HostBatch, decode_only: bool) -> None
         pipeline.feed_input(f"argument{layer}", np.ascontiguousarray(arguments))
         matrices = affine_matrices(operations, arguments, plan.size)
         pipeline.feed_input(f"matrix{layer}", matrices.astype(np.float32))
-
-
-def feed_borders(pipeline: Any, plan: Plan, work: Work) -> None:
-    """The inputs of `resize_with_borders`, and what its output is divided by."""
-    sources = work.windows[:, 2:]
-    found = borders(sources, work.resized, work.anchors, plan.size, plan.interpolation)
-    pipeline.feed_input("padded_start", (-found.margins).astype(np.int32))
-    pipeline.feed_input("padded_shape", (sources + 2 * found.margins).astype(np.int32))
-    pipeline.feed_input("image_start", found.margins.astype(np.float32))
-    pipeline.feed_input("image_end", (found.margins + sources).astype(np.float32))
-    pipeline.feed_input("shares", found.shares)
 
 
 def check_sizes(shapes: Any, batch: HostBatch) -> None:

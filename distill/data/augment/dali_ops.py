@@ -30,27 +30,10 @@ SAME = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32)
 """PIL's SMOOTH kernel, towards and away from which its Sharpness blends."""
 
 
-def resize(dali: SimpleNamespace, images: Any, size: Any, interpolation: str, **more: Any) -> Any:
-    """Images resized with PIL's filters; at the border the last pixel is repeated."""
+def resize(dali: SimpleNamespace, images: Any, size: Any, interpolation: str) -> Any:
+    """Images resized with PIL's filters. At the border the last pixel is repeated, where PIL renormalises its filter."""
     filters = {"bilinear": dali.types.INTERP_LINEAR, "bicubic": dali.types.INTERP_CUBIC}
-    return dali.fn.resize(images, size=size, interp_type=filters[interpolation], antialias=True, **more)
-
-
-def resize_with_borders(dali: SimpleNamespace, images: Any, size: Any, interpolation: str, source: Any) -> Any:
-    """Images resized as if all outside were black, as float: what `borders.py` says of them has to follow.
-
-    `source` makes the inputs of the graph: name, type, dimensions.
-    """
-    padded = dali.fn.slice(
-        images,
-        start=source("padded_start", dali.types.INT32, 1),
-        shape=source("padded_shape", dali.types.INT32, 1),
-        axes=(0, 1),
-        out_of_bounds_policy="pad",
-        fill_values=0,
-    )
-    part = {name: source(f"image_{name.removeprefix('roi_')}", dali.types.FLOAT, 1) for name in ("roi_start", "roi_end")}
-    return resize(dali, padded, size, interpolation, dtype=dali.types.FLOAT, **part)
+    return dali.fn.resize(images, size=size, interp_type=filters[interpolation], antialias=True)
 
 
 def add_layer(

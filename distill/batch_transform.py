@@ -20,7 +20,8 @@ ErasingMode = Literal["const", "rand", "pixel"]
 
 
 def to_pixels(images: Tensor, channels_last: bool = True) -> Tensor:
-    """float32 [B, 3, H, W] in [0, 1] from uint8 [B, H, W, 3]; channels_last strides come without a copy of the bytes."""
+    """Pixels float32 [B, 3, H, W] in [0, 1] from images uint8 [B, H, W, 3]. `channels_last` keeps the order in which the bytes
+    come; without it they are moved into planes."""
     pixels = images.permute(0, 3, 1, 2).float().div_(255)
     return pixels if channels_last else pixels.contiguous()
 
@@ -32,10 +33,12 @@ def check_pairs(micro_batch: int) -> None:
 
 
 class BatchTransform:
-    """`Batch` -> (images float32 [B, 3, H, W] in [0, 1], labels int64 [B], or float [B, K] where images were mixed).
+    """What the device does to a micro-batch before the models see it: to pixels, Mixup or CutMix, random erasing.
 
-    Mixing pairs image i with image B-1-i of the same process's micro-batch (timm's `batch` mode; B must be even). Erasing
-    with noise matches the `mean` and `std` that it would have had after the student's normalisation.
+    A `Batch` becomes images float32 [B, 3, H, W] in [0, 1] and labels: int64 [B], or float [B, K] where mixing is on.
+    Mixing pairs image i with image B-1-i of the same process's micro-batch (timm's `batch` mode), so B must be even:
+    ValueError otherwise. Erasing fills boxes with noise of `mean` and `std`, the student's: as timm, which erases after
+    normalisation.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, with_config
 
 from distill.batch_transform import ErasingMode
 from distill.data.augment.parameters import Crop, TrainTransform
+from distill.data.loaders import LoaderName
 from distill.protocols import Interpolation
 
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -40,7 +41,7 @@ class Data:
     train: str = _changeable("folder of training shards (made by shards/prepare.py)", "data/digits/train")
     val: str = _changeable("folder of validation shards", "data/digits/val")
     prepare: Literal["none", "digits"] = _doc("an embedded data set to prepare beside `train` if it is not there", "none")
-    loader: Literal["auto", "dali", "reference"] = _changeable("auto: DALI where it is installed, else torch + PIL", "auto")
+    loader: Literal["auto", LoaderName] = _changeable("auto: DALI where it is installed, else torch + PIL", "auto")
     shuffle_block: Count = _doc(
         "0: every epoch is a shuffle of the whole split; N: for slow disks, blocks of N neighbours in random order, mixed"
         " within 8 of them",

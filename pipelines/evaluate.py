@@ -27,7 +27,7 @@ from distill.models.build import create_teacher
 from distill.protocols import Needs
 from distill.report import say
 from pipelines.setup.arguments import Parser, add_import_option, command, import_files, requests
-from pipelines.setup.data import create_eval_loader
+from pipelines.setup.data import LOADERS, create_eval_loader
 from pipelines.setup.machine import create_accelerator
 
 EPILOG = """
@@ -54,9 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--mixed-precision", choices=("auto", "no", "bf16", "fp16"), default="auto", help="auto (default): the launcher's"
     )
-    parser.add_argument(
-        "--loader", choices=("auto", "dali", "reference"), default="auto", help="auto (default): DALI if installed"
-    )
+    parser.add_argument("--loader", choices=("auto", *LOADERS), default="auto", help="auto (default): DALI if installed")
     parser.add_argument("--num-threads", type=int, default=0, metavar="N", help="decoding threads per process")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     asked = parser.parse_args(argv)

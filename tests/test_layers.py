@@ -12,7 +12,7 @@ LEAVES = {"distill.protocols", "distill.seeds", "distill.files", "distill.precis
 ALLOWED: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "distill.regions": {"distill.protocols", "distill.precision"},
-    "distill.recipe": {"distill.protocols", "distill.batch_transform", "distill.data.augment.parameters"},
+    "distill.recipe": {"distill.protocols", "distill.batch_transform", "distill.data"},
     "distill.config": {"distill.recipe", "distill.data.order"},
     "distill.metrics": LEAVES,
     "distill.optim": LEAVES,

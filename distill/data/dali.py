@@ -11,7 +11,6 @@ import logging
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from PIL import Image
 
 from distill.data.batch_plan import Work, gather
 from distill.data.dali_graph import IN_FLIGHT, HostBatch, build_pipeline, check_sizes, dali_decodes, feed
-from distill.data.loaders import PlannedLoader, Task, eval_loader, train_loader
+from distill.data.loaders import PlannedLoader, Task
 from distill.data.pixels import as_png, decode_as_indexed, png_bytes, transform_window
 from distill.data.reader import BadSample, SampleReader
 from distill.data.stream import Position, PositionStream, next_position
@@ -210,7 +209,3 @@ class DaliLoader(PlannedLoader):
         if self._ahead is not None:
             self._ahead.close()
         self._stream.close()
-
-
-DaliTrainLoader = partial(train_loader, DaliLoader)
-DaliEvalLoader = partial(eval_loader, DaliLoader)

@@ -1,11 +1,11 @@
-"""What the two loaders have in common: how their arguments become a task, and all of a loader but its batches."""
+"""What the loaders have in common: the task that a loader is made for, and all of a loader but its batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import torch
 
@@ -17,29 +17,37 @@ from distill.data.prefetch import prefetched
 from distill.data.stream import Position
 from distill.protocols import Batch, InputSpec
 
+LoaderName = Literal["dali", "reference"]
+
 
 @dataclass(frozen=True)
 class Task:
-    """What one loader is for: the batches of `plan` from the split `index`, onto `device`."""
+    """The work of one loader: the batches of `plan` from the split `index`, onto `device`. A loader is made of it alone, as in
+    `DaliLoader(train_task(index, ...))`."""
 
     index: ShardIndex
     plan: Plan
     quarantine: Quarantine
     device: torch.device
     num_threads: int
-    """For decoding and what follows."""
+    """Threads for decoding and what follows."""
 
 
 class PlannedLoader:
-    """What both loaders have of a `Loader`; their own are the batch at a position, and `close`."""
+    """A `Loader` but for `close` and the batch at a position, which subclasses add.
+
+    A base class with behaviour, the one of the data room: a run's resuming hangs on both loaders giving the same identity,
+    refusing the same states and counting the same bad samples, so that is written once.
+    """
 
     def __init__(self, task: Task, take: Callable[[Position], Batch]) -> None:
-        """take: the batch at a position, on the host or the task's device."""
+        """take: gives the batch at a position, on the host or the task's device."""
         self.num_samples = task.index.num_samples
         self.batches_per_epoch = task.plan.batches_per_epoch
         self.quarantine = task.quarantine
         self.task = task
         self._take = take
+        self._copying: torch.cuda.Stream | None = None
 
     @property
     def bad_samples(self) -> list[int]:
@@ -47,12 +55,11 @@ class PlannedLoader:
         return self.quarantine.samples()
 
     def state(self) -> dict[str, Any]:
-        """All that the stream is a function of but its position (hash of the index, what the order depends on), and the bad
-        samples."""
+        """The stream but for its position, as plain JSON: the hash of the index, what the order depends on, the bad samples."""
         return {**self._identity(), "bad_samples": self.bad_samples}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes over the bad samples of a state; raises ValueError for one of another stream, TooManyFaults above the limit."""
+        """Takes over the bad samples of a state. Raises ValueError for one of another stream, TooManyFaults above the limit."""
         own = self._identity().items()
         different = [f"{name} {state.get(name)} there, {value} here" for name, value in own if state.get(name) != value]
         if different:
@@ -65,18 +72,17 @@ class PlannedLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The micro-batches of this epoch from number `start` on."""
         positions = (Position(epoch, micro) for micro in range(start, self.batches_per_epoch))
-        yield from prefetched(map(self._take, positions), self.task.device)
+        if (
+            self._copying is None and self.task.device.type == "cuda"
+        ):  # one for all epochs: memory is kept by stream
+            self._copying = torch.cuda.Stream(self.task.device)
+        yield from prefetched(map(self._take, positions), self._copying)
 
     def _identity(self) -> dict[str, Any]:
         return {"index": self.task.index.digest, **self.task.plan.identity}
 
 
-L = TypeVar("L")
-Kind = Callable[[Task], L]
-
-
-def train_loader(
-    kind: Kind[L],
+def train_task(
     index: ShardIndex,
     *,
     size: tuple[int, int],
@@ -91,8 +97,12 @@ def train_loader(
     shuffle_block: int = 0,
     max_bad_rate: float = 1e-4,
     fault_report: Path | None = None,
-) -> L:
-    """Training batches of process `rank`: `global_batch_size // (accumulate * world_size)` images of `size` each."""
+) -> Task:
+    """The training batches of process `rank`: `global_batch_size // (accumulate * world_size)` images of `size` each.
+
+    `max_bad_rate` is the share of the split that may turn out bad; `fault_report` gets a JSON line for each bad sample.
+    Raises ValueError where a shard is not the indexed one, and where the global batch does not divide or is not filled.
+    """
     index.spot_check()
     plan = TrainPlan(
         index.num_samples,
@@ -105,11 +115,10 @@ def train_loader(
         seed=seed,
         shuffle_block=shuffle_block,
     )
-    return kind(Task(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads))
+    return Task(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads)
 
 
-def eval_loader(
-    kind: Kind[L],
+def eval_task(
     index: ShardIndex,
     *,
     spec: InputSpec,
@@ -120,8 +129,9 @@ def eval_loader(
     num_threads: int,
     max_bad_rate: float = 1e-4,
     fault_report: Path | None = None,
-) -> L:
-    """Evaluation batches: every sample of the split once over all ranks, resized and cropped as timm does."""
+) -> Task:
+    """The evaluation batches of process `rank`: every sample of the split once over all ranks, resized and cropped as timm
+    does. `max_bad_rate`, `fault_report` and errors as in `train_task`."""
     index.spot_check()
     plan = EvalPlan(index.num_samples, spec=spec, batch_size=batch_size, rank=rank, world_size=world_size)
-    return kind(Task(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads))
+    return Task(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads)

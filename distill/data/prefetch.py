@@ -18,16 +18,15 @@ class _Sent(NamedTuple):
     arrived: torch.cuda.Event
 
 
-def prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches on `device`, in order, each fetched and sent one ahead; for a CPU, `batches` itself.
+def prefetched(batches: Iterator[Batch], stream: torch.cuda.Stream | None) -> Iterator[Batch]:
+    """The same batches on the device of `stream`, in order, each fetched and sent one ahead; without one, `batches` itself.
 
-    Whatever `batches` does on a GPU runs on a stream of its own, so that a copy, or a host that waits for one, is not queued
-    behind the training step. What lies in host memory is pinned and copied without waiting. `sample_ids` stay there.
+    Whatever `batches` does on a GPU runs on that stream, so that a copy, or a host that waits for one, is not queued behind the
+    training step. What lies in host memory is pinned and copied without waiting.
     """
-    if device.type != "cuda":
+    if stream is None:
         return batches
-    sent = _sent(batches, device, torch.cuda.Stream(device))
-    return (_received(each, device) for each in one_ahead(sent))
+    return (_received(each, stream.device) for each in one_ahead(_sent(batches, stream)))
 
 
 def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
@@ -45,13 +44,13 @@ def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
         raise ended
 
 
-def _sent(batches: Iterator[Batch], device: torch.device, stream: torch.cuda.Stream) -> Iterator[_Sent]:
+def _sent(batches: Iterator[Batch], stream: torch.cuda.Stream) -> Iterator[_Sent]:
     while True:
         with torch.cuda.stream(stream):  # left before every yield: the consumer's stream is its own business
             batch = next(batches, None)
             if batch is None:
                 return
-            batch = batch._replace(images=_to(batch.images, device), labels=_to(batch.labels, device))
+            batch = Batch(*(_to(tensor, stream.device) for tensor in batch))
             arrived = torch.cuda.Event()
             arrived.record()
         yield _Sent(batch, arrived)
@@ -65,6 +64,6 @@ def _received(sent: _Sent, device: torch.device) -> Batch:
     """The batch, for the current stream: it waits for the copy, and the memory is its to read until it is through with it."""
     current = torch.cuda.current_stream(device)
     current.wait_event(sent.arrived)
-    for tensor in (sent.batch.images, sent.batch.labels):
+    for tensor in sent.batch:
         tensor.record_stream(current)
     return sent.batch

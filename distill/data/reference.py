@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from webdataset.tariterators import tar_file_iterator
 
 from distill.data.batch_plan import gather
 from distill.data.index import TAR_BLOCK, ShardIndex
-from distill.data.loaders import PlannedLoader, Task, eval_loader, train_loader
+from distill.data.loaders import PlannedLoader, Task
 from distill.data.pixels import decode_as_indexed, transform_image
 from distill.data.reader import ShardLost, check_bytes
 from distill.data.stream import Position, PositionStream
@@ -79,7 +78,3 @@ class ReferenceLoader(PlannedLoader):
     def _decode(self, sample: int) -> Image.Image:
         index = self.task.index
         return decode_as_indexed(read_sample(index, sample), index.sizes(sample).tolist())
-
-
-ReferenceTrainLoader = partial(train_loader, ReferenceLoader)
-ReferenceEvalLoader = partial(eval_loader, ReferenceLoader)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 
 from distill.batch_transform import BatchTransform, check_pairs
 from distill.config import RecipeError
-from distill.data import dali, reference
+from distill.data.dali import DaliLoader
 from distill.data.dali_graph import dali_available
 from distill.data.index import ShardIndex
+from distill.data.loaders import Task, eval_task, train_task
 from distill.data.order import TrainOrder
+from distill.data.reference import ReferenceLoader
 from distill.models.backbone import Backbone
 from distill.protocols import DataFacts, InputSpec, Loader
 from distill.recipe import Data, Recipe
 from pipelines.setup.machine import micro_batch_size, num_threads
 from pipelines.setup.models import Models
+
+LOADERS: dict[str, Callable[[Task], Loader]] = {"dali": DaliLoader, "reference": ReferenceLoader}
+"""Recipe name -> loader; the names are those of `LoaderName`."""
 
 
 class Splits(NamedTuple):
@@ -77,14 +83,15 @@ def eval_spec(recipe: Recipe, model: Backbone) -> InputSpec:
     return spec
 
 
-def _loader_room(asked: str) -> tuple[Any, Any]:
+def create_loader(asked: str, task: Task) -> Loader:
+    """The loader of a task; `auto` is DALI where it is installed. Raises RecipeError for DALI where it is not."""
     if asked == "dali" and not dali_available():
         raise RecipeError(
             "data.loader: 'dali', but nvidia.dali cannot be imported; install nvidia-dali-cuda120 or use 'reference'"
         )
-    if asked != "reference" and dali_available():
-        return dali.DaliTrainLoader, dali.DaliEvalLoader
-    return reference.ReferenceTrainLoader, reference.ReferenceEvalLoader
+    if asked == "auto":
+        asked = "dali" if dali_available() else "reference"
+    return LOADERS[asked](task)
 
 
 def fault_report(recipe: Recipe, accelerator: Accelerator) -> Path | None:
@@ -97,7 +104,7 @@ def build_train_loader(recipe: Recipe, splits: Splits, models: Models, accelerat
     """Training views at the larger of both models' input sizes; the other model resizes on the device."""
     specs = [models.student.input_spec, *([] if models.teacher is None else [models.teacher.backbone.input_spec])]
     asked = recipe.data.interpolation
-    return _loader_room(recipe.data.loader)[0](
+    task = train_task(
         splits.train,
         size=(max(s.height for s in specs), max(s.width for s in specs)),
         transform=recipe.augment.of_each_image(specs[0].interpolation if asked == "auto" else asked),
@@ -112,6 +119,7 @@ def build_train_loader(recipe: Recipe, splits: Splits, models: Models, accelerat
         max_bad_rate=recipe.data.max_bad_rate,
         fault_report=fault_report(recipe, accelerator),
     )
+    return create_loader(recipe.data.loader, task)
 
 
 def create_eval_loader(
@@ -127,7 +135,7 @@ def create_eval_loader(
 ) -> Loader:
     """Every image of a split once, as `spec` says. The options are those of the recipe's section `data`; bad samples are
     reported to `report`, a JSON line each."""
-    return _loader_room(loader)[1](
+    task = eval_task(
         index,
         spec=spec,
         batch_size=batch_size,
@@ -138,6 +146,7 @@ def create_eval_loader(
         max_bad_rate=max_bad_rate,
         fault_report=report,
     )
+    return create_loader(loader, task)
 
 
 def build_eval_loader(recipe: Recipe, index: ShardIndex, spec: InputSpec, accelerator: Accelerator) -> Loader:

@@ -23,16 +23,18 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from distill.data.augment.parameters import TrainTransform
-from distill.data.dali import DaliTrainLoader
+from distill.data.dali import DaliLoader
 from distill.data.index import ShardIndex
-from distill.data.reference import ReferenceTrainLoader
+from distill.data.loaders import Task, train_task
+from distill.data.reference import ReferenceLoader
+from distill.protocols import Loader
 from tests.bench.storage import cold, preparation, startup
 
 EPILOG = """examples:
-  python tests/bench/data.py speed --split data/mine/train --images images/train
-  python tests/bench/data.py startup
-  python tests/bench/data.py cold --split data/mine/train
-  python tests/bench/data.py prepare --images images/train --workers 2"""
+  python -m tests.bench.data speed --split data/mine/train --images images/train
+  python -m tests.bench.data startup
+  python -m tests.bench.data cold --split data/mine/train
+  python -m tests.bench.data prepare --images images/train --workers 2"""
 OURS = "ours, DALI"
 WARM_UP = 3
 """Batches before the clock starts: they hold the build of pipelines and the start of workers."""
@@ -41,9 +43,9 @@ Batches = Iterator[int]
 """The number of images of each batch."""
 
 
-def ours(kind: Callable[..., Any], options: argparse.Namespace) -> Batches:
+def ours(kind: Callable[[Task], Loader], options: argparse.Namespace) -> Batches:
     """One of this project's loaders, endless."""
-    loader = kind(
+    task = train_task(
         ShardIndex.open(options.split),
         size=(options.side, options.side),
         transform=TrainTransform(),
@@ -55,7 +57,7 @@ def ours(kind: Callable[..., Any], options: argparse.Namespace) -> Batches:
         device=torch.device("cpu"),
         num_threads=options.threads,
     )
-    epoch = 0
+    loader, epoch = kind(task), 0
     while True:
         for batch in loader.epoch(epoch):
             yield len(batch.labels)
@@ -131,8 +133,8 @@ def webdataset_pil(options: argparse.Namespace) -> Batches:
 
 
 PIPELINES: dict[str, Callable[[argparse.Namespace], Batches]] = {
-    OURS: lambda options: ours(DaliTrainLoader, options),
-    "ours, reference": lambda options: ours(ReferenceTrainLoader, options),
+    OURS: lambda options: ours(DaliLoader, options),
+    "ours, reference": lambda options: ours(ReferenceLoader, options),
     "DALI's WebDataset reader": native_dali,
     "torchvision ImageFolder": image_folder,
     "webdataset and PIL": webdataset_pil,
@@ -163,7 +165,7 @@ def speed(options: argparse.Namespace) -> None:
     found: dict[str, list[dict[str, float]]] = {name: [] for name in PIPELINES}
     for _ in range(options.repeats):
         for name in PIPELINES:
-            line = [sys.executable, __file__, *sys.argv[1:], "--only", name]
+            line = [sys.executable, "-m", "tests.bench.data", *sys.argv[1:], "--only", name]
             done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             if done.returncode:
                 raise RuntimeError(f"{name}: {done.stderr[-2000:]}")

@@ -13,7 +13,8 @@ import torch
 from distill.batch_transform import to_pixels
 from distill.data.augment.parameters import TrainTransform
 from distill.data.index import ShardIndex
-from distill.data.reference import ReferenceTrainLoader
+from distill.data.loaders import train_task
+from distill.data.reference import ReferenceLoader
 from distill.distiller import Distiller
 from distill.losses import LOSSES
 from distill.models.build import create_student, probe
@@ -64,7 +65,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 
 def two_batches(index: ShardIndex, side: int) -> list[Batch]:
-    loader = ReferenceTrainLoader(
+    task = train_task(
         index,
         size=(side, side),
         transform=TrainTransform(),
@@ -76,6 +77,7 @@ def two_batches(index: ShardIndex, side: int) -> list[Batch]:
         device=torch.device("cpu"),
         num_threads=1,
     )
+    loader = ReferenceLoader(task)
     batches = list(loader.epoch(0))
     loader.close()
     return batches

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.data.dali import DaliEvalLoader, DaliTrainLoader
+from distill.data.dali import DaliLoader
 from distill.data.faults import TooManyFaults
 from distill.data.index import ShardIndex
 from distill.data.reader import ShardLost
-from distill.data.reference import ReferenceEvalLoader, ReferenceTrainLoader
+from distill.data.reference import ReferenceLoader
 from tests.distill.data.conftest import picture
 from tests.distill.data.planting import BAD, ODD, encoded, raw_split
-from tests.distill.data.test_loaders import EVAL, TRAIN, evaluation, input_spec, needs_dali, same, timm_differences, train
+from tests.distill.data.test_loaders import KINDS, evaluation, input_spec, needs_dali, same, timm_differences, train
 
 COUNT = 60
 BATCH = 12
@@ -40,10 +39,11 @@ def lines(path: Path) -> list[dict]:
 
 
 def with_faults(kind, index: ShardIndex, report: Path, rate: float = 1.0, rank: int = 0, world: int = 1, **options):
-    return train(partial(kind, max_bad_rate=rate, fault_report=report), index, batch=BATCH, rank=rank, world=world, **options)
+    faults = {"max_bad_rate": rate, "fault_report": report}
+    return train(kind, index, batch=BATCH, rank=rank, world=world, faults=faults, **options)
 
 
-@pytest.mark.parametrize("kind", TRAIN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_epoch_with_every_kind_of_bad_image_loses_no_step_and_reports_each_once(kind, faulty, tmp_path):
     index, bad = faulty
     loader = with_faults(kind, index, tmp_path / "faults.jsonl")
@@ -69,8 +69,8 @@ def test_an_epoch_with_every_kind_of_bad_image_loses_no_step_and_reports_each_on
 @needs_dali
 def test_both_loaders_find_the_same_and_put_the_same_in_their_place(faulty, tmp_path):
     index, _ = faulty
-    one = with_faults(DaliTrainLoader, index, tmp_path / "one")
-    other = with_faults(ReferenceTrainLoader, index, tmp_path / "other")
+    one = with_faults(DaliLoader, index, tmp_path / "one")
+    other = with_faults(ReferenceLoader, index, tmp_path / "other")
     for epoch in range(2):
         for a, b in zip(one.epoch(epoch), other.epoch(epoch), strict=True):
             assert torch.equal(a.sample_ids, b.sample_ids)
@@ -80,7 +80,7 @@ def test_both_loaders_find_the_same_and_put_the_same_in_their_place(faulty, tmp_
     other.close()
 
 
-@pytest.mark.parametrize("kind", TRAIN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_stream_does_not_depend_on_when_a_bad_sample_became_known(kind, faulty, tmp_path):
     index, _ = faulty
     first = with_faults(kind, index, tmp_path / "a")
@@ -98,7 +98,7 @@ def test_the_stream_does_not_depend_on_when_a_bad_sample_became_known(kind, faul
         loader.close()
 
 
-@pytest.mark.parametrize("kind", TRAIN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_image_that_has_not_the_size_of_the_index_is_a_bad_sample(kind, tmp_path):
     """Too large, and its window would be a wrong one; too small, and its window would lie outside."""
     wrong = {5: (20, 24), 17: (40, 400)}
@@ -114,7 +114,7 @@ def test_an_image_that_has_not_the_size_of_the_index_is_a_bad_sample(kind, tmp_p
     loader.close()
 
 
-@pytest.mark.parametrize("kind", TRAIN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_sample_ids_are_the_rows_of_the_images_really_shown(kind, tmp_path):
     """Each image has the grey level of its row, so a picture says which sample it is; a quarter are bad and have stand-ins."""
     images = [encoded(Image.new("RGB", (40, 40), (4 * n,) * 3), "PNG") for n in range(48)]
@@ -128,7 +128,7 @@ def test_sample_ids_are_the_rows_of_the_images_really_shown(kind, tmp_path):
     loader.close()
 
 
-@pytest.mark.parametrize("kind", TRAIN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_above_the_allowed_rate_the_run_stops_with_the_numbers(kind, faulty, tmp_path):
     index, _ = faulty
     loader = with_faults(kind, index, tmp_path / "faults.jsonl", rate=0.05)
@@ -137,12 +137,11 @@ def test_above_the_allowed_rate_the_run_stops_with_the_numbers(kind, faulty, tmp
     loader.close()
 
 
-@pytest.mark.parametrize("kind", EVAL)
+@pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_leaves_bad_samples_out_and_counts_every_other_once(kind, faulty):
     index, bad = faulty
     loaders = [
-        evaluation(partial(kind, max_bad_rate=1.0), index, spec=input_spec(32, 32, 0.875), rank=rank, world=2)
-        for rank in range(2)
+        evaluation(kind, index, spec=input_spec(32, 32, 0.875), rank=rank, world=2, max_bad_rate=1.0) for rank in range(2)
     ]
     for epoch in range(2):
         seen = torch.cat([batch.sample_ids for loader in loaders for batch in loader.epoch(epoch)]).tolist()
@@ -152,7 +151,7 @@ def test_evaluation_leaves_bad_samples_out_and_counts_every_other_once(kind, fau
         loader.close()
 
 
-@pytest.mark.parametrize("kind", EVAL)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("spoiled", [BAD["garbage"], BAD["no scan"]])
 def test_a_batch_of_evaluation_of_which_nothing_is_left_is_empty(kind, spoiled, tmp_path):
     """It used to end the run: the last batch of a split is short, and one bad image may be all of it."""
@@ -168,7 +167,7 @@ def test_a_batch_of_evaluation_of_which_nothing_is_left_is_empty(kind, spoiled, 
     loader.close()
 
 
-@pytest.mark.parametrize("kind", TRAIN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_split_without_a_good_image_stops_the_run_whatever_rate_is_allowed(kind, tmp_path):
     """It used to look for a stand-in for ever."""
     index = raw_split(tmp_path / "split", [BAD["two bytes"](b"")] * 24)
@@ -178,7 +177,7 @@ def test_a_split_without_a_good_image_stops_the_run_whatever_rate_is_allowed(kin
     loader.close()
 
 
-@pytest.mark.parametrize("kind", TRAIN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_after_an_error_a_loader_gives_the_batches_of_any_position(kind, tmp_path):
     """DALI's queue used to keep what was fed before the error, and other batches came out."""
     index = raw_split(tmp_path / "split", [encoded(picture(40, 44, seed=n)) for n in range(48)], shards=48)
@@ -204,7 +203,7 @@ def test_what_only_dali_cannot_decode_is_decoded_by_pil(tmp_path):
     images[7] = encoded(picture(40, 44, seed=100), "GIF")
     images[15] = encoded(picture(40, 44, seed=101), "AVIF", quality=90)
     index = raw_split(tmp_path / "split", images)
-    one, other = (train(kind, index, crop="resize") for kind in (DaliTrainLoader, ReferenceTrainLoader))
+    one, other = (train(kind, index, crop="resize") for kind in (DaliLoader, ReferenceLoader))
     seen = []
     for a, b in zip(one.epoch(0), other.epoch(0), strict=True):
         assert torch.equal(a.sample_ids, b.sample_ids)
@@ -216,7 +215,7 @@ def test_what_only_dali_cannot_decode_is_decoded_by_pil(tmp_path):
     other.close()
 
 
-@pytest.mark.parametrize("kind", TRAIN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_shard_truncated_mid_run_fails_with_its_name(kind, tmp_path):
     index = raw_split(tmp_path / "split", [encoded(picture(40, 44, seed=n)) for n in range(48)])
     loader = with_faults(kind, index, tmp_path / "faults")
@@ -231,12 +230,12 @@ def test_a_shard_truncated_mid_run_fails_with_its_name(kind, tmp_path):
 @needs_dali
 def test_faults_do_not_change_the_pixels_of_other_samples(faulty):
     index, bad = faulty
-    loader = evaluation(partial(DaliEvalLoader, max_bad_rate=1.0), index, spec=input_spec(32, 32, 0.875))
+    loader = evaluation(DaliLoader, index, spec=input_spec(32, 32, 0.875), max_bad_rate=1.0)
     got = {}
     for batch in loader.epoch(0):
         got |= {index.key(sample): image for image, sample in zip(batch.images, batch.sample_ids.tolist(), strict=True)}
     loader.close()
-    reference = evaluation(partial(ReferenceEvalLoader, max_bad_rate=1.0), index, spec=input_spec(32, 32, 0.875))
+    reference = evaluation(ReferenceLoader, index, spec=input_spec(32, 32, 0.875), max_bad_rate=1.0)
     for batch in reference.epoch(0):
         for image, sample in zip(batch.images, batch.sample_ids.tolist(), strict=True):
             assert (image.int() - got[index.key(sample)].int()).abs().max() <= 1
@@ -250,10 +249,10 @@ def test_odd_images_are_evaluated_on_timms_pixels(kind, tmp_path):
     """No rotation by EXIF, alpha dropped, CMYK and palettes as PIL reads them. 16-bit images are not among them: PIL clips
     them where DALI scales, and preparation makes them 8-bit."""
     index = raw_split(tmp_path / "split", [ODD[kind](picture(90, 70, seed=n)) for n in range(2)], shards=1)
-    assert timm_differences(DaliEvalLoader, index, input_spec(32, 32, 0.875)).max() <= 1
+    assert timm_differences(DaliLoader, index, input_spec(32, 32, 0.875)).max() <= 1
 
 
-@pytest.mark.parametrize("kind", TRAIN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_state_is_small_the_same_on_every_rank_and_refused_where_it_does_not_fit(kind, faulty, tmp_path):
     index, _ = faulty
     ranks = [with_faults(kind, index, tmp_path / "faults", rank=rank, world=2) for rank in range(2)]

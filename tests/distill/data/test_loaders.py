@@ -14,35 +14,38 @@ from PIL import Image
 from timm.data import create_transform
 
 from distill.data.augment.parameters import TrainTransform
-from distill.data.dali import DaliEvalLoader, DaliLoader, DaliTrainLoader
+from distill.data.dali import DaliLoader
 from distill.data.dali_graph import dali_available
 from distill.data.index import ShardIndex
-from distill.data.loaders import eval_loader, train_loader
+from distill.data.loaders import eval_task, train_task
 from distill.data.pixels import decode
-from distill.data.reference import ReferenceEvalLoader, ReferenceTrainLoader, read_sample
+from distill.data.reference import ReferenceLoader, read_sample
 from distill.protocols import Batch, InputSpec
 
 needs_dali = pytest.mark.skipif(not dali_available(), reason="DALI is not installed")
-# the graph of a GPU, which does all of the work, on DALI's CPU backend
-GraphTrainLoader = partial(train_loader, partial(DaliLoader, decode_only=False))
-GraphEvalLoader = partial(eval_loader, partial(DaliLoader, decode_only=False))
-TRAIN = [
-    pytest.param(DaliTrainLoader, marks=needs_dali, id="dali"),
-    pytest.param(GraphTrainLoader, marks=needs_dali, id="dali's graph of a GPU"),
-    pytest.param(ReferenceTrainLoader, id="reference"),
-]
-EVAL = [
-    pytest.param(DaliEvalLoader, marks=needs_dali, id="dali"),
-    pytest.param(GraphEvalLoader, marks=needs_dali, id="dali's graph of a GPU"),
-    pytest.param(ReferenceEvalLoader, id="reference"),
+GraphLoader = partial(DaliLoader, decode_only=False)
+"""The graph of a GPU, which does all of the work, on DALI's CPU backend."""
+KINDS = [
+    pytest.param(DaliLoader, marks=needs_dali, id="dali"),
+    pytest.param(GraphLoader, marks=needs_dali, id="dali's graph of a GPU"),
+    pytest.param(ReferenceLoader, id="reference"),
 ]
 CPU = torch.device("cpu")
 
 
 def train(
-    kind, index: ShardIndex, *, rank: int = 0, world: int = 1, accumulate: int = 1, batch: int = 12, side: int = 40, **transform
+    kind,
+    index: ShardIndex,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    accumulate: int = 1,
+    batch: int = 12,
+    side: int = 40,
+    faults: dict | None = None,
+    **transform,
 ):
-    return kind(
+    task = train_task(
         index,
         size=(side, side),
         transform=TrainTransform(**transform),
@@ -53,11 +56,14 @@ def train(
         seed=11,
         device=CPU,
         num_threads=2,
+        **(faults or {}),
     )
+    return kind(task)
 
 
-def evaluation(kind, index: ShardIndex, *, spec: InputSpec, batch: int = 8, rank: int = 0, world: int = 1):
-    return kind(index, spec=spec, batch_size=batch, rank=rank, world_size=world, device=CPU, num_threads=2)
+def evaluation(kind, index: ShardIndex, *, spec: InputSpec, batch: int = 8, rank: int = 0, world: int = 1, **faults):
+    options = {"batch_size": batch, "rank": rank, "world_size": world, "device": CPU, "num_threads": 2}
+    return kind(eval_task(index, spec=spec, **options, **faults))
 
 
 def input_spec(height: int, width: int, crop_fraction: float, interpolation: str = "bilinear") -> InputSpec:
@@ -93,7 +99,7 @@ def same(one: list[Batch], other: list[Batch]) -> bool:
     return not differences(one, other).any()
 
 
-@pytest.mark.parametrize("kind", TRAIN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_batches_are_uint8_nhwc_with_the_labels_of_the_index(kind, make_split):
     index = make_split()
     loader = train(kind, index, accumulate=2)
@@ -112,16 +118,16 @@ def test_batches_are_uint8_nhwc_with_the_labels_of_the_index(kind, make_split):
 @needs_dali
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("crop", ["random_resized", "pad", "resize"])
-@pytest.mark.parametrize("kind", [DaliTrainLoader, GraphTrainLoader], ids=["dali", "dali's graph of a GPU"])
+@pytest.mark.parametrize("kind", [DaliLoader, GraphLoader], ids=["dali", "dali's graph of a GPU"])
 def test_dali_and_the_reference_train_on_the_same_pixels(kind, crop, interpolation, make_split):
     """Decoding is equal bit for bit, and so is all where nothing is resized. `assert_close` says what resizing in the graph
     may differ by; torch's resizing gives single values another level."""
     index = make_split()
-    ours, reference = (train(each, index, crop=crop, interpolation=interpolation) for each in (kind, ReferenceTrainLoader))
+    ours, reference = (train(each, index, crop=crop, interpolation=interpolation) for each in (kind, ReferenceLoader))
     difference = differences(list(ours.epoch(1)), list(reference.epoch(1)))
     if crop == "pad":
         assert difference.max() == 0
-    elif kind is DaliTrainLoader:
+    elif kind is DaliLoader:
         assert difference.max() <= 2
         assert (difference > 0).mean() < 0.02  # pictures full of noise; photographs have a tenth of that
         assert (difference > 1).mean() < 0.001
@@ -131,7 +137,7 @@ def test_dali_and_the_reference_train_on_the_same_pixels(kind, crop, interpolati
     reference.close()
 
 
-@pytest.mark.parametrize("kind", TRAIN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_any_position_can_be_asked_for_at_any_time_bit_for_bit(kind, make_split):
     index = make_split()
     loader = train(kind, index, accumulate=2)
@@ -149,7 +155,7 @@ def test_any_position_can_be_asked_for_at_any_time_bit_for_bit(kind, make_split)
         each.close()
 
 
-@pytest.mark.parametrize("kind", TRAIN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_and_accumulation_see_the_pixels_of_one_process(kind, make_split):
     index = make_split()
     one = train(kind, index)
@@ -164,7 +170,7 @@ def test_two_ranks_and_accumulation_see_the_pixels_of_one_process(kind, make_spl
         loader.close()
 
 
-@pytest.mark.parametrize("kind", EVAL)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world", [1, 2, 5])
 def test_evaluation_delivers_every_sample_once_in_every_epoch(kind, world, make_split):
     index = make_split()
@@ -204,7 +210,7 @@ SPECS = [(224, 224, 0.875), (64, 64, 0.95), (96, 96, 1.0), (40, 56, 0.9)]
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("shape", SPECS)
-@pytest.mark.parametrize("kind", [EVAL[0], EVAL[2]])
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]])
 def test_evaluation_on_a_cpu_has_timms_pixels_exactly(kind, shape, interpolation, make_split):
     assert timm_differences(kind, make_split(), input_spec(*shape, interpolation)).max() == 0
 
@@ -213,7 +219,7 @@ def test_evaluation_on_a_cpu_has_timms_pixels_exactly(kind, shape, interpolation
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("shape", SPECS)
 def test_the_graph_of_a_gpu_evaluates_on_timms_pixels_within_rounding(shape, interpolation, make_split):
-    difference = timm_differences(GraphEvalLoader, make_split(), input_spec(*shape, interpolation))
+    difference = timm_differences(GraphLoader, make_split(), input_spec(*shape, interpolation))
     assert_close(difference, interpolation)
     if interpolation == "bilinear" and shape[2] < 1:  # the centre crop leaves out the border of the resized image
         assert difference.max() <= 1
@@ -223,7 +229,7 @@ def test_the_graph_of_a_gpu_evaluates_on_timms_pixels_within_rounding(shape, int
 @pytest.mark.parametrize("shape", [(224, 224, 0.875), (224, 224, 0.95), (288, 288, 1.0)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_real_images_are_evaluated_on_a_cpu_as_timm_does_to_the_bit(shape, interpolation, imagenet_index):
-    assert timm_differences(DaliEvalLoader, imagenet_index, input_spec(*shape, interpolation)).max() == 0
+    assert timm_differences(DaliLoader, imagenet_index, input_spec(*shape, interpolation)).max() == 0
 
 
 @needs_dali
@@ -231,7 +237,7 @@ def test_real_images_are_evaluated_on_a_cpu_as_timm_does_to_the_bit(shape, inter
 def test_the_graph_of_a_gpu_evaluates_real_images_as_timm_does(shape, imagenet_index):
     """At most 1 level for bilinear. Without a centre crop the outermost line is seen, where DALI repeats the last pixel and PIL
     renormalises its filter: at most 16 levels on the 500 images of the sample, 0.016 % of the values off by more than 1."""
-    difference = timm_differences(GraphEvalLoader, imagenet_index, input_spec(*shape))
+    difference = timm_differences(GraphLoader, imagenet_index, input_spec(*shape))
     assert difference[:, 1:-1, 1:-1].max() <= 1
     assert difference.max() <= (20 if shape[2] == 1 else 1)
     assert (difference > 1).mean() < 0.0003
@@ -242,13 +248,13 @@ def test_the_graph_of_a_gpu_evaluates_real_images_as_timm_does(shape, imagenet_i
 @pytest.mark.parametrize("shape", [(224, 224, 0.875), (224, 224, 0.95), (288, 288, 1.0)])
 def test_the_graph_of_a_gpu_evaluates_real_images_as_timm_does_bicubic(shape, imagenet_index):
     """Within the bounds measured when the graph was designed: at most 23 levels, 0.11 % of pixels off by more than 1."""
-    difference = timm_differences(GraphEvalLoader, imagenet_index, input_spec(*shape, "bicubic"))
+    difference = timm_differences(GraphLoader, imagenet_index, input_spec(*shape, "bicubic"))
     assert difference.max() <= 23
     assert (difference > 1).mean() <= 0.0011
     assert difference.mean() < 0.18
 
 
-@pytest.mark.parametrize("kind", EVAL)
+@pytest.mark.parametrize("kind", KINDS)
 def test_images_of_the_wanted_size_are_not_touched(kind, make_split):
     """32 x 32 images at 32 pixels and crop fraction 1: what comes out is what the decoder gives."""
     index = make_split(21, 2, ((32, 32),))

@@ -13,11 +13,11 @@ from distill.data.augment import policy
 from distill.data.augment.parameters import LAYER_NUMBERS, TrainTransform, layers, uniforms
 from distill.data.augment.pil_ops import apply_operation
 from distill.data.augment.policy import parse_rand_augment
-from distill.data.dali import DaliTrainLoader
-from distill.data.reference import ReferenceTrainLoader
+from distill.data.dali import DaliLoader
+from distill.data.reference import ReferenceLoader
 from distill.data.stream import Position
 from tests.distill.data.conftest import picture
-from tests.distill.data.test_loaders import TRAIN, GraphTrainLoader, needs_dali, same, train
+from tests.distill.data.test_loaders import KINDS, GraphLoader, needs_dali, same, train
 
 NAMES = {
     "AutoContrast": policy.AUTO_CONTRAST,
@@ -140,8 +140,8 @@ def test_the_graph_of_a_gpu_and_pil_agree_on_every_operation(make_split):
     """
     index = make_split()
     options = {"crop": "resize", "rand_augment": "rand-m9-mstd3-n1-p1-inc1", "side": 48, "flip": 0.0}
-    one, other = (train(kind, index, **options) for kind in (GraphTrainLoader, ReferenceTrainLoader))
-    plain = train(ReferenceTrainLoader, index, crop="resize", side=48, flip=0.0)
+    one, other = (train(kind, index, **options) for kind in (GraphLoader, ReferenceLoader))
+    plain = train(ReferenceLoader, index, crop="resize", side=48, flip=0.0)
     seen = set()
     for epoch in range(6):
         for micro, (a, b, _) in enumerate(zip(one.epoch(epoch), other.epoch(epoch), plain.epoch(epoch), strict=True)):
@@ -165,14 +165,14 @@ def test_the_graph_of_a_gpu_and_pil_agree_on_every_operation(make_split):
 @needs_dali
 @pytest.mark.parametrize("options", [{"rand_augment": "rand-m9-mstd0.5-inc1"}, {"color_jitter": 0.4}])
 def test_on_a_cpu_augmented_pixels_are_pils(options, make_split):
-    one, other = (train(kind, make_split(), **options) for kind in (DaliTrainLoader, ReferenceTrainLoader))
+    one, other = (train(kind, make_split(), **options) for kind in (DaliLoader, ReferenceLoader))
     assert same(list(one.epoch(0)), list(other.epoch(0)))
     one.close()
     other.close()
 
 
 @pytest.mark.parametrize("options", [{"rand_augment": "rand-m9-mstd0.5-inc1"}, {"color_jitter": 0.4}])
-@pytest.mark.parametrize("kind", TRAIN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_augmented_streams_resume_bit_for_bit(kind, options, make_split):
     index = make_split()
     whole = train(kind, index, accumulate=2, **options)

@@ -19,13 +19,15 @@ RANK = """
 import json, sys, torch
 from pathlib import Path
 from distill.data.augment.parameters import TrainTransform
-from distill.data.dali import DaliTrainLoader
+from distill.data.dali import DaliLoader
 from distill.data.index import ShardIndex
+from distill.data.loaders import train_task
 folder, rank, report = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-loader = DaliTrainLoader(
+task = train_task(
     ShardIndex.open(folder), size=(64, 64), transform=TrainTransform(), global_batch_size=32, accumulate=2, rank=rank,
     world_size=2, seed=5, device=torch.device("cpu"), num_threads=1, max_bad_rate=0.05, fault_report=report,
 )
+loader = DaliLoader(task)
 sizes = [len(batch.images) for epoch in range(2) for batch in loader.epoch(epoch)]
 print(json.dumps({"sizes": sizes, "found": loader.quarantine.found_here, "bad": loader.quarantine.samples()}))
 loader.close()

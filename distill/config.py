@@ -27,16 +27,27 @@ class RecipeError(ValueError):
     """A request that cannot be served as it was made; the message names each problem and its remedy."""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1.1 reads `1e-4` as text, and `no` (a precision, here) as false."""
+_SCALARS = {
+    "null": (["", *"~nN"], r"|~|null|Null|NULL"),
+    "bool": ([*"tTfF"], r"true|True|TRUE|false|False|FALSE"),
+    "int": ([*"-+0123456789"], r"[-+]?(?:0|[1-9][0-9]*)"),
+    "float": ([*"-+.0123456789"], r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"),
+}
+"""What a word without quotes may mean, as in YAML 1.2: its first characters and its pattern. PyYAML knows YAML 1.1, in which
+`1e-4` is text, `no` (a precision, here) is false, 1:30 is 90 and 017 is 15."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own way)
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+
+class _Loader(yaml.SafeLoader):
+    """A loader of plain data only: any other tag is an error, and so is a key that is given twice."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's own way)
+    yaml_constructors = {  # noqa: RUF012
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (None, *(f"tag:yaml.org,2002:{kind}" for kind in (*_SCALARS, "str", "seq", "map")))
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """As PyYAML's, but a key that is given twice is an error: the first value would be lost without a word."""
+        """PyYAML's mapping, without repeated keys: the first value would be lost without a word."""
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
@@ -45,15 +56,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-
-for _tag in ("binary", "set", "omap", "pairs", "timestamp"):  # they make objects that no recipe field is
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_undefined)  # type: ignore[type-var]
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+for _tag, (_first, _pattern) in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
 def parse_yaml(text: str) -> Any:

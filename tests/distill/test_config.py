@@ -78,9 +78,26 @@ def test_no_is_a_precision_and_not_false():
     assert parse(["--train.mixed_precision", "no"], LOSSES).recipe.train.mixed_precision == "no"
 
 
-def test_yaml_cannot_construct_objects():
+def test_times_dates_and_numbers_with_zeros_before_them_stay_text():
+    assert parse_yaml("{a: 1:30, b: 2026-11-28, c: 017, d: 1_000}") == {
+        "a": "1:30",
+        "b": "2026-11-28",
+        "c": "017",
+        "d": "1_000",
+    }
+
+
+def test_numbers_and_nothing_are_what_they_look_like():
+    assert parse_yaml("[0, -1, +5, .5, 5., -.inf]") == [0, -1, 5, 0.5, 5.0, float("-inf")]
+    assert parse_yaml("{a: , b: ~, c: null}") == {"a": None, "b": None, "c": None}
+
+
+@pytest.mark.parametrize(
+    "text", ["!!python/object/apply:os.system ['true']", "!!binary aGk=", "!!set {x}", "!!timestamp 2026-11-28"]
+)
+def test_yaml_cannot_construct_objects(text: str):
     with pytest.raises(Exception, match="could not determine a constructor"):
-        parse_yaml("!!python/object/apply:os.system ['true']")
+        parse_yaml(text)
 
 
 def test_a_key_that_is_given_twice_is_refused(tmp_path: Path):

@@ -22,7 +22,7 @@ STATUS = Path("/proc/self/status")
 
 
 class MemoryLine:
-    """In place of a time line: what autograd saves in each part, and the largest allocation seen in it."""
+    """A line of memory in place of time: what autograd saves in each part, and the highest mark seen in it."""
 
     def __init__(self, run: Run) -> None:
         self._device = run.accelerator.device
@@ -45,7 +45,7 @@ class MemoryLine:
         return before
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """A tensor that autograd saves."""
+        """Notes a tensor that autograd saves; the tensor."""
         place = _place(tensor)
         if place not in self._seen:
             self._seen.add(place)
@@ -58,7 +58,7 @@ def _place(tensor: Tensor) -> int:
 
 
 def clear_peak(device: torch.device) -> None:
-    """The highest mark starts again from what is held now."""
+    """Lets the highest mark start again from what is held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR_PEAK.exists():
@@ -66,16 +66,23 @@ def clear_peak(device: torch.device) -> None:
 
 
 def read_peak(device: torch.device) -> int:
-    """Bytes at the highest mark; 0 where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if not STATUS.exists():
-        return 0
-    return next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    """Bytes at the highest mark: the allocator's on a GPU, the resident set's on a CPU; 0 where the system does not tell."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def read_held(device: torch.device) -> int:
+    """Bytes held now, counted as `read_peak` does."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    """Bytes of a figure of /proc/self/status, given there in KiB."""
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
 
 
 def memory_use(run: Run, line: MemoryLine) -> MemoryUse:
-    """What a step held that ran with `marked(run, line)` and autograd's `line.pack`."""
+    """The memory of a step that ran with `marked(run, line)` and autograd's `line.pack`."""
     distiller, optimizer = run.unwrapped, run.optimizer
     trained = [p for p in distiller.parameters() if p.requires_grad]
     owners = {
@@ -111,7 +118,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Arrivals:
-    """When each gradient of the last backward pass was there."""
+    """The moments at which the gradients of the last backward pass arrived."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -121,7 +128,7 @@ class Arrivals:
 
     @contextmanager
     def observe(self, run: Run) -> Iterator[None]:
-        """While it is open, backward passes are noted."""
+        """Notes backward passes while it is open."""
         backward = run.accelerator.backward
 
         def noted(*arguments: Any) -> None:

@@ -35,6 +35,7 @@ from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
 from distill.losses.msdcrd import contrastive_loss
 from distill.losses.sdd import sdd_loss
 from distill.regions import pool, pooling_matrix
+from pipelines.measure.memory import CLEAR_PEAK, clear_peak, read_held, read_peak
 from pipelines.setup.arguments import Parser, command
 from tests.distill.losses import references
 
@@ -237,23 +238,12 @@ def peak_extra_bytes(case: Case, version: str, device: torch.device, threads: in
     loss: Callable[[], Tensor] = getattr(versions, version)
     del warm
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run_once(loss, versions.leaf)
-        return torch.cuda.max_memory_allocated(device) - before
-    if not Path("/proc/self/clear_refs").exists():
+    if device.type == "cpu" and not CLEAR_PEAK.exists():
         return None
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident now
-    before = _status_bytes("VmRSS")
+    clear_peak(device)
+    before = read_held(device)
     run_once(loss, versions.leaf)
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(field: str) -> int:
-    """A figure of /proc/self/status, given there in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+    return read_peak(device) - before
 
 
 def measure(case: Case, device: torch.device, threads: int, budget: float) -> Figures:
@@ -272,7 +262,8 @@ def measure(case: Case, device: torch.device, threads: int, budget: float) -> Fi
 
 def _in_own_process(case: Case, version: str, threads: int) -> int | None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "distill.losses"])  # imported once, run nowhere before the measurement
+    # imported once, run nowhere before the measurement
+    context.set_forkserver_preload(["torch", "distill.losses", "pipelines.measure.memory"])
     with ProcessPoolExecutor(1, mp_context=context) as executor:
         return executor.submit(peak_extra_bytes, case, version, torch.device("cpu"), threads).result()
 

@@ -35,7 +35,7 @@ from distill.recipe import Recipe
 from pipelines.measure.ceiling import Alone, flops_per_image, loader_rate, measure_machine, measure_network
 from pipelines.measure.memory import Arrivals, MemoryLine, memory_use
 from pipelines.measure.report import FORMAT, MODELS, Ceiling, MemoryUse, Part, Report, Setting, Step, Traffic, WarmUp
-from pipelines.measure.show import bottleneck, plot, table
+from pipelines.measure.show import as_text, bottleneck, plot
 from pipelines.measure.timeline import DATA, REST, Communication, Timeline, endless, make_steps, marked
 from pipelines.setup.arguments import Parser, command, import_files, parse, requests
 from pipelines.setup.build import build
@@ -339,7 +339,7 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as out:
         report = measure(asked, out)
     if PartialState().is_main_process:
-        print(table(report))
+        print(as_text(report))
         if asked.json is not None:
             report.write(asked.json)
         if asked.plot is not None:

@@ -11,17 +11,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
 from distill.config import RecipeError
+from pipelines.measure.tables import table
 from pipelines.setup.arguments import Parser, command
-
-
-def table(rows: list[list[str]]) -> str:
-    """Text columns as wide as they need to be; the first left-aligned, numbers right-aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
 def row(folder: Path, summary: dict[str, Any]) -> list[str]:
@@ -48,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     if missing:
         raise RecipeError(f"no summary.json in {', '.join(missing)}: not a finished run")
     rows = [row(f, json.loads((f / "summary.json").read_text())) for f in folders]
-    print(table([["run", "student", "teacher", "top-1 %", "best %", "images/s", "seconds"], *rows]))
+    print(table([["run", "student", "teacher", "top-1 %", "best %", "images/s", "seconds"], *rows], "lrrrrrr"))
 
 
 if __name__ == "__main__":

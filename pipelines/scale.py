@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 
 from distill.config import RecipeError
 from pipelines.measure.report import Report
+from pipelines.measure.tables import table
 from pipelines.measure.timeline import ALL_REDUCE, BACKWARD, DATA
 from pipelines.setup.arguments import Parser, command
 
@@ -197,22 +198,22 @@ def first_bottleneck(step: float, working: float, beside: dict[str, float], cost
     return worst if costs[worst] >= COUNTS * step else "the models"
 
 
-def table(rows: Sequence[Prediction], gather: bool) -> str:
-    """For people."""
-    lines = [
-        f"{'GPUs':>5s} {'nodes':>5s} {'batch':>7s} {'ms':>9s} {'images/s':>10s} {'eff.':>5s} {'hours':>8s} {'sent MB':>8s}"
-        f" {'exposed':>8s}"
-        + (f" {'gather ms':>10s} {'recv. MB':>9s}" if gather else "")
-        + f" {'disk MB/s':>9s} {'GiB':>6s}  first"
-    ]
+def as_text(rows: Sequence[Prediction], gather: bool) -> str:
+    """The rows for people; the columns of gathered rows only where they are gathered."""
+    head = ["GPUs", "nodes", "batch", "ms", "images/s", "eff.", "hours", "sent MB", "exposed"]
+    head += ["gather ms", "recv. MB"] if gather else []
+    lines = [[*head, "disk MB/s", "GiB", "first"]]
     for row in rows:
-        more = f" {row.gather_ms:10.2f} {row.gather_bytes / 1e6:9.1f}" if gather else ""
+        more = [f"{row.gather_ms:.2f}", f"{row.gather_bytes / 1e6:.1f}"] if gather else []
         lines.append(
-            f"{row.gpus:5d} {row.nodes:5d} {row.global_batch:7d} {row.step_ms:9.2f} {row.images_per_second:10.1f}"
-            f" {row.efficiency:5.2f} {row.hours:8.2f} {row.sent_bytes / 1e6:8.1f} {row.exposed_ms:8.2f}{more}"
-            f" {row.disk_bytes_per_second / 1e6:9.0f} {row.memory / 2**30:6.2f}  {row.bottleneck}"
+            [
+                *(str(row.gpus), str(row.nodes), str(row.global_batch)),
+                *(f"{row.step_ms:.2f}", f"{row.images_per_second:.1f}", f"{row.efficiency:.2f}", f"{row.hours:.2f}"),
+                *(f"{row.sent_bytes / 1e6:.1f}", f"{row.exposed_ms:.2f}", *more),
+                *(f"{row.disk_bytes_per_second / 1e6:.0f}", f"{row.memory / 2**30:.2f}", row.bottleneck),
+            ]
         )
-    return "\n".join(lines)
+    return table(lines, "r" * (len(lines[0]) - 1) + "l")
 
 
 def heading(report: Report, cluster: Cluster, epochs: float, images: int) -> str:
@@ -273,12 +274,11 @@ def plan(asked: argparse.Namespace) -> dict[str, list[Prediction]]:
     images = asked.images or report.traffic.training_images
     print(heading(report, cluster, epochs, images))
     found = {"own": [predict(report, cluster, gpus, epochs, images, gather=False) for gpus in asked.gpus]}
-    print("\n" + table(found["own"], gather=False))
+    print("\n" + as_text(found["own"], gather=False))
     if report.traffic.gathers:
         found["gathered"] = [predict(report, cluster, gpus, epochs, images, gather=True) for gpus in asked.gpus]
-        print(
-            f"\nwhere {' and '.join(report.traffic.gathers)} gathers from every GPU\n" + table(found["gathered"], gather=True)
-        )
+        names = " and ".join(report.traffic.gathers)
+        print(f"\nwhere {names} gathers from every GPU\n{as_text(found['gathered'], gather=True)}")
         still = [row.gpus for row in found["gathered"] if row.fits and row.gather_ms < COUNTS * row.step_ms]
         upto = f"up to {max(still)} GPUs" if still else "at none of these sizes"
         print(f"gather fits and takes less than {COUNTS:.0%} of the step {upto}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.measure.report import MODELS, Ceiling, Part, Report, Setting, WarmUp
+from pipelines.measure.tables import table
 from pipelines.measure.timeline import ALL_REDUCE, AVERAGE, DATA, REST, TEACHER, TRANSFORM
 
 
@@ -72,12 +73,13 @@ def _models_advice(setting: Setting, largest: str) -> str:
     return f"--train.channels_last {other} may be faster for these models; else only smaller ones or more devices help"
 
 
-def table(report: Report) -> str:
+def as_text(report: Report) -> str:
     """The ledger for people."""
     setting, step, ceiling, memory = report.setting, report.step, report.ceiling, report.memory
     size = "x".join(str(side) for side in setting.image_size)
     compiled = "" if setting.compiled == "none" else f", compiled: {setting.compiled}"
     lowered = "" if setting.teacher_precision == "auto" else f" (teacher {setting.teacher_precision})"
+    low, high = min(step.all_ms), max(step.all_ms)
     lines = [
         f"{setting.teacher} -> {setting.student}, {' + '.join(setting.losses)}",
         f"{setting.device}, {setting.cores} cores, {setting.threads} threads, torch {setting.torch};"
@@ -87,14 +89,7 @@ def table(report: Report) -> str:
         + ("" if setting.clock == "wall" else "; milliseconds are CPU time of all threads"),
         _warm_up_line(report.warm_up),
         "",
-        f"{'part of the step':24s} {'ms':>10s} {'share':>7s} {'alone ms':>10s} {'ratio':>6s}",
-    ]
-    for part in report.parts:
-        alone = "" if part.alone_ms is None else f"{part.alone_ms:10.2f} {part.ms / part.alone_ms:6.2f}"
-        lines.append(f"{part.name:24s} {part.ms:10.2f} {part.share:7.1%} {alone}".rstrip())
-    lines.append(f"{'step':24s} {step.ms:10.2f} {1:7.1%} {ceiling.models_ms:10.2f} {ceiling.ratio:6.2f}")
-    low, high = min(step.all_ms), max(step.all_ms)
-    lines += [
+        _parts(report),
         "",
         f"{step.images_per_second:.1f} images per {'second' if setting.clock == 'wall' else 'CPU second'};"
         f" {step.steps} steps from {low:.1f} to {high:.1f} ms, {step.unmarked_ms:.1f} ms at the median without marks"
@@ -107,6 +102,15 @@ def table(report: Report) -> str:
         f"bottleneck: {report.bottleneck}",
     ]
     return "\n".join(lines)
+
+
+def _parts(report: Report) -> str:
+    rows = [["part of the step", "ms", "share", "alone ms", "ratio"]]
+    for part in report.parts:
+        alone = ["", ""] if part.alone_ms is None else [f"{part.alone_ms:.2f}", f"{part.ms / part.alone_ms:.2f}"]
+        rows.append([part.name, f"{part.ms:.2f}", f"{part.share:.1%}", *alone])
+    rows.append(["step", f"{report.step.ms:.2f}", f"{1:.1%}", f"{report.ceiling.models_ms:.2f}", f"{report.ceiling.ratio:.2f}"])
+    return table(rows, "lrrrr")
 
 
 def _warm_up_line(warm_up: WarmUp) -> str:

@@ -19,7 +19,6 @@ import yaml
 
 from distill.agreement import EXIT_CODE, Interrupted
 from distill.config import RecipeError, RecipeField, as_dict, load_recipe, loss_options, parse_yaml, recipe_fields
-from distill.models.build import import_models
 from distill.recipe import Recipe, TermSchedule
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "digits" / "distilled.yaml"
@@ -99,6 +98,8 @@ def add_import_option(parser: argparse.ArgumentParser) -> None:
 
 def import_files(files: Sequence[Path]) -> None:
     """Runs the user's files. Raises RecipeError for one that cannot be run."""
+    from distill.models.build import import_models  # timm takes 2 s, which `compare.py` and every --help need not wait
+
     with requests():
         for file in files:
             import_models(file)

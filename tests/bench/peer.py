@@ -34,6 +34,7 @@ from distill.config import RecipeError
 from distill.data.index import ShardIndex
 from distill.models.build import create_teacher
 from distill.models.export import export_student
+from pipelines.measure.tables import table
 from pipelines.setup.arguments import Parser, command, requests
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,13 +172,13 @@ def summary(turns: list[dict[str, Times]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def table(found: dict[str, dict[str, float]]) -> str:
-    """For people."""
-    lines = [f"{'images per second':22s} {'ours':>8s} {'timm':>8s} {'ratio':>7s}  of single turns"]
+def as_text(found: dict[str, dict[str, float]]) -> str:
+    """The summary for people."""
+    rows = [["images per second", "ours", "timm", "ratio", "of single turns"]]
     for kind, row in found.items():
-        spread = f"{row['lowest']:.2f} to {row['highest']:.2f}"
-        lines.append(f"{kind + ' time':22s} {row['ours']:8.1f} {row['timm']:8.1f} {row['ratio']:6.2f}x  {spread}")
-    return "\n".join(lines)
+        rates = [f"{row['ours']:.1f}", f"{row['timm']:.1f}", f"{row['ratio']:.2f}x"]
+        rows.append([f"{kind} time", *rates, f"{row['lowest']:.2f} to {row['highest']:.2f}"])
+    return table(rows, "lrrrl")
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -221,7 +222,7 @@ def main(argv: Sequence[str]) -> None:
         make_teacher(asked.teacher, index.num_classes, asked.side, folder / "teacher")
         turns = [turn(asked, number, images, index.num_classes, folder) for number in range(asked.turns)]
     found = summary(turns)
-    print(table(found))
+    print(as_text(found))
     if asked.json:
         facts = {"torch": torch.__version__, "timm": timm.__version__, "cores": len(os.sched_getaffinity(0))}
         options = {key: str(value) for key, value in vars(asked).items() if key not in ("json", "timm_train", "shards")}

@@ -15,7 +15,7 @@ import distill.models  # noqa: F401 (registers the CIFAR architectures)
 from distill.config import RecipeError
 from pipelines.benchmark import main, middle
 from pipelines.measure.report import Part, Report
-from pipelines.measure.show import bottleneck, table
+from pipelines.measure.show import as_text, bottleneck
 from pipelines.measure.timeline import (
     ALL_REDUCE,
     BACKWARD,
@@ -104,7 +104,7 @@ def test_gradients_are_noted_as_they_come(report: Report):
 def test_the_report_survives_json_and_becomes_a_table_and_a_picture(folder: Path, report: Report, tmp_path: Path):
     report.write(tmp_path / "again.json")
     assert Report.read(tmp_path / "again.json") == report
-    shown = table(report)
+    shown = as_text(report)
     assert all(part.name in shown for part in report.parts)
     assert report.bottleneck in shown
     assert f"{report.warm_up.steps} steps" in shown

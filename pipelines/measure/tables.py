@@ -1,0 +1,16 @@
+"""Tables of text, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(rows: Sequence[Sequence[str]], columns: str) -> str:
+    """Columns as wide as they need to be, below the first row a rule; `columns` has a letter for each: l, left, or r, right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    rule = ["-" * width for width in widths]
+    align = {"l": str.ljust, "r": str.rjust}
+    return "\n".join(
+        "  ".join(align[side](cell, width) for side, cell, width in zip(columns, row, widths, strict=True)).rstrip()
+        for row in (rows[0], rule, *rows[1:])
+    )

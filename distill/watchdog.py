@@ -1,4 +1,4 @@
-"""A run that hangs ends with a clear error on every process that is left, saying who was missing."""
+"""The watchdog of a run: one that hangs ends with a clear error on every process that is left, which says who was missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ PERIOD = 0.5
 """Seconds between two heartbeats."""
 UNWATCHED = ("starting", "building")
 """Phases without a time limit: weights may have to come from far away."""
-
 STORE_SECONDS = 30.0
 """The longest that a heartbeat waits for the store's answer."""
 SILENT = 5.0
@@ -30,8 +29,9 @@ class Beat(NamedTuple):
     step: int
     phase: str
     age: float
-    """Seconds since it last got on."""
+    """Seconds since its step or phase last changed."""
     number: int
+    """Heartbeats so far: the same number again is an old heartbeat."""
 
 
 class PeerLostError(RuntimeError):
@@ -39,7 +39,7 @@ class PeerLostError(RuntimeError):
 
 
 def describe(rank: int, beat: Beat | None, silent: float) -> str:
-    """One process in words."""
+    """A process in words: where it is, since when, and whether it fell silent."""
     if beat is None:
         return f"rank {rank}: never heard of"
     heard = f", not heard of for {silent:.0f} s" if silent > SILENT else ""
@@ -51,6 +51,9 @@ class Watchdog:
 
     The clock's thread never touches the network, so that it ends the process even when nothing answers any more. `exit`
     is called with 1 after the message is written; training itself cannot be interrupted inside a collective.
+
+    torch.distributed.monitored_barrier was tried in place of the heartbeats: only rank 0 learns who is missing, and where a
+    loader stalls nobody is, because that process still answers. It is behind, and only its step and phase say so.
     """
 
     def __init__(self, rank: int, world_size: int, timeout: float, exit: Callable[[int], Any] = os._exit) -> None:
@@ -64,13 +67,13 @@ class Watchdog:
             self._threads.append(threading.Thread(target=self._heart, name="heartbeat", daemon=True))
 
     def start(self) -> Watchdog:
-        """Begins to watch."""
+        """Starts the threads; the watchdog itself."""
         for thread in self._threads:
             thread.start()
         return self
 
     def progress(self, step: int, phase: str) -> None:
-        """The process got on: it is at `step` and begins `phase`."""
+        """Notes that this process is at `step` and begins `phase`."""
         self._step, self._phase, self._since = step, phase, time.monotonic()
 
     def close(self) -> None:
@@ -107,7 +110,7 @@ class Watchdog:
                 return
 
     def report(self, idle: float) -> str:
-        """What stands still, and who is behind, in lines."""
+        """The message of a process that has stood still for `idle` seconds: where it is, who is missing, where the others are."""
         head = f"rank {self.rank}: step {self._step}, {self._phase}: no progress for {idle:.0f} s (train.timeout_minutes)"
         if self.world_size == 1:
             return head
@@ -117,7 +120,7 @@ class Watchdog:
         return "\n".join([f"{head}; {self.missing()}", *("  " + line for line in self.peers())])
 
     def peers(self) -> list[str]:
-        """Every other process in words."""
+        """A line for every other process."""
         now = time.monotonic()
         known = {r: self._peers.get(r) for r in range(self.world_size) if r != self.rank}
         return [describe(r, k[0] if k else None, now - k[1] if k else 0.0) for r, k in known.items()]

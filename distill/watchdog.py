@@ -110,7 +110,7 @@ class Watchdog:
                 return
 
     def report(self, idle: float) -> str:
-        """The message of a process that has stood still for `idle` seconds: where it is, who is missing, where the others are."""
+        """The message of a process without progress for `idle` seconds: where it is, who is missing, where the others are."""
         head = f"rank {self.rank}: step {self._step}, {self._phase}: no progress for {idle:.0f} s (train.timeout_minutes)"
         if self.world_size == 1:
             return head

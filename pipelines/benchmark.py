@@ -37,7 +37,7 @@ from pipelines.measure.memory import Arrivals, MemoryLine, memory_use
 from pipelines.measure.report import FORMAT, MODELS, Ceiling, MemoryUse, Part, Report, Setting, Step, Traffic, WarmUp
 from pipelines.measure.show import as_text, bottleneck, plot
 from pipelines.measure.timeline import DATA, REST, Communication, Timeline, endless, make_steps, marked
-from pipelines.setup.arguments import Parser, command, import_files, parse, requests
+from pipelines.setup.arguments import Parser, command, parse, requests
 from pipelines.setup.build import build
 from pipelines.setup.data import Splits, build_splits, check_mixing
 from pipelines.setup.machine import build_accelerator, keep_freed_memory, micro_batch_size
@@ -103,7 +103,6 @@ def arguments(argv: Sequence[str]) -> Asked:
     for name, path in (("json", ours.json), ("plot", ours.plot)):
         if path is not None and not path.absolute().parent.is_dir():
             raise RecipeError(f"--{name}: {path.absolute().parent} is no folder; make it first")
-    import_files(request.imports)
     rounds = min(ours.rounds, ours.steps)
     return Asked(request.recipe, ours.steps, ours.warm_up, rounds, ours.data, ours.clock, ours.json, ours.plot)
 

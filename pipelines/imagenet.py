@@ -34,7 +34,7 @@ from distill.recipe import Recipe
 from distill.report import say
 from distill.run import Run, restore
 from distill.watchdog import Watchdog
-from pipelines.setup.arguments import Request, command, import_files, parse, requests
+from pipelines.setup.arguments import Request, command, parse, requests
 from pipelines.setup.build import build, build_settings, rehearse
 from pipelines.setup.data import Splits, build_splits, check_mixing, eval_spec
 from pipelines.setup.machine import build_accelerator, keep_freed_memory, micro_batch_size
@@ -213,7 +213,6 @@ def main(argv: Sequence[str]) -> None:
     """The run that the command line asks for."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     request = parse(argv, LOSSES)
-    import_files(request.imports)
     with opened_session(request.recipe) as session:
         execute(request, session)
 

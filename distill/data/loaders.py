@@ -72,9 +72,7 @@ class PlannedLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The micro-batches of this epoch from number `start` on."""
         positions = (Position(epoch, micro) for micro in range(start, self.batches_per_epoch))
-        if (
-            self._copying is None and self.task.device.type == "cuda"
-        ):  # one for all epochs: memory is kept by stream
+        if self._copying is None and self.task.device.type == "cuda":  # one for all epochs: memory is kept by stream
             self._copying = torch.cuda.Stream(self.task.device)
         yield from prefetched(map(self._take, positions), self._copying)
 

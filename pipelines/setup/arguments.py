@@ -92,7 +92,7 @@ def add_import_option(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="Python file that registers models with timm",
+        help="Python file that registers models with timm, or puts losses into distill.losses.LOSSES",
     )
 
 
@@ -146,8 +146,6 @@ class Request(NamedTuple):
 
     recipe: Recipe
     resume: bool
-    imports: list[Path]
-    """The user's files that register models."""
 
 
 def _type_name(annotation: Any) -> str:
@@ -211,14 +209,20 @@ def _value(key: str, text: str) -> Any:
 
 
 def parse(argv: Sequence[str], losses: Mapping[str, type]) -> Request:
-    """The request of a command line. Raises RecipeError; prints and exits 0 for --help and --print_config."""
+    """The request of a command line, whose `--import` files are run first: a loss of theirs has options here.
+
+    Raises RecipeError; prints and exits 0 for --help and --print_config.
+    """
+    files = Parser(add_help=False)
+    add_import_option(files)
+    import_files(files.parse_known_args(argv)[0].imports)
     given = vars(make_parser(losses).parse_args(argv))
-    recipe_path = given.pop("recipe")
-    resume, print_config, imports = given.pop("resume"), given.pop("print_config"), given.pop("imports")
+    recipe_path, resume, print_config = given.pop("recipe"), given.pop("resume"), given.pop("print_config")
+    del given["imports"]
     texts = {field.key for field in recipe_fields() if field.kind is str}  # a folder named 2026 is no number
     overrides = {key: value if key in texts else _value(key, value) for key, value in given.items()}
     recipe = load_recipe(recipe_path or DEFAULT_RECIPE, overrides, losses)
     if print_config:
         yaml.safe_dump(as_dict(recipe), sys.stdout, sort_keys=False)
         raise SystemExit(0)
-    return Request(recipe, resume, imports)
+    return Request(recipe, resume)

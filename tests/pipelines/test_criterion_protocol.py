@@ -1,0 +1,51 @@
+"""The protocol of losses by a criterion that uses all of it, in real runs."""
+
+from pathlib import Path
+
+import torch
+
+from tests.processes import finished, start
+from tests.runs import arguments, assert_same_run, last_state, metrics, steps_of
+
+LOSS = Path(__file__).parents[1] / "distill" / "losses" / "everything.py"
+EVERYTHING = [
+    *("--import", str(LOSS), "--loss.everything.weight", "0.5", "--loss.everything.momentum", "0.25"),
+    *("--train.accumulate", "2", "--train.checkpoint_every", "2", "--optim.decay_bias_and_norm", "true"),
+]
+
+
+def test_a_criterion_with_state_ids_and_draws_of_its_own_is_the_same_run_after_a_kill_of_two_processes(
+    digits: Path, tmp_path: Path
+):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    finished(arguments(digits, straight, *EVERYTHING), tmp_path / "straight.log", world_size=2)
+    job = start(arguments(digits, killed, *EVERYTHING), tmp_path / "killed.log", world_size=2)
+    job.wait_until(lambda: (killed / "metrics.jsonl").is_file() and len(steps_of(killed)) >= 3)
+    job.kill()
+    assert len(steps_of(killed)) < 12, "killed too late to show anything"
+    finished(arguments(digits, killed, *EVERYTHING, "--resume"), tmp_path / "killed.log", world_size=2)
+    assert "going on from step" in (tmp_path / "killed.log").read_text()
+    assert_same_run(straight, killed)
+
+    state = last_state(killed)
+    visits = state["criteria/everything.visits"]
+    assert (int(visits.sum()), int(visits.max())) == (12 * 24, 2), "each image once in each of two epochs"
+    remembered = state["criteria/everything.bank"].abs().sum(1) > 0
+    assert torch.equal(remembered, visits > 0), "the bank has rows of the images that were shown"
+    assert "criteria/everything.rank" not in state
+    # a step's value is the mean over its two micro-batches (12 and 24 more images) and over the ranks, which count alike
+    seen = [line["everything/seen"] for line in metrics(killed) if "loss/total" in line]
+    assert seen == [24.0 * step - 6 for step in range(1, 13)]
+
+
+def test_a_parameter_without_decay_moves_by_its_gradient_alone(digits: Path, tmp_path: Path):
+    """Of weight 0 the criterion gives no gradient: what is decayed shrinks, what is not stays."""
+    still = ["--loss.everything.weight", "0", "--optim.weight_decay", "0.1", "--train.max_steps", "3"]
+    finished(arguments(digits, tmp_path / "run", *EVERYTHING, *still), tmp_path / "log")
+    state = last_state(tmp_path / "run")
+    begin = ["--train.max_steps", "1", "--optim.weight_decay", "0"]
+    finished(arguments(digits, tmp_path / "begin", *EVERYTHING, "--loss.everything.weight", "0", *begin), tmp_path / "log")
+    first = last_state(tmp_path / "begin")
+    assert state["criteria/everything.scale"] == first["criteria/everything.scale"] == 1
+    weight, before = (s["criteria/everything.project.weight"] for s in (state, first))
+    assert 0.5 * before.norm() < weight.norm() < 0.999 * before.norm()

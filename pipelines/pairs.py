@@ -77,7 +77,7 @@ def look_at(name: str, num_classes: int) -> Description:
 
 
 def losses(teacher: Description, student: Description) -> dict[str, str]:
-    """For each family of losses: by which mechanism it works, or why it does not."""
+    """The mechanism by which each family of losses works, or why it does not."""
     refused = [m for m in (teacher, student) if m.refusal]
     sdd = "; ".join(m.refusal for m in refused) or f"teacher {teacher.mechanism}, student {student.mechanism}"
     stages = min(len(teacher.facts.stages), len(student.facts.stages))

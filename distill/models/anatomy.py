@@ -34,7 +34,7 @@ class Anatomy:
     generator: torch.Generator
     classifier: Classifier
     preactivations: tuple[Preactivation, ...]
-    """Of the curated stages, first to last."""
+    """One for each curated stage, first to last."""
     found: dict[str, Any] = field(default_factory=dict)
     """What is looked for only when somebody asks: `find_mechanism` and `head_bias_refusal` keep their findings here."""
 

@@ -61,7 +61,7 @@ class ProbedModel:
 
 
 def probe(
-    model: nn.Module,
+    model: TimmModel,
     *,
     name: str = "",
     input_spec: InputSpec | None = None,
@@ -153,7 +153,7 @@ def _spec_at(model: nn.Module, size: int | tuple[int, int] | None) -> InputSpec:
     return replace(spec, height=height, width=width)
 
 
-def create_model(name: str, **kwargs: Any) -> nn.Module:
+def create_model(name: str, **kwargs: Any) -> TimmModel:
     """`timm.create_model`, with one clear line (ValueError) for an unknown name, files or a connection that fail, or arguments
     that it does not take.
     """
@@ -161,7 +161,8 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     while True:
         try:
-            return timm.create_model(name, **kwargs)
+            model: TimmModel = timm.create_model(name, **kwargs)
+            return model
         except TypeError as error:
             refused = next((key for key in kwargs if f"'{key}'" in str(error)), None)
             if refused is None:
@@ -232,7 +233,7 @@ def _is_fixed(name: str) -> bool:
     return bool(cfg and cfg.fixed_input_size)
 
 
-def _published(name: str, num_classes: int, kwargs: dict[str, Any]) -> nn.Module:
+def _published(name: str, num_classes: int, kwargs: dict[str, Any]) -> TimmModel:
     """A model with timm's published weights and the head they come with."""
     check_name(name)
     if not name.startswith(REMOTE):
@@ -241,7 +242,7 @@ def _published(name: str, num_classes: int, kwargs: dict[str, Any]) -> nn.Module
             raise ValueError(f"{name}: timm publishes no weights for it; give a path, or train it on these data first")
         _check_classes(name, cfg.num_classes, num_classes)
     model = create_model(name, pretrained=True, **kwargs)
-    _check_classes(name, int(model.num_classes), num_classes)  # type: ignore[arg-type]
+    _check_classes(name, int(model.num_classes), num_classes)
     return model
 
 
@@ -273,7 +274,7 @@ def _classes_of_weights(name: str, weights: str) -> int:
     return classes_in(read_weights(weights), cfg.classifier if cfg else None) or 0
 
 
-def _from_folder(name: str, folder: Path, num_classes: int, kwargs: dict[str, Any]) -> nn.Module:
+def _from_folder(name: str, folder: Path, num_classes: int, kwargs: dict[str, Any]) -> TimmModel:
     """A model from a folder that `export_student` or timm's `save_for_hf` wrote, with the input it was trained for."""
     check_name(name)
     config = read_config(folder)

@@ -15,7 +15,7 @@ from distill.models.anatomy import examine
 from distill.models.backbone import Backbone
 from distill.models.build import create_model
 from distill.models.input_spec import input_spec_of
-from distill.models.region_logits.layout import Layout
+from distill.models.region_logits.layout import Layout, TimmModel
 from distill.models.region_logits.probe import perturbed
 from distill.protocols import InputSpec, ModelFacts, Needs
 
@@ -29,17 +29,17 @@ class Description:
     """Its class in timm."""
     parameters: int
     flops: int
-    """Of one forward pass of one image, a multiplication and an addition counted as two; 0 where not asked for."""
+    """Floating-point operations of one forward pass of one image; a multiplication and an addition are two. 0: not counted."""
     input_spec: InputSpec
     classes_of_weights: int
-    """Of the default weights of this name; 0 for weights without a classifier."""
+    """Classes of the default weights of this name; 0 for weights without a classifier."""
     features: str
     """Form of what the head reads, with the number of prefix tokens."""
     grid: tuple[int, int]
     facts: ModelFacts
     """What losses are told of it."""
     mechanism: str
-    """How region logits are had; "refused" where they are not."""
+    """The way to region logits; "refused" where there is none."""
     whole_image_difference: float | None
     head_batchnorms: int
     refusal: str
@@ -47,7 +47,7 @@ class Description:
 
 
 def describe(
-    model: nn.Module,
+    model: TimmModel,
     name: str,
     needs: Needs,
     *,
@@ -86,7 +86,7 @@ def describe(
 
 
 def _flops(backbone: Backbone) -> int:
-    """Of the plain model on one image of its own size."""
+    """Floating-point operations of the plain model on one image of its own size."""
     spec = backbone.input_spec
     image = torch.zeros(1, 3, spec.height, spec.width)
     training = backbone.model.training
@@ -107,7 +107,7 @@ LARGE = 2**18
 biases, LayerScales and small heads are what the architecture makes them."""
 
 
-def create_outline(name: str, **kwargs: Any) -> nn.Module:
+def create_outline(name: str, **kwargs: Any) -> TimmModel:
     """The architecture as `create_model` makes it, its large parameters of one shape being one tensor of noise.
 
     What layers do to shapes, grids and regions is that of the plain model; 6.7 billion parameters take 0.5 GiB.

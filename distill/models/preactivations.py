@@ -24,7 +24,7 @@ class Call(NamedTuple):
     """A number for the tensor, the same as long as it is the same object."""
     gave: int
     version: int
-    """How often what it gave had been written to: a sum in place after it leaves the object the same, not the values."""
+    """Writes that what it gave had seen until then: a sum in place afterwards changes the values, not the object."""
     depth: int
     """Convolutions that led to what it gave, one after the other, as far as modules passed it on."""
     shape: torch.Size
@@ -95,7 +95,7 @@ class Trace:
 
 
 def find_preactivation(trace: Trace, stage_map: Tensor) -> Preactivation:
-    """How to have the pre-activation of a stage, given its map as the traced pass gave it.
+    """The way to the pre-activation of a stage, given its map as the traced pass gave it.
 
     1. The last module that gave the map is an activation: what it reads. A max pooling may follow it. 2. The map is what a
     block adds up, and a BatchNorm and an activation read it next (pre-activation nets): what that BatchNorm gives, as the

@@ -39,7 +39,7 @@ class FrozenTeacher(nn.Module):
         return FrozenTeacher(self.backbone.serving(needs), self.memory_format, self.precision)
 
     def forward(self, images: Tensor) -> ModelOutput:
-        """As `Backbone.forward`; the caller keeps the images until `join`."""
+        """What `Backbone.forward` gives; the caller keeps the images until `join`."""
         if self._stream is None:
             return self._outputs(images)
         # This also lets the outputs' memory be used again: whoever read those of the call before was launched before this.

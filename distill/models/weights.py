@@ -85,7 +85,7 @@ def classes_in(state: dict[str, Tensor], classifier: str | tuple[str, ...] | Non
 
 
 def read_class_map(path: str | Path, num_classes: int, own_classes: int) -> tuple[int, ...]:
-    """For each class of the data the class of the weights: one number per line, `#` starts a comment.
+    """The class of the weights for each class of the data, from a file of one number per line; `#` starts a comment.
 
     ValueError where the lines are not as many as the data's classes, or name a class that the weights have not.
     """

@@ -12,10 +12,10 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
 
 from distill.models.describe import Description, count_parameters, create_outline, describe
 from distill.models.input_spec import input_spec_of
+from distill.models.region_logits.layout import TimmModel
 from distill.protocols import Needs
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def check(name: str, needs: Needs) -> dict[str, str]:
     return row | {"seconds": f"{time.perf_counter() - start:.1f}"}
 
 
-def describe_affordably(name: str, model: nn.Module, needs: Needs) -> Description:
+def describe_affordably(name: str, model: TimmModel, needs: Needs) -> Description:
     """The description at the model's own input, or on smaller images where that is `EXPENSIVE` and the model takes them."""
     own = input_spec_of(model)
     fixed: Any = model.pretrained_cfg
@@ -126,7 +126,7 @@ def append(out: Path, row: dict[str, str]) -> None:
 
 
 def summary(rows: list[dict[str, str]], total: int) -> str:
-    """How many of which mechanism, and the least exact of all."""
+    """The number of architectures of each mechanism, and the least exact of all, as one line."""
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["mechanism"]] = counts.get(row["mechanism"], 0) + 1

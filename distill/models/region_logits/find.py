@@ -1,4 +1,4 @@
-"""Which mechanism gives region logits of a model: tried in order on the model itself, never looked up by name."""
+"""The search for the mechanism that gives a model's region logits: tried on the model itself, never looked up by name."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _class_token_factory(model: TimmModel, anatomy: Anatomy, mode: str) -> tuple
 
 
 def check_attend(model: TimmModel, anatomy: Anatomy) -> Verdict:
-    """Whether `attend` is to be had of this model."""
+    """Whether `attend` holds for this model, and how exactly; the reason where it does not."""
     refusal = partial(Verdict, float("inf"))
     layout, block = anatomy.layout, getattr(model, "blocks", [None])[-1]
     known = ("norm1", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")

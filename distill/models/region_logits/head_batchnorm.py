@@ -1,4 +1,4 @@
-"""The second call of a model's head, on regions, without disturbing the model: BatchNorm in heads, and what a head runs."""
+"""BatchNorm inside a head while the head runs a second time, on regions: what it normalises by, and that it keeps nothing."""
 
 from __future__ import annotations
 

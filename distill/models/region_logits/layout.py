@@ -1,19 +1,41 @@
-"""Where a model keeps its grid: from the features that its head reads to a [B, C, H, W] map, and from rows back."""
+"""The place of a model's grid: from the features that its head reads to a [B, C, H, W] map, and from rows back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-
-TimmModel = Any
-"""An `nn.Module` with the interface of a timm model; timm has no type of its own for it."""
+from torch import Tensor, nn
 
 Features = Any
 """What `forward_features` gives and `forward_head` takes: a tensor, or a list of them for nets of several branches."""
+
+if TYPE_CHECKING:
+
+    class TimmModel(nn.Module):
+        """What is used of a timm model beside `nn.Module`; timm has no type for it, so this one is for mypy alone."""
+
+        num_classes: int
+        blocks: Any
+        """Only `VisionTransformer` and its kin have them, and `norm`."""
+        norm: Any
+
+        def forward_features(self, x: Tensor) -> Features:
+            """Normalised images [B, 3, H, W] -> what the head reads."""
+
+        def forward_head(self, x: Features) -> Tensor:
+            """What the head reads -> logits [B, K]."""
+
+        def forward_intermediates(self, x: Tensor, **options: Any) -> Any:
+            """Normalised images -> what the head reads, and the maps that `indices` names."""
+
+        def set_grad_checkpointing(self, enable: bool = True) -> None:
+            """Switches activation checkpointing."""
+
+else:
+    TimmModel = nn.Module
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class PoolHead(nn.Module):
             self.register_buffer(f"matrix_{i}", matrix, persistent=False)
 
     def part_rows(self, sight: Sight) -> list[Tensor | None]:
-        """For each part of the features its regions [B, R, C], None for a part without a grid."""
+        """Regions [B, R, C] of each part of the features; None for a part without a grid."""
         rows: list[Tensor | None] = []
         for i, (part, tensor) in enumerate(zip(self.layout.parts, self.layout.tensors(sight.features), strict=True)):
             matrix = getattr(self, f"matrix_{i}")

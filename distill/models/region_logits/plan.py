@@ -1,4 +1,4 @@
-"""Which regions are computed once for all criteria: one constant matrix, and where each criterion finds its rows in it."""
+"""The regions that are computed once for all criteria: one constant matrix, and each criterion's rows in it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class RegionPlan:
     matrix: Tensor
     """float32 [U, H * W], the distinct rows."""
     origins: tuple[tuple[Regions, int], ...]
-    """For each row of `matrix`: the first `Regions` that asked for it, and its number there."""
+    """The origin of each row of `matrix`: the first `Regions` that asked for it, and its number there."""
     features: dict[Regions, tuple[int, ...]]
-    """For each `Regions` whose features are asked for: its rows of `matrix`, in order."""
+    """The rows of `matrix`, in order, for each `Regions` whose features are asked for."""
     through_head: tuple[int, ...]
     """The rows of `matrix` that the model's head has to see."""
     logits: dict[Regions, tuple[int, ...]]
-    """For each `Regions` whose logits are asked for: positions in [whole image, *through_head], in order."""
+    """Positions in [whole image, *through_head], in order, for each `Regions` whose logits are asked for."""
 
 
 def plan_regions(needs: Needs, grid: tuple[int, int]) -> RegionPlan:

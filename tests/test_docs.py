@@ -2,9 +2,16 @@
 
 import importlib
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+
+from distill.config import loss_options
+from distill.models.build import probe
+from distill.protocols import Target
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -81,3 +88,23 @@ def test_commands_exist(page: Path):
             assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), f"python -m {module}: no such module"
         for target in re.findall(r"(?:^|\n) *make ([a-z-]+)", text):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}: no such target"
+
+
+def test_the_loss_that_the_page_adds_is_one_that_trains(tmp_path: Path):
+    example = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "losses.md").read_text(), re.MULTILINE | re.DOTALL)[0]
+    file = tmp_path / "embedding_hint.py"
+    file.write_text(example)
+    hint = runpy.run_path(str(file))["EmbeddingHint"]
+    assert loss_options(hint) == {"bias": (bool, True)}
+    student = probe(timm.create_model("cifar_resnet8", num_classes=10))
+    teacher = probe(timm.create_model("cifar_resnet20", num_classes=10), frozen=True)
+    criterion = hint(student.facts, teacher.facts)
+    images, target = torch.rand(4, 3, 32, 32), Target(torch.arange(4))
+    theirs = teacher.backbone(criterion.teacher_needs)(images)
+    loss, _ = criterion(student.backbone(criterion.student_needs)(images), theirs, target)
+    loss.backward()
+    assert next(student.model.parameters()).grad.abs().max() > 0
+    with torch.no_grad():
+        criterion.projection.weight.copy_(torch.eye(len(criterion.projection.bias)))
+        criterion.projection.bias.zero_()
+    assert criterion(theirs, theirs, target)[0].item() == pytest.approx(0, abs=1e-6)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -20,6 +20,26 @@ KEY_LENGTH = 90
 
 class SourceChanged(RuntimeError):
     """A source file is not what it was when the preparation was planned."""
+
+
+class Ref(Protocol):
+    """A way to get the bytes of one image; it travels to worker processes and machines."""
+
+    def read(self) -> bytes:
+        """The encoded image. Raises OSError, and SourceChanged where the source is not what it was when it was listed."""
+        ...
+
+    def name(self) -> str:
+        """The image's name for reports."""
+        ...
+
+    def fingerprint(self) -> bytes:
+        """What is known of the content when the source is listed: its size, or the content itself where it is in memory."""
+        ...
+
+    def stamp(self) -> tuple[str, int] | None:
+        """Path and time of the file that is read, in ns; None where there is none."""
+        ...
 
 
 class FileRef(NamedTuple):
@@ -44,8 +64,16 @@ class FileRef(NamedTuple):
         return data
 
     def name(self) -> str:
-        """For reports."""
+        """The file's path."""
         return self.path
+
+    def fingerprint(self) -> bytes:
+        """The size."""
+        return str(self.size).encode()
+
+    def stamp(self) -> tuple[str, int]:
+        """The file and its time."""
+        return self.path, self.mtime_ns
 
 
 class RangeRef(NamedTuple):
@@ -74,8 +102,16 @@ class RangeRef(NamedTuple):
         return data
 
     def name(self) -> str:
-        """For reports."""
+        """The file's path and the member's name."""
         return f"{self.path}:{self.member}"
+
+    def fingerprint(self) -> bytes:
+        """The size of the part."""
+        return str(self.size).encode()
+
+    def stamp(self) -> tuple[str, int]:
+        """The file and its time."""
+        return self.path, self.mtime_ns
 
 
 class PixelsRef(NamedTuple):
@@ -96,8 +132,16 @@ class PixelsRef(NamedTuple):
         return encoded.getvalue()
 
     def name(self) -> str:
-        """For reports."""
+        """The label."""
         return self.label
+
+    def fingerprint(self) -> bytes:
+        """The pixels."""
+        return self.pixels
+
+    def stamp(self) -> None:
+        """None: no file is read."""
+        return None
 
 
 class BytesRef(NamedTuple):
@@ -111,11 +155,16 @@ class BytesRef(NamedTuple):
         return self.data
 
     def name(self) -> str:
-        """For reports."""
+        """The label."""
         return self.label
 
+    def fingerprint(self) -> bytes:
+        """The bytes."""
+        return self.data
 
-Ref = FileRef | RangeRef | PixelsRef | BytesRef
+    def stamp(self) -> None:
+        """None: no file is read any more."""
+        return None
 
 
 class Item(NamedTuple):
@@ -139,25 +188,13 @@ class Split:
         """Hex sha256 of what is to be prepared: keys, labels, sizes and names, not the files' times."""
         sha = hashlib.sha256("\n".join(self.class_names).encode(errors="surrogateescape"))
         for item in self.items:
-            sha.update(f"\n{item.key} {item.label} ".encode())
-            if isinstance(item.ref, (FileRef, RangeRef)):
-                sha.update(str(item.ref.size).encode())
-            else:
-                sha.update(item.ref.pixels if isinstance(item.ref, PixelsRef) else item.ref.data)
+            sha.update(f"\n{item.key} {item.label} ".encode() + item.ref.fingerprint())
         return sha.hexdigest()
 
     def stamp(self) -> str:
-        """Hex sha256 of the times of the source files: tells a source that was touched since."""
-        sha = hashlib.sha256()
-        archives: dict[str, int] = {}
-        for item in self.items:
-            if isinstance(item.ref, FileRef):
-                sha.update(item.ref.mtime_ns.to_bytes(8, "little", signed=True))
-            elif isinstance(item.ref, RangeRef) and item.ref.path not in archives:
-                archives[item.ref.path] = item.ref.mtime_ns
-        for path in sorted(archives):
-            sha.update(archives[path].to_bytes(8, "little", signed=True))
-        return sha.hexdigest()
+        """Hex sha256 of the times of the source files, each once: tells a source that was touched since."""
+        times = dict(stamp for item in self.items if (stamp := item.ref.stamp()) is not None)
+        return hashlib.sha256(b"".join(time.to_bytes(8, "little", signed=True) for time in times.values())).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ import argparse
 import io
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 if __package__ in (None, ""):  # run as a script: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,14 +35,26 @@ EPILOG = """examples:
 A source with several splits gives DIR/train and DIR/val, one with a single split gives it in DIR.
 Started again after a stop, it makes only what is missing. Exit code: 0 done, 1 failed (or defects found), 2 bad request."""
 
+
+class SourceCommand(NamedTuple):
+    """A command that prepares a source."""
+
+    make: Callable[..., Source]
+    """Lists the source that --source names."""
+    help: str
+    metavar: str = ""
+    """Kind of thing that --source takes; empty where there is no --source."""
+
+
 SOURCES = {
-    "folder": ("a folder of images, CLASS/NAME.jpg, or train/ and val/ (or test/) of these", "IMAGES"),
-    "imagenet": ("the official ILSVRC2012 archives, read without unpacking", "FOLDER"),
-    "cifar10": ("the official python archive of CIFAR-10", "ARCHIVE"),
-    "cifar100": ("the official python archive of CIFAR-100", "ARCHIVE"),
-    "cub200": ("the official archive of CUB-200-2011", "ARCHIVE"),
-    "digits": ("the 1,797 scans that scikit-learn embeds, as 32x32 JPEG files", ""),
-    "wds": ("existing WebDataset shards: indexed and verified, not changed", "FOLDER"),
+    "folder": SourceCommand(
+        folder_source, "a folder of images, CLASS/NAME.jpg, or train/ and val/ (or test/) of these", "IMAGES"
+    ),
+    "imagenet": SourceCommand(imagenet_source, "the official ILSVRC2012 archives, read without unpacking", "FOLDER"),
+    "cifar10": SourceCommand(partial(cifar_source, classes=10), "the official python archive of CIFAR-10", "ARCHIVE"),
+    "cifar100": SourceCommand(partial(cifar_source, classes=100), "the official python archive of CIFAR-100", "ARCHIVE"),
+    "cub200": SourceCommand(cub200_source, "the official archive of CUB-200-2011", "ARCHIVE"),
+    "digits": SourceCommand(digits_source, "the 1,797 scans that scikit-learn embeds, as 32x32 JPEG files"),
 }
 DIGITS_SHARDS = 4
 
@@ -73,7 +87,10 @@ def _prepare(parsed: argparse.Namespace) -> int:
     if parsed.quality is not None and parsed.resize_short is None:
         raise ValueError(f"--quality {parsed.quality}: only with --resize-short; the bytes of images are kept without it")
     started = time.monotonic()
-    source = _source(parsed)
+    if parsed.command == "folder":
+        _refuse_inside(parsed.source, parsed.out)
+    command = SOURCES[parsed.command]
+    source = command.make(parsed.source) if command.metavar else command.make()
     _refuse_empty(source, parsed)
     given = {name: getattr(parsed, name) for name in Options.__dataclass_fields__}
     options = Options(**{name: value for name, value in given.items() if value is not None})
@@ -82,21 +99,6 @@ def _prepare(parsed: argparse.Namespace) -> int:
         return 0
     _print_summaries(prepare(source, parsed.out, options, _runner(parsed)), time.monotonic() - started)
     return 0
-
-
-def _source(parsed: argparse.Namespace) -> Source:
-    match parsed.command:
-        case "digits":
-            return digits_source()
-        case "imagenet":
-            return imagenet_source(parsed.source)
-        case "cifar10" | "cifar100":
-            return cifar_source(parsed.source, int(parsed.command.removeprefix("cifar")))
-        case "cub200":
-            return cub200_source(parsed.source)
-        case _:
-            _refuse_inside(parsed.source, parsed.out)
-            return folder_source(parsed.source)
 
 
 def _refuse_empty(source: Source, parsed: argparse.Namespace) -> None:
@@ -202,19 +204,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="prepare.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (text, metavar) in SOURCES.items():
-        command = commands.add_parser(name, help=text, description=text)
-        if metavar:
-            command.add_argument("--source", type=Path, required=True, metavar=metavar, help="where it lies")
-        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the splits go")
-        command.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes (%(default)s)")
-        command.add_argument("--engine", choices=("local", "ray"), default="local", help="where shards are made (%(default)s)")
-        command.add_argument("--address", metavar="A", help="of a running Ray cluster; default: one on this machine")
-        if name == "wds":
-            command.add_argument("--json-label", metavar="FIELD", help="field of .json with the label; default: the .cls file")
-            command.add_argument("--class-names", type=Path, metavar="FILE", help="one class name a line, in order")
-        else:
-            _add_options(command)
+    for name, (_, text, metavar) in SOURCES.items():
+        _add_options(_add_source(commands, name, text, metavar))
+    wds = _add_source(commands, "wds", "existing WebDataset shards: indexed and verified, not changed", "FOLDER")
+    wds.add_argument("--json-label", metavar="FIELD", help="field of .json with the label; default: the .cls file")
+    wds.add_argument("--class-names", type=Path, metavar="FILE", help="one class name a line, in order")
     verify = commands.add_parser("verify", help="compare shards with index and manifest; exit code 1 if there is a defect")
     verify.add_argument("folder", type=Path, metavar="DIR", help="a split, or the folder of splits")
     verify.add_argument("--full", action="store_true", help="decode every image")
@@ -226,6 +220,17 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--images", type=_positive, default=24, metavar="N", help="images of each split (%(default)s)")
     show.add_argument("--sheet", type=Path, metavar="FILE", help="default: DIR/sheet.png")
     return parser
+
+
+def _add_source(commands: Any, name: str, text: str, metavar: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    if metavar:
+        command.add_argument("--source", type=Path, required=True, metavar=metavar, help="where it lies")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the splits go")
+    command.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes (%(default)s)")
+    command.add_argument("--engine", choices=("local", "ray"), default="local", help="where shards are made (%(default)s)")
+    command.add_argument("--address", metavar="A", help="of a running Ray cluster; default: one on this machine")
+    return command
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:

@@ -54,7 +54,7 @@ def find_splits(source: Path) -> dict[str, list[Path]]:
 
 
 def _renamed(found: dict[str, list[Path]], source: Path) -> dict[str, list[Path]]:
-    """With our names of the splits; ValueError where two become one."""
+    """The same shards under our names of the splits. Raises ValueError where two splits become one."""
     splits: dict[str, list[Path]] = {}
     for word, paths in found.items():
         name = SPLIT_WORDS.get(word, word)

@@ -68,7 +68,7 @@ def _cleaned(data: bytes, image: Image.Image, kind: str, whole: bool, resize_sho
 
 
 def _unfit(data: bytes, image: Image.Image, kind: str, whole: bool) -> str | None:
-    """What is done to an image whose bytes cannot be kept, and why; None for all others."""
+    """The note on an image whose bytes cannot be kept: why, and what is done; None for all others."""
     if kind not in EXTENSIONS:
         return f"{kind} re-encoded as PNG"
     if image.mode == "CMYK":

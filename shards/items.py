@@ -84,7 +84,7 @@ class RangeRef(NamedTuple):
     size: int
     member: str
     mtime_ns: int
-    """Of the file, when it was listed."""
+    """Time of the file when it was listed."""
 
     def read(self) -> bytes:
         """The part's bytes; raises OSError, or SourceChanged where the archive became shorter or was written to."""
@@ -199,7 +199,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """What `prepare` works on: splits by name, and where they come from, for the manifest."""
+    """The input of `prepare`: splits by name, and where they come from, for the manifest."""
 
     kind: str
     splits: dict[str, Split]

@@ -42,7 +42,7 @@ class IndexJob:
     json_label: str | None
     """The field of the sample's .json that holds the label; None for the .cls file."""
     num_classes: int | None = None
-    """None where nobody says how many there are."""
+    """Number of classes; None where nobody says it."""
 
 
 Job = ShardJob | IndexJob
@@ -50,7 +50,7 @@ Job = ShardJob | IndexJob
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What came of one job; kept as the shard's marker."""
+    """The result of one job; it is kept as the shard's marker."""
 
     number: int
     shard: ShardInfo
@@ -63,7 +63,7 @@ class ShardResult:
 
 
 def shard_path(job: Job) -> Path:
-    """Where the job's shard lies, or will lie."""
+    """The path at which the job's shard lies, or will lie."""
     return Path(job.folder) / job.name if isinstance(job, ShardJob) else Path(job.path)
 
 
@@ -87,7 +87,7 @@ def write_marker(job: Job, result: ShardResult, records: NDArray[np.void]) -> No
 
 
 def rows_path(folder: Path, number: int) -> Path:
-    """Where the index rows of a finished shard wait for the others."""
+    """The file in which the index rows of a finished shard wait for the others."""
     return folder / PARTS / f"{number}.rows"
 
 

@@ -31,20 +31,20 @@ SHARD_SIZE = 1250
 
 @dataclass(frozen=True)
 class Options:
-    """What changes the shards beside the source."""
+    """The options of a preparation: all that changes the shards beside the source."""
 
     shards: int | None = None
     """Shards of the training split; the others get as many as their size asks for, at least one."""
     shard_size: int = SHARD_SIZE
     """Samples a shard where `shards` is not given."""
     seed: int = 0
-    """Of the shuffle."""
+    """Seed of the shuffle."""
     resize_short: int | None = None
     """Shrinks training images whose shorter side is larger."""
     quality: int = 90
     """JPEG quality of shrunk images."""
     limit: int | None = None
-    """At most so many samples a split, after the shuffle."""
+    """Largest number of samples of a split; it takes the first of the shuffle."""
 
 
 class Refused(ValueError):
@@ -53,7 +53,7 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """What a split came to."""
+    """The counts of a finished split."""
 
     name: str
     folder: Path
@@ -73,10 +73,10 @@ class SplitWork:
     name: str
     folder: Path
     plan: dict[str, Any]
-    """What determines the result; kept in the manifest and compared when a preparation is started again."""
+    """All that determines the result; it is kept in the manifest and compared when a preparation is started again."""
     jobs: Sequence[Job]
     class_names: Sequence[str] | None
-    """None: the numbers up to the largest label."""
+    """Names by class number; None stands for the numbers up to the largest label."""
     ignored: int = 0
     root: str = "."
 
@@ -135,7 +135,7 @@ def index_existing(
 
 
 def split_folders(splits: Collection[str], out: Path) -> dict[str, Path]:
-    """Where each split goes."""
+    """The folder of each split."""
     return {name: out if len(splits) == 1 else out / name for name in splits}
 
 
@@ -210,7 +210,7 @@ def _run(
 
 
 def describe_plan(source: Source, name: str, options: Options) -> dict[str, Any]:
-    """What determines the shards of a split, and the state of the source files when they were made."""
+    """The plan of a split: all that determines its shards, and the times of the source files when they were made."""
     split = source.splits[name]
     return {
         "source": source.kind,

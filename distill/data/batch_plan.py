@@ -26,7 +26,7 @@ Loaded = TypeVar("Loaded")
 
 @dataclass(frozen=True)
 class Work:
-    """What is done to each of B images, in this order; evaluation and all kinds of training are cases of it."""
+    """The work on each of B images, done in the order of these fields; evaluation and all kinds of training are cases of it."""
 
     windows: NDArray[np.int64]
     """[B, 4] (top, left, height, width): the part of the stored image to decode, inside it."""
@@ -46,7 +46,7 @@ class Plan(Protocol):
     """Answers for any position which samples it has and what is done with them."""
 
     identity: dict[str, int]
-    """What the order of samples is a function of, beside index and position."""
+    """All that the order of samples depends on, beside index and position."""
     size: tuple[int, int]
     """(height, width) of the output."""
     interpolation: Interpolation
@@ -179,7 +179,7 @@ def whole_windows(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 def gather(
     plan: Plan, position: Position, quarantine: Quarantine, read: Callable[[int], Loaded]
 ) -> tuple[list[Loaded], NDArray[np.int64]]:
-    """What `read` gives for each sample of the batch, and which samples these are after bad ones were replaced.
+    """The samples of the batch as `read` gives them, and their rows in the index, after bad ones were replaced.
 
     `read` raises BadSample for a bad sample, which is then quarantined and replaced (in training) or left out (in
     evaluation, where nothing may be left). Raises TooManyFaults.

@@ -1,4 +1,4 @@
-"""The two loaders on NVIDIA DALI, training and evaluation: what is in flight in its pipeline, and faults.
+"""The loader on NVIDIA DALI, for training and evaluation: what is in flight in its pipeline, and faults.
 
 On a GPU one graph does all. On a CPU the graph decodes and Pillow does the rest: the pixels are exactly timm's, and resizing
 takes half of DALI's time. `pipeline.run()` and DALI's own iterators are not used: the iterators do not reschedule after a

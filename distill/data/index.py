@@ -47,7 +47,7 @@ MAX_SIDE = np.iinfo(RECORD["height"]).max
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the manifest says of one shard."""
+    """One shard, as the manifest describes it."""
 
     name: str
     samples: int
@@ -66,7 +66,7 @@ def write_split(
 ) -> None:
     """Writes `index.npy`, then `manifest.json` last: a split without a manifest is unfinished.
 
-    `records` has dtype `RECORD`, sorted by shard, as many rows as the shards have samples. `root` is where the shards lie,
+    `records` has dtype `RECORD`, sorted by shard, as many rows as the shards have samples. `root` is the folder of the shards,
     absolute or relative to `folder`. `extra` goes into the manifest beside our own keys (source, options, tool versions).
     """
     held = sum(shard.samples for shard in shards)

@@ -118,6 +118,6 @@ def eval_samples(num_samples: int, batch_size: int, rank: int, world_size: int, 
 
 
 def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> int:
-    """How many batches process `rank` takes to see its share once; ranks may differ by one."""
+    """Number of batches in which process `rank` sees its share once; ranks may differ by one."""
     share = len(range(rank, num_samples, world_size))
     return -(-share // batch_size)

@@ -39,7 +39,7 @@ def check_bytes(data: bytes, crc32: int) -> None:
 
 
 def files_allowed(shards: int) -> int:
-    """How many of so many shards may stay open; the system's limit, often 1,024 files, is raised for them where it can be.
+    """Number of shards, out of so many, that may stay open. The system's limit, often 1,024 files, is raised where it can be.
 
     ImageNet-1k has 1,025 shards, and a shuffled epoch reads them all at once. Where the limit is hard, a quarter of it: the
     other split's reader, sockets and libraries want theirs.

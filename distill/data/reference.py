@@ -1,7 +1,7 @@
-"""The two loaders in torch and PIL: the oracle for `dali.py`, and the path where DALI cannot be installed.
+"""The loader in torch and PIL: the oracle for `dali.py`, and the path where DALI cannot be installed.
 
-They share the plans (samples, windows, flips) with `dali.py`, but read the shards through the `webdataset` package, starting
-at the sample's tar header, and decode with PIL: wrong offsets or sizes in our own code come out as a difference between the
+It shares the plans (samples, windows, flips) with `dali.py`, but reads the shards through the `webdataset` package, starting
+at the sample's tar header, and decodes with PIL: wrong offsets or sizes in our own code come out as a difference between the
 two.
 """
 

@@ -60,7 +60,7 @@ def train_order(recipe: Recipe, num_samples: int) -> TrainOrder:
 
 
 def data_facts(recipe: Recipe, train: ShardIndex, world_size: int) -> DataFacts:
-    """What criteria may know of the training split."""
+    """The facts of the training split that criteria may be made from."""
     return DataFacts(train.num_samples, torch.from_numpy(train.labels), micro_batch_size(recipe, world_size))
 
 
@@ -74,7 +74,7 @@ def check_mixing(recipe: Recipe, micro_batch: int) -> None:
 
 
 def eval_spec(recipe: Recipe, model: Backbone) -> InputSpec:
-    """How the student is evaluated: its own way, unless the recipe says otherwise."""
+    """The input of the student's evaluation: its own, unless the recipe says otherwise."""
     spec = model.input_spec
     if recipe.data.crop_fraction:
         spec = dataclasses.replace(spec, crop_fraction=recipe.data.crop_fraction)
@@ -95,7 +95,7 @@ def create_loader(asked: str, task: Task) -> Loader:
 
 
 def fault_report(recipe: Recipe, accelerator: Accelerator) -> Path | None:
-    """Where this process reports bad samples, a JSON line each; nowhere outside a run's folder."""
+    """The file in which this process reports bad samples, a JSON line each; None outside of a run's folder."""
     out = Path(recipe.out)
     return out / f"faults-rank{accelerator.process_index}.jsonl" if out.is_dir() else None
 
@@ -166,7 +166,7 @@ def build_eval_loader(recipe: Recipe, index: ShardIndex, spec: InputSpec, accele
 def build_transform(
     recipe: Recipe, num_classes: int, spec: InputSpec, device: torch.device, channels_last: bool
 ) -> BatchTransform:
-    """What happens to a batch on the device before the models see it."""
+    """The part of the recipe's augmentation that the device does to a batch before the models see it."""
     augment = recipe.augment
     return BatchTransform(
         num_classes=num_classes,

@@ -93,7 +93,7 @@ def _read_directly(paths: list[Path]) -> int:
 
 
 def _read_in_order(index: ShardIndex, batch: int, block: int) -> int:
-    """As the loader reads: so many threads, so far ahead."""
+    """Bytes read as the loader reads them: by so many threads, so far ahead."""
     reader = SampleReader(index)
     order = TrainOrder(index.num_samples, min(batch, index.num_samples), 0, block)
 

@@ -33,7 +33,7 @@ NUMBERS = 64
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """What happens to a training image before it becomes uint8 pixels of the wanted size.
+    """The settings of a training view: all that happens to an image before it becomes uint8 pixels of the wanted size.
 
     `crop` is `random_resized` (a window of `scale` of the area and `ratio` of the sides, resized), `pad` (a window of the
     wanted size out of the image padded by `padding` black pixels on each side; nothing is resized) or `resize` (the whole

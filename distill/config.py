@@ -33,7 +33,7 @@ _SCALARS = {
     "int": ([*"-+0123456789"], r"[-+]?(?:0|[1-9][0-9]*)"),
     "float": ([*"-+.0123456789"], r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"),
 }
-"""What a word without quotes may mean, as in YAML 1.2: its first characters and its pattern. PyYAML knows YAML 1.1, in which
+"""Kinds of a word without quotes, as in YAML 1.2: its first characters and its pattern. PyYAML knows YAML 1.1, in which
 `1e-4` is text, `no` (a precision, here) is false, 1:30 is 90 and 017 is 15."""
 
 
@@ -127,7 +127,7 @@ def _at(tree: Any, path: Sequence[Any]) -> Any:
 
 
 UNION_MEMBER = re.compile(r"(?:literal|tuple|list|dict)\[.*|constrained-.*|int|float|str|bool|none")
-"""How pydantic names the type that it tried, inside of the place of the error: `stages.tuple[int, ...]`."""
+"""A type that pydantic tried, as it names it inside of the place of the error: `stages.tuple[int, ...]`."""
 
 
 def _explain(errors: Sequence[Any], prefix: str, names_at: typing.Callable) -> list[str]:

@@ -208,7 +208,7 @@ class Recipe:
 @with_config(_STRICT)
 @dataclass(frozen=True)
 class TermSchedule:
-    """What every entry of the `loss` section may say beside its loss's own options."""
+    """The keys that every entry of the `loss` section has beside its loss's own options."""
 
     weight: NonNegative = _doc("multiplier of the term", 1.0)
     warmup_epochs: NonNegative = _doc("weight rises in whole epochs, (epoch + 1) / warmup_epochs, as in mdistiller", 0.0)

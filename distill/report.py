@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl and summary.json for programs, one progress bar for people, Accelerate's trackers."""
+"""Reports of a run: metrics.jsonl and summary.json for programs, one progress bar for people, Accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def say(accelerator: Accelerator, text: str) -> None:
 
 
 class Reporter:
-    """Writes on the main process only; every method is a no-op on the others."""
+    """The reporter of one run. It writes on the main process only; on the others every method but `dump` does nothing."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, total_steps: int, title: str) -> None:
         self.folder, self.accelerator = folder, accelerator
@@ -31,8 +31,8 @@ class Reporter:
         self._bar: tqdm | None = None
 
     def start(self, step: int, evaluated_step: int) -> None:
-        """Opens the log where a run goes on: what was written after `step` (and evaluations after `evaluated_step`) by a
-        process that was then killed will be written again, so those lines are cut."""
+        """Opens the log where the run goes on. Lines after `step`, and evaluations after `evaluated_step`, are cut: a process
+        wrote them that was then killed, and they will be written again."""
         if not self.main:
             return
         found = [(line, json.loads(line)) for line in self._lines()]
@@ -49,12 +49,12 @@ class Reporter:
         return [line for line in self.metrics_path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
     def advance(self) -> None:
-        """One optimiser step is done."""
+        """Moves the bar by one optimiser step."""
         if self._bar is not None:
             self._bar.update(1)
 
     def log(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, the trackers, and the bar's right end."""
+        """Writes `values` as a line of metrics.jsonl, to the trackers, and to the bar's right end."""
         if not self.main:
             return
         line = {"step": step, "epoch": round(epoch, 6), **values}
@@ -72,12 +72,12 @@ class Reporter:
         say(self.accelerator, text)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """`content` as FOLDER/name, whole or not at all."""
+        """Writes `content` as FOLDER/name, whole or not at all."""
         if self.main:
             write_atomically(self.folder / name, json.dumps(content, indent=2) + "\n")
 
     def dump(self, name: str, content: Mapping[str, Any]) -> Path:
-        """`content` as FOLDER/name, by whichever process it concerns; its path."""
+        """Writes `content` as FOLDER/name, on whichever process it concerns; returns the path."""
         write_atomically(self.folder / name, json.dumps(content, indent=2) + "\n")
         return self.folder / name
 

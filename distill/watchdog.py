@@ -24,7 +24,7 @@ SILENT = 5.0
 
 
 class Beat(NamedTuple):
-    """What a process last said of itself."""
+    """The last that a process said of itself."""
 
     step: int
     phase: str

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: every part, what it would take alone, memory, and what to change.
+"""The ledger of a training step: the time of every part, what the models take alone, memory, and what to change.
 
 accelerate launch pipelines/benchmark.py --help
 """
@@ -45,7 +45,7 @@ from pipelines.setup.observers import compile_report
 from pipelines.setup.out_of_memory import memory_explained
 
 SETTLE = 3
-"""Steps after each pause that use up what the loader made ready in it."""
+"""Steps that are made after each pause and not counted: they use up what the loader made ready in it."""
 IN_MEMORY = 2
 """Global batches that take turns with `--data memory`."""
 
@@ -76,7 +76,7 @@ class Asked(NamedTuple):
 
 
 def arguments(argv: Sequence[str]) -> Asked:
-    """Our own options; all others are the recipe's. Raises RecipeError."""
+    """The command line: the options of this command, and the recipe that all others make. Raises RecipeError."""
     usage = "accelerate launch pipelines/benchmark.py [--recipe FILE] [--SECTION.FIELD VALUE] [options]"
     parser = Parser(usage=usage, description=__doc__ or "", epilog=EPILOG)
     parser.add_argument("--steps", type=int, default=20, help="steps that are measured (%(default)s)")
@@ -108,7 +108,7 @@ def arguments(argv: Sequence[str]) -> Asked:
 
 
 def measurable(recipe: Recipe, out: str) -> Recipe:
-    """`recipe` without what is no part of a step that is not logged: trackers, profiles, weights from elsewhere."""
+    """The recipe without what is no part of a plain step: logs, trackers, profiles, and weights from elsewhere."""
     teacher, student = recipe.teacher, recipe.student
     if teacher.weights in ("pretrained", "train"):
         teacher = dataclasses.replace(teacher, weights="random", class_map=None)
@@ -147,7 +147,7 @@ class MeasuredRun:
         return stream
 
     def steps(self, count: int, marks: bool = False, local: bool = False) -> list[dict[str, float]]:
-        """So many steps, their parts in milliseconds; without marks there are two, with `local` nothing is reduced."""
+        """Milliseconds of each part of `count` steps; without marks a step has two parts, with `local` nothing is reduced."""
         if local:
             with self.accelerator.no_sync(self.run.distiller):
                 return self.steps(count)
@@ -170,7 +170,7 @@ class MeasuredRun:
         return WarmUp(len(taken), sum(taken), 1000 * taken[0], extra, compile_report() if compiles else "")
 
     def memory_and_traffic(self) -> tuple[MemoryUse, Traffic]:
-        """What a step holds and what it sends and when, seen in two steps that are not measured."""
+        """The memory and the traffic of a step, seen in two steps that are not measured."""
         line = MemoryLine(self.run)
         with marked(self.run, line, self.communication), torch.autograd.graph.saved_tensors_hooks(line.pack, lambda t: t):
             make_steps(self.run, self.stream, 1, self.line)
@@ -194,7 +194,7 @@ class MeasuredRun:
 
 
 class Round(NamedTuple):
-    """What one turn found, in milliseconds."""
+    """The milliseconds that one turn found."""
 
     steps: list[dict[str, float]]
     unmarked: list[float]
@@ -235,20 +235,20 @@ def middle(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 def parts_of(steps: dict[str, float], alone: dict[str, float]) -> list[Part]:
-    """The parts in order of appearance, what is left over last."""
+    """The parts in order of appearance; the rest comes last."""
     total = sum(steps.values())
     names = [name for name in steps if name != REST] + [REST]
     return [Part(n, steps.get(n, 0.0), steps.get(n, 0.0) / total, alone.get(n) if n in MODELS else None) for n in names]
 
 
 def ratio(turn: Round) -> float:
-    """The step without waiting for data, over the models alone, of one round."""
+    """The ratio of one round: its median step without waiting for data, over its median of the models alone."""
     working = statistics.median(sum(step.values()) - step[DATA] for step in turn.steps)
     return working / statistics.median(sum(step.values()) for step in turn.alone)
 
 
 def setting_of(bench: MeasuredRun) -> Setting:
-    """What was measured, on what."""
+    """The setting of a measurement: the machine, the pair and the options."""
     recipe, device = bench.recipe, bench.accelerator.device
     on_gpu = device.type == "cuda"
     spec = bench.models.student.input_spec
@@ -277,7 +277,7 @@ def setting_of(bench: MeasuredRun) -> Setting:
 
 
 def cpu_name() -> str:
-    """As the system calls it."""
+    """The CPU's name, as the system gives it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")

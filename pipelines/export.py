@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Does what the command line asks. ValueError where it cannot be done."""
+    """Writes the ONNX file, and pushes it where that is asked. ValueError where it cannot be done."""
     if arguments.push and get_token() is None:
         raise ValueError(f"--push {arguments.push}: no token for the hub; run `hf auth login`, or set HF_TOKEN")
     if not arguments.out.resolve().parent.is_dir():

@@ -45,7 +45,7 @@ from pipelines.setup.teacher import evaluate_teacher
 
 
 class Session(NamedTuple):
-    """What all runs of this process share."""
+    """The part of a process that all its runs share."""
 
     accelerator: Accelerator
     control: Control
@@ -75,7 +75,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
 
 
 def start_trackers(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Accelerate's trackers for this run's folder, whatever run this process made before."""
+    """Starts Accelerate's trackers in this run's folder, whatever run this process made before."""
     accelerator.project_configuration.set_directories(recipe.out)
     accelerator.init_trackers("trackers")
 
@@ -86,7 +86,7 @@ def bad_samples(run: Run) -> int:
 
 
 def finish(recipe: Recipe, run: Run, models: Models, summary: dict[str, Any], class_names: list[str]) -> None:
-    """The exported student and summary.json; the summary comes last and says that the run is whole."""
+    """Writes the exported student and then summary.json, which says that the run is whole; closes the loaders."""
     run.checkpoints.close()
     accelerator, out = run.accelerator, Path(recipe.out)
     if accelerator.is_main_process:
@@ -104,7 +104,7 @@ def finish(recipe: Recipe, run: Run, models: Models, summary: dict[str, Any], cl
 
 @contextmanager
 def peers_named(watchdog: Watchdog) -> Iterator[None]:
-    """Where a collective inside fails because another process is gone, the error says which."""
+    """Raises PeerLostError, which names the process that is gone, where a collective inside fails because of it."""
     try:
         yield
     except (Interrupted, NonFiniteError, CheckpointError):
@@ -130,7 +130,7 @@ def go_on(run: Run) -> None:
 
 
 def digests(splits: Splits) -> dict[str, Any]:
-    """What the manifest says of the shards: a run may go on with these only, wherever they lie."""
+    """The checksums of the shards, for the manifest: a run may go on with these only, wherever they lie."""
     return {f"{name}_shards": index.digest for name, index in splits._asdict().items()}
 
 
@@ -148,6 +148,7 @@ def run_once(recipe: Recipe, folder: RunFolder, splits: Splits, session: Session
     """
     accelerator = session.accelerator
     session.watchdog.progress(0, "building")
+    # 1. what is wrong with the request is found before the folder says that it holds a run
     with requests():
         run, models = build(recipe, accelerator, splits, session.control, session.watchdog.progress)
     contents = {**digests(splits), "teacher": digest(models.teacher)}
@@ -155,11 +156,13 @@ def run_once(recipe: Recipe, folder: RunFolder, splits: Splits, session: Session
     start_trackers(recipe, accelerator)
     with peers_named(session.watchdog):
         teacher = evaluate_teacher(recipe, run, models, splits.val)
+        # 2. the manifest comes before the first checkpoint: whatever is found in this folder later says what made it
         folder.write({"train_samples": splits.train.num_samples, **contents})
         if folder.resumed:
             go_on(run)
         with memory_explained(recipe, run, models):
             found = fit(run)
+    # 3. the summary comes last: a folder that has one is finished, and one that has none goes on
     session.watchdog.progress(run.counters.step, "building")
     found["bad_samples"] = bad_samples(run)
     summary = {**found, "teacher_top1": teacher.get("top1"), "student": recipe.student.name, "teacher": recipe.teacher.name}

@@ -1,4 +1,5 @@
-"""From a measured step to a cluster: images/s, hours, memory, network and disk for 1 to 1,024 GPUs, and what gives out first.
+"""A plan of a cluster from one measured step: images/s, hours, memory, network and disk for 1 to 1,024 GPUs, and the first
+bottleneck.
 
     python pipelines/scale.py --ledger ledger.json --gpus-per-node 8 --network-gbits 400 --disk-gbytes 5 --memory-gib 80
 
@@ -29,26 +30,26 @@ FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """Bytes after which DDP closes its first gradient bucket and every later one."""
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 COUNTS = 0.05
-"""A share of the step from which on something is called the bottleneck."""
+"""The least share of a step for which something is called the bottleneck."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Bytes and bytes per second."""
+    """A cluster of equal nodes, in bytes, bytes per second and seconds."""
 
     gpus_per_node: int
     network: float
-    """Of a node to the others, one direction."""
+    """Bandwidth of a node to the others, one direction."""
     inside: float
-    """Of a GPU to the others of its node."""
+    """Bandwidth of a GPU to the others of its node."""
     latency: float
-    """Seconds that one message between two GPUs takes, however short."""
+    """Seconds that a message between two GPUs takes, however short it is."""
     disk: float
-    """That a node reads, of its own disk or of its share of a common one."""
+    """Bandwidth of a node's disk, or of its share of a common one."""
     memory: float
-    """Of a GPU."""
+    """Memory of one GPU."""
     loader: float
-    """Decoding threads of each GPU's process, as a multiple of those in the ledger."""
+    """Decoding threads of a GPU's process, as a multiple of those in the ledger."""
 
     def bandwidth(self, gpus: int) -> float:
         """Bytes per second of a ring through so many GPUs: its slowest link, which all of a node's traffic crosses."""
@@ -65,22 +66,22 @@ class Prediction:
     step_ms: float
     images_per_second: float
     efficiency: float
-    """Of images per second, over so many times what one GPU does without waiting."""
+    """Images per second, as a share of `gpus` times those of one GPU that waits for nothing."""
     hours: float
     sent_bytes: int
-    """That each GPU sends for the all-reduce of a step."""
+    """Bytes that each GPU sends for the all-reduce of a step."""
     exposed_ms: float
-    """Of the all-reduce, after the end of the backward pass."""
+    """Time of the all-reduce that is left after the backward pass."""
     gather_ms: float
-    """Of gathered negatives: their way, and the contrast with them."""
+    """Time of gathered rows: their way, and the arithmetic with them."""
     gather_bytes: int
-    """That each GPU receives of them in a step."""
+    """Bytes of them that each GPU receives in a step."""
     loader_ms: float
     disk_ms: float
     disk_bytes_per_second: float
-    """Of a node."""
+    """Bytes that each node reads per second."""
     memory: int
-    """Of a GPU."""
+    """Bytes that each GPU needs."""
     fits: bool
     bottleneck: str
 
@@ -99,12 +100,12 @@ def buckets(arrivals: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
 
 
 def sent_bytes(size: int, gpus: int) -> int:
-    """That each GPU of a ring sends to reduce `size` bytes: n - 1 parts of n to add them up, as many to hand the sums round."""
+    """Bytes that each GPU sends in a ring all-reduce of `size` bytes: 2 (n - 1) / n x size."""
     return 2 * (gpus - 1) * size // gpus
 
 
 def exposed_ms(report: Report, cluster: Cluster, gpus: int) -> float:
-    """Of the all-reduce, what is left when the backward pass ends: buckets go one after the other, each when it is full."""
+    """Milliseconds of the all-reduce after the backward pass: buckets go one after the other, each when it is full."""
     if gpus == 1:
         return 0.0
     backward = sum(part.ms for part in report.parts if part.name == BACKWARD or part.name.endswith(" backward"))
@@ -134,13 +135,13 @@ def gathered(report: Report, cluster: Cluster, gpus: int) -> tuple[float, int, i
 
 
 def local_ms(report: Report) -> float:
-    """The step of one process that neither waits for data nor for others: of several, the steps made without all-reduce."""
+    """Milliseconds of a step that waits neither for data nor for other processes (of several: steps without all-reduce)."""
     whole = report.step.ms - report.part_ms(ALL_REDUCE) if report.step.local_ms is None else report.step.local_ms
     return whole - report.part_ms(DATA)
 
 
 def held_bytes(report: Report) -> int:
-    """Of one process: what the allocator saw on a GPU; on a CPU the sizes of what is held, without PyTorch's own code."""
+    """Bytes that one process holds: on a GPU the allocator's peak, on a CPU the sum by owner, without PyTorch's own code."""
     return report.memory.peak if report.setting.on_gpu else sum(report.memory.owners.values())
 
 
@@ -189,7 +190,7 @@ def predict(report: Report, cluster: Cluster, gpus: int, epochs: float, images: 
 
 
 def first_bottleneck(step: float, working: float, beside: dict[str, float], costs: dict[str, float], fits: bool) -> str:
-    """What gives out first: memory, then what is slower than the models, then what makes the step notably longer."""
+    """The first bottleneck: memory, then what is slower than the models, then what makes the step notably longer."""
     if not fits:
         return "memory"
     if step > working:
@@ -217,7 +218,7 @@ def as_text(rows: Sequence[Prediction], gather: bool) -> str:
 
 
 def heading(report: Report, cluster: Cluster, epochs: float, images: int) -> str:
-    """What is planned, from what."""
+    """The first lines of the plan: what is planned, and from which measurement."""
     setting = report.setting
     most = images_that_fit(report, cluster.memory)
     return (
@@ -255,7 +256,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def cluster_of(asked: argparse.Namespace) -> Cluster:
-    """In bytes and seconds."""
+    """The cluster of the command line."""
     return Cluster(
         gpus_per_node=asked.gpus_per_node,
         network=asked.network_gbits * 1e9 / 8,

@@ -47,7 +47,7 @@ def _enter(argv: list[str], environment: dict[str, str], log: str, file_limit: i
 
 
 def stall_loader(rank: int, reads: int) -> None:
-    """After so many reads of a sample this rank's storage answers no more, as a dead network file system does."""
+    """Lets this rank's storage stop answering after `reads` reads of a sample, as a dead network file system does."""
     from distill.data.reader import SampleReader
 
     real, left = SampleReader.read, [reads]
@@ -141,7 +141,7 @@ def start(
 def finished(
     argv: Sequence[str], log: Path, world_size: int = 1, codes: int = 0, environment: dict[str, str] | None = None
 ) -> Job:
-    """As `start`, waited for; fails with the job's output unless every rank exits with `codes`."""
+    """A job that was started and is over; fails with its output unless every rank exits with `codes`."""
     job = start(argv, log, world_size, environment)
     found = job.wait()
     assert found == [codes] * world_size, f"exit codes {found}:\n{job.text()}"

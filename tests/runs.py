@@ -80,12 +80,12 @@ EVERYTHING = [
 """EMA, accumulation, RandAugment, Mixup/CutMix, erasing and dropout in play under bf16, a checkpoint every other step."""
 
 FP16 = ["--train.mixed_precision", "fp16"]
-"""With its scaler, which has a state of its own. Needs `fp16_on_cpus`."""
+"""fp16, with its scaler, which has a state of its own. Needs `fp16_on_cpus`."""
 
 
 def fp16_on_cpus(setattr: Callable[[type, str, Any], None] = setattr) -> None:
-    """From now on Accelerate has a scaler on CPUs too. It makes one for GPUs only, but PyTorch's for CPUs has the same
-    arithmetic and state: slow, and so what fp16 does to a run is tested without a GPU."""
+    """Gives Accelerate a scaler on CPUs too, from now on. It makes one for GPUs only, but PyTorch's for CPUs has the same
+    arithmetic and state: it is slow, and tests what fp16 does to a run without a GPU."""
     made = Accelerator.__init__
 
     def make(self: Accelerator, *arguments: Any, **options: Any) -> None:

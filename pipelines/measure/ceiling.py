@@ -1,4 +1,4 @@
-"""The least that a step's work takes here: each model alone on random tensors, the loader alone, copies, a matrix product."""
+"""The ceiling of a step: each model alone on random tensors, the loader alone, copies, a matrix product."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Alone:
         return images.contiguous(memory_format=chosen)
 
     def make_steps(self, steps: int, line: Timeline) -> None:
-        """So many steps of only that work, micro-batches and all, marked on the line."""
+        """Makes `steps` steps of only that work, micro-batches and all, marked on the line."""
         for _ in range(steps):
             line.begin_step()
             mark_step()
@@ -121,19 +121,19 @@ def timed(function: Callable[[], object], line: Timeline, repeats: int = 7) -> f
 
 
 class Machine(NamedTuple):
-    """What the device does when it does nothing else."""
+    """Rates of the device when it does nothing else."""
 
     copy_gigabytes_per_second: float
     """A tensor cloned on the device, bytes read plus bytes written."""
     host_to_device_gigabytes_per_second: float | None
-    """From pinned memory; None where both are one."""
+    """Copies from pinned memory; None where host and device are one."""
     teraflops: float
     """A matrix product in the run's precision."""
     teraflops_float32: float
 
 
 def measure_machine(line: Timeline, precision: str) -> Machine:
-    """Sizes that no cache holds: 64 MiB on a CPU, 1 GiB on a GPU; matrices of 1,024 and 8,192 rows."""
+    """The device's rates, at sizes that no cache holds: 64 MiB on a CPU, 1 GiB on a GPU; matrices of 1,024 and 8,192 rows."""
     device = line.device
     on_gpu = device.type == "cuda"
     block = torch.ones((2**30 if on_gpu else 2**26) // 4, device=device)
@@ -166,16 +166,16 @@ def loader_rate(run: Run, batches: int) -> float:
 
 
 class Network(NamedTuple):
-    """What the processes' network does when it does nothing else."""
+    """Rates of the network between the processes when it does nothing else."""
 
     bandwidth: float
     """Bytes per second that each process sends in an all-reduce of the gradient's size."""
     latency_ms: float
-    """Of an all-reduce of one number."""
+    """Duration of an all-reduce of one number."""
 
 
 def measure_network(line: Timeline, gradient_bytes: int) -> Network | None:
-    """None for one process. Every process calls it."""
+    """The network's rates; None for one process. A collective: every process calls it."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     world = dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What one step holds and sends, seen in steps that are not measured: memory by owner, and gradients as they come."""
+"""Memory by owner and gradients as they come, seen in steps that are not measured."""
 
 from __future__ import annotations
 

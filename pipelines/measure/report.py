@@ -1,4 +1,4 @@
-"""What `pipelines/benchmark.py` found: one dataclass, as JSON, as a table, as a picture, and the bottleneck in a sentence."""
+"""The report of `pipelines/benchmark.py`: one dataclass, written as JSON and read back strictly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STRICT = ConfigDict(extra="forbid", strict=True)
 @with_config(_STRICT)
 @dataclass(frozen=True)
 class Setting:
-    """What was measured, and on what."""
+    """The setting of a measurement: the machine, the pair and the options."""
 
     device: str
     on_gpu: bool
@@ -38,7 +38,7 @@ class Setting:
     student: str
     losses: list[str]
     advice: dict[str, str]
-    """For each loss the option that makes it cheaper; empty where it knows none."""
+    """The option that makes a loss cheaper, by its name; empty where it knows none."""
     image_size: list[int]
     micro_batch: int
     accumulate: int
@@ -58,7 +58,7 @@ class WarmUp:
     seconds: float
     first_step_ms: float
     compile_ms: float | None
-    """Of the first step, what a later one does not take; None where nothing is compiled."""
+    """Time of the first step beyond that of a later one; None where nothing is compiled."""
     compiled: str
     """Graphs and graph breaks in words; empty where nothing is compiled."""
 
@@ -95,7 +95,7 @@ class Step:
 @with_config(_STRICT)
 @dataclass(frozen=True)
 class Ceiling:
-    """What each piece takes alone, taken in turn with the steps."""
+    """The pieces alone, measured in turn with the steps."""
 
     models_ms: float
     """Teacher forward + student forward, backward and optimiser, on plain models."""
@@ -103,7 +103,7 @@ class Ceiling:
     """Step without data wait / models_ms: the median over the rounds, each round against its own."""
     ratios: list[float]
     loader_images_per_second: float
-    """Of one process while nothing else runs."""
+    """Rate of one process while nothing else runs."""
     copy_gigabytes_per_second: float
     host_to_device_gigabytes_per_second: float | None
     teraflops: float
@@ -135,16 +135,16 @@ class MemoryUse:
 @with_config(_STRICT)
 @dataclass(frozen=True)
 class Traffic:
-    """What goes over the wires in a step."""
+    """The bytes of a step that come from the disk or go over the network."""
 
     gradient_bytes: int
-    """Of the trained parameters."""
+    """Size of the trained parameters' gradients."""
     buckets: list[int]
     """Bytes of each of DDP's all-reduces; empty for one process."""
     arrivals: list[tuple[float, int]]
     """(share of the backward pass that was over, bytes) of each gradient as it came."""
     gathers: dict[str, list[Gathered]]
-    """What each loss gathers from all processes in a micro-batch, or would if it were set to; without losses that never do."""
+    """Rows that a loss gathers from all processes in a micro-batch, or would if it were set to, by the loss's name."""
     bytes_per_image: float
     """Mean size of an encoded training image."""
     training_images: int
@@ -153,7 +153,7 @@ class Traffic:
 @with_config(_STRICT)
 @dataclass(frozen=True)
 class Report:
-    """Everything, as the JSON file holds it."""
+    """The whole report, as the JSON file holds it."""
 
     format: int
     setting: Setting
@@ -170,12 +170,12 @@ class Report:
         return sum(part.ms for part in self.parts if part.name == name)
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """Writes the report as JSON."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @staticmethod
     def read(path: Path) -> Report:
-        """What `write` wrote. Raises RecipeError with one line for anything else."""
+        """The report in a file of `write`. Raises RecipeError with one line for anything else."""
         try:
             return TypeAdapter(Report).validate_json(path.read_bytes())
         except OSError as error:

@@ -10,7 +10,7 @@ from pipelines.measure.timeline import ALL_REDUCE, AVERAGE, DATA, REST, TEACHER,
 
 
 def bottleneck(report_parts: list[Part], setting: Setting, ceiling: Ceiling) -> str:
-    """What costs most beside the models' own work, or that nothing does, and the option that would help."""
+    """The sentence on what costs most beside the models' own work, with the option that would help."""
     total = sum(part.ms for part in report_parts)
     shares = {part.name: part.ms / total for part in report_parts}
     excess = {part.name: part.ms - (part.alone_ms or 0.0) for part in report_parts}

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]], columns: str) -> str:
-    """Columns as wide as they need to be, below the first row a rule; `columns` has a letter for each: l, left, or r, right."""
+    """The rows in columns as wide as they need to be, with a rule below the first row.
+
+    columns: a letter for each column, l (left) or r (right).
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     rule = ["-" * width for width in widths]
     align = {"l": str.ljust, "r": str.rjust}

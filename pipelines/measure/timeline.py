@@ -34,7 +34,7 @@ OPTIMISER = "optimiser"
 AVERAGE = "weight average"
 REST = "the rest"
 OUTSIDE = ""
-"""Between two measured steps."""
+"""The time between two measured steps."""
 
 
 def loss_part(name: str, backward: bool = False) -> str:
@@ -43,10 +43,10 @@ def loss_part(name: str, backward: bool = False) -> str:
 
 
 class Line(Protocol):
-    """Whatever wants to know which part of the step begins."""
+    """A line that is told which part of the step begins."""
 
     def enter(self, part: str) -> str:
-        """From now on it is `part`; what it was before."""
+        """Begins `part`; returns the part before."""
         ...
 
 
@@ -60,15 +60,15 @@ class Timeline:
         self._part = OUTSIDE
 
     def enter(self, part: str) -> str:
-        """The time from now on belongs to `part`; returns the part that it belonged to."""
+        """Begins `part`; returns the part before."""
         return self._mark(part, begins=False)
 
     def begin_step(self) -> None:
-        """A step begins here, with waiting for its data; the one before ends."""
+        """Begins a step, with waiting for its data; the one before ends."""
         self._mark(DATA, begins=True)
 
     def end(self) -> None:
-        """The last step ends here."""
+        """Ends the last step."""
         self._mark(OUTSIDE, begins=False)
 
     def _mark(self, part: str, begins: bool) -> str:
@@ -98,7 +98,7 @@ def now(device: torch.device) -> Any:
 
 
 def milliseconds(start: Any, end: Any) -> float:
-    """Between two moments of `now`; on a GPU it waits until the second has come."""
+    """Milliseconds between two moments of `now`; on a GPU it waits until the second has come."""
     if isinstance(start, float):
         return 1000 * (end - start)
     end.synchronize()
@@ -119,7 +119,7 @@ class Marked(nn.Module):
             return getattr(super().__getattr__("inner"), name)
 
     def forward(self, *arguments: Any) -> Any:
-        """What `inner` gives, unchanged."""
+        """The output of `inner`, unchanged."""
         before = self.line.enter(self.part)
         output = self.inner(*arguments)
         self.line.enter(before)
@@ -178,7 +178,7 @@ class Communication:
 
 @contextmanager
 def marked(run: Run, line: Line, communication: Communication) -> Iterator[None]:
-    """While it is open, the run's steps set their marks on `line`."""
+    """Lets the run's steps set their marks on `line` while it is open."""
     distiller, accelerator = run.unwrapped, run.accelerator
     student, teacher, transform = distiller.student, run.teacher, run.transform
     criteria = dict(distiller.criteria.items())

@@ -142,7 +142,7 @@ def command(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
 
 
 class Request(NamedTuple):
-    """What was asked for."""
+    """A request for a run."""
 
     recipe: Recipe
     resume: bool

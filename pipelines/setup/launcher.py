@@ -11,7 +11,7 @@ UNDER_A_LAUNCHER = {"LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECI
 """Variables that torchrun and `accelerate launch` set for the processes they start."""
 
 PR_SET_PDEATHSIG = 1
-"""Of <sys/prctl.h>."""
+"""Constant of <sys/prctl.h>: a signal for this process when its parent dies."""
 
 
 def end_with_launcher() -> None:

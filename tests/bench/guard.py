@@ -38,7 +38,7 @@ from tests.bench.peer import make_teacher
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = Path(__file__).with_name("ratios.json")
 LEAST_TOLERANCE = 0.1
-"""Of a ratio, however little it varied when it was recorded."""
+"""The smallest tolerance of a ratio, however little it varied when it was recorded."""
 SPREADS = 2.0
 """Tolerance in multiples of the recorded spread."""
 AGAIN = 2
@@ -86,7 +86,7 @@ def data_ratios(folder: Path) -> Ratios:
 
 
 def run(line: Sequence[str], folder: Path) -> str:
-    """What a command of ours prints on one thread. Raises RuntimeError with its errors where it fails."""
+    """The output of a command of ours on one thread. Raises RuntimeError with its errors where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:

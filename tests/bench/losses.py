@@ -63,18 +63,18 @@ class Versions(NamedTuple):
     ours: Callable[[], Tensor]
     reference: Callable[[], Tensor]
     leaf: Tensor
-    """What takes the gradient."""
+    """The tensor that takes the gradient."""
 
 
 class Figures(NamedTuple):
-    """What was measured of one case; bytes are None where the system does not tell."""
+    """The measurements of one case; bytes are None where the system does not tell."""
 
     ours_seconds: float
     reference_seconds: float
     ours_bytes: int | None
     reference_bytes: int | None
     relative_difference: float
-    """Of the two values: the versions compute the same."""
+    """Difference of the two values: the versions compute the same."""
 
 
 def cases(quick: bool) -> list[Case]:
@@ -295,7 +295,7 @@ HEADER = """| loss | size | seconds, ours / reference | ratio | peak extra MiB, 
 
 
 def report(found: list[tuple[Case, Figures]], device: torch.device, threads: int) -> dict:
-    """What the JSON file holds."""
+    """The content of the JSON file."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "device": f"{device.type}: {name}",

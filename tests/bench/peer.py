@@ -54,7 +54,7 @@ report: {{trackers: []}}
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one run."""
+    """Seconds of one run."""
 
     wall: float
     core: float
@@ -127,7 +127,7 @@ def theirs(asked: argparse.Namespace, teacher: Path, classes: int, epochs: int, 
 
 
 def seconds_of(command: list[str], threads: int, log: Path) -> Seconds:
-    """What a process takes from its start to its end. Raises RuntimeError with its last lines where it fails."""
+    """The time of a process from its start to its end. Raises RuntimeError with its last lines where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     begin = time.perf_counter()
     before = os.times()

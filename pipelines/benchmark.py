@@ -32,7 +32,7 @@ from distill.config import RecipeError, as_dict
 from distill.losses import LOSSES
 from distill.protocols import Batch
 from distill.recipe import Recipe
-from pipelines.measure.ceiling import Alone, flops_per_image, loader_rate, measure_machine, measure_network
+from pipelines.measure.ceiling import Alone, loader_rate, measure_machine, measure_network
 from pipelines.measure.memory import Arrivals, MemoryLine, memory_use
 from pipelines.measure.report import FORMAT, MODELS, Ceiling, MemoryUse, Part, Report, Setting, Step, Traffic, WarmUp
 from pipelines.measure.show import as_text, bottleneck, plot
@@ -129,11 +129,6 @@ class MeasuredRun:
         with requests():
             self.splits: Splits = build_splits(self.recipe, self.accelerator)
             self.run, self.models = build(self.recipe, self.accelerator, self.splits, Control())
-        teacher, device = self.models.teacher, self.accelerator.device
-        self.teacher_flops = 0.0
-        if teacher is not None:
-            with teacher.autocast(device):
-                self.teacher_flops = flops_per_image(teacher.backbone.model, teacher.backbone.input_spec, device)
         self.run.eval_loader.close()
         self.run.distiller.train()
         self.communication = Communication(self.run)
@@ -289,7 +284,7 @@ def measure(asked: Asked, out: str) -> Report:
     with memory_explained(bench.recipe, bench.run, bench.models):
         warm_up = bench.warm_up()
     memory, traffic = bench.memory_and_traffic()
-    alone = Alone(bench.recipe, bench.run, bench.models, bench.batch, bench.teacher_flops)
+    alone = Alone(bench.recipe, bench.run, bench.models, bench.batch)
     rounds = measure_rounds(bench, alone)
     steps = [step for turn in rounds for step in turn.steps]
     unmarked = [ms for turn in rounds for ms in turn.unmarked]

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill.models.backbone import Backbone
 from distill.optim import create_optimizer
-from distill.protocols import InputSpec
 from distill.recipe import Recipe
 from distill.run import Run
 from pipelines.measure.timeline import BACKWARD, FORWARD, OPTIMISER, REST, TEACHER, Timeline, endless
@@ -33,9 +32,8 @@ class Alone:
     """Teacher forward, student forward, backward and optimiser on random tensors: plain timm models without regions or losses,
     under the run's precision, memory format and compiler."""
 
-    def __init__(self, recipe: Recipe, run: Run, models: Models, batch: int, teacher_flops: float) -> None:
+    def __init__(self, recipe: Recipe, run: Run, models: Models, batch: int) -> None:
         self._run = run
-        self._teacher_flops = teacher_flops
         self._student = self._ready(copy.deepcopy(models.student.model).train(), recipe, "student")
         self._images = self._pixels(models.student, batch, memory_format(recipe))
         self._frozen = models.teacher
@@ -96,18 +94,16 @@ class Alone:
     def flops_per_image(self) -> dict[str, float]:
         """Floating-point operations of the three passes, counted by PyTorch on two images."""
         student = copy.deepcopy(self._student)  # a copy is not compiled, and has its own BatchNorm statistics
+        found = {TEACHER: 0.0}
+        if self._teacher is not None and self._frozen is not None:
+            with FlopCounterMode(display=False) as counter, torch.no_grad(), self._frozen.autocast(self._images.device):
+                copy.deepcopy(self._teacher)(self._teacher_images[:2])
+            found[TEACHER] = counter.get_total_flops() / 2
         with FlopCounterMode(display=False) as counter:
             logits = student(self._images[:2])
-            forward = counter.get_total_flops() / 2
+            found[FORWARD] = counter.get_total_flops() / 2
             logits.sum().backward()
-        return {TEACHER: self._teacher_flops, FORWARD: forward, BACKWARD: counter.get_total_flops() / 2 - forward}
-
-
-def flops_per_image(model: nn.Module, spec: InputSpec, device: torch.device) -> float:
-    """Floating-point operations of a forward pass, counted by PyTorch on two images."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(2, 3, spec.height, spec.width, device=device))
-    return counter.get_total_flops() / 2
+        return {**found, BACKWARD: counter.get_total_flops() / 2 - found[FORWARD]}
 
 
 def timed(function: Callable[[], object], line: Timeline, repeats: int = 7) -> float:

@@ -10,15 +10,18 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
-from distill.losses.msdcrd import MSDCRD
+import torch
+
+from distill.config import run_parameters
+from distill.losses import LOSSES
 from distill.models.describe import Description, create_outline, describe
-from distill.protocols import Needs, Regions
+from distill.protocols import Criterion, DataFacts, Needs, Regions
 from pipelines.measure.compatibility import check_all
 from pipelines.setup.arguments import Parser, add_import_option, command, import_files, requests
 
@@ -30,7 +33,7 @@ PAPERS_TEACHERS = {"resnet34": "tv_in1k", "resnet50": "tv_in1k"}
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """What is asked for, printed. Raises RecipeError where nothing works for the pair; 1 where a check of the matrix failed."""
+    """Prints what is asked for. Raises RecipeError for names that timm does not know; 1 where a check of the matrix failed."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     explain_parser = commands.add_parser("explain", help="what a pair gives, costs and can be trained with")
@@ -55,11 +58,12 @@ def main(argv: Sequence[str]) -> int:
 def explain(teacher_name: str, student_name: str, num_classes: int, as_json: bool) -> None:
     """Prints what the pair is and what works."""
     teacher, student = (look_at(name, num_classes) for name in (teacher_name, student_name))
+    criteria = criteria_of(teacher, student)
     report = {
         "teacher": as_values(teacher),
         "student": as_values(student),
-        "losses": losses(teacher, student),
-        "projector_parameters": projector_parameters(teacher, student),
+        "losses": {name: each if isinstance(each, str) else how(each, teacher, student) for name, each in criteria.items()},
+        "trained_parameters": trained_parameters(criteria),
         "teacher_share_of_step": teacher_share(teacher, student),
         "warnings": warnings(teacher, student, num_classes),
     }
@@ -76,22 +80,45 @@ def look_at(name: str, num_classes: int) -> Description:
     return describe(create_outline(name, num_classes=num_classes), name, Needs((REGIONS,)))
 
 
-def losses(teacher: Description, student: Description) -> dict[str, str]:
-    """The mechanism by which each family of losses works, or why it does not."""
-    refused = [m for m in (teacher, student) if m.refusal]
-    sdd = "; ".join(m.refusal for m in refused) or f"teacher {teacher.mechanism}, student {student.mechanism}"
-    stages = min(len(teacher.facts.stages), len(student.facts.stages))
-    categories = teacher.refusal or f"{stages} stage(s), the teacher's categories by {teacher.mechanism}"
-    return {"cross_entropy, kd, dkd, nkd": "logits", "sdd": sdd, "msdcrd": categories}
+def criteria_of(teacher: Description, student: Description) -> dict[str, Criterion | str]:
+    """Every loss of the table with its default options, or the reason why it cannot be made for this pair."""
+    classes = student.facts.num_classes
+    data = DataFacts(classes, torch.arange(classes), micro_batch=1)  # an image of each class stands for the data
+    facts = {"student": student.facts, "teacher": teacher.facts, "data": data}
+    found: dict[str, Criterion | str] = {}
+    for name, loss in LOSSES.items():
+        try:
+            found[name] = loss(**{key: facts[key] for key in run_parameters(loss)})
+        except ValueError as error:
+            found[name] = str(error)
+    return found
 
 
-def projector_parameters(teacher: Description, student: Description) -> dict[str, int]:
-    """What MSDCRD's default projectors add while training, for the last stage and for all."""
-    counts = {}
-    for stages in ("last", "all"):
-        criterion = MSDCRD(student.facts, teacher.facts, stages=stages)
-        counts[stages] = sum(p.numel() for p in criterion.parameters())
-    return counts
+def how(criterion: Criterion, teacher: Description, student: Description) -> str:
+    """What a loss reads of both models and by which mechanism, or why one of them cannot give it."""
+    reads = [("student", student, criterion.student_needs)]
+    if criterion.teacher_needs is not None:
+        reads = [("teacher", teacher, criterion.teacher_needs), *reads]
+    refused = [model.refusal for _, model, needs in reads if needs.region_logits and model.refusal]
+    if refused:
+        return "; ".join(refused)
+    return "; ".join(f"{role}: {' and '.join(_named(needs, model)) or 'logits'}" for role, model, needs in reads)
+
+
+def _named(needs: Needs, model: Description) -> Iterator[str]:
+    if needs.region_logits:
+        yield f"region logits by {model.mechanism}"
+    for field in dataclasses.fields(needs):
+        asked, name = getattr(needs, field.name), field.name.replace("_", " ")
+        if asked and field.name != "region_logits":
+            yield f"{name} {', '.join(map(str, asked))}" if isinstance(asked, tuple) else name
+
+
+def trained_parameters(criteria: Mapping[str, Criterion | str]) -> dict[str, int]:
+    """Parameters that a loss trains beside the student (projectors), for those that have any."""
+    made = {name: each for name, each in criteria.items() if not isinstance(each, str)}
+    counts = {name: sum(p.numel() for p in each.parameters()) for name, each in made.items()}
+    return {name: count for name, count in counts.items() if count}
 
 
 def teacher_share(teacher: Description, student: Description) -> float:
@@ -100,7 +127,7 @@ def teacher_share(teacher: Description, student: Description) -> float:
 
 
 def warnings(teacher: Description, student: Description, num_classes: int) -> list[str]:
-    """What is known to go wrong with such a pair."""
+    """Warnings of what is known to go wrong with such a pair."""
     found = []
     architecture, _, tag = teacher.name.partition(".")
     papers = PAPERS_TEACHERS.get(architecture)
@@ -145,8 +172,8 @@ def as_text(teacher: Description, student: Description, report: dict) -> str:
         ]
     lines.append("losses:")
     lines += [f"  {name}: {how}" for name, how in report["losses"].items()]
-    projector = report["projector_parameters"]
-    lines.append(f"projector parameters: {projector['last']:,} for the last stage, {projector['all']:,} for all")
+    trained = ", ".join(f"{name} {count:,}" for name, count in report["trained_parameters"].items())
+    lines.append(f"parameters that losses train beside the student: {trained or 'none'}")
     lines.append(f"teacher's share of a step: {report['teacher_share_of_step']:.0%} of the arithmetic")
     lines += [f"warning: {text}" for text in report["warnings"]]
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from distill.losses import LOSSES
 from distill.models.describe import count_parameters, create_outline
 from pipelines.measure import compatibility as pairs_matrix
 from pipelines.pairs import main
@@ -31,7 +32,12 @@ def test_explain_says_what_a_pair_gives_costs_and_can_be_trained_with() -> None:
     assert report["student"]["parameters"] == 1_464_840  # 1,233,540 at 100 classes and 900 more rows of 257
     assert 7.2e9 < report["teacher"]["flops"] < 7.5e9  # 3.67 GMAC at 224 px
     assert [stage[0] for stage in report["teacher"]["facts"]["stages"]] == [64, 128, 256, 512]
-    assert report["losses"]["sdd"] == "teacher pool, student pool"
+    assert report["losses"].keys() == LOSSES.keys()
+    assert report["losses"]["cross_entropy"] == "student: logits"
+    assert report["losses"]["kd"] == "teacher: logits; student: logits"
+    assert report["losses"]["sdd"] == "teacher: region logits by pool; student: region logits by pool"
+    assert report["losses"]["msdcrd"] == "teacher: region logits by pool and stages -1, -2, -3; student: stages -1, -2, -3"
+    assert report["trained_parameters"].keys() == {"msdcrd"}
     assert 0 < report["teacher_share_of_step"] < 1
     assert any("resnet34.tv_in1k" in text for text in report["warnings"])
     assert any("inputs differ (224 and 32 px)" in text for text in report["warnings"])

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from distill.protocols import Batch
@@ -56,6 +54,10 @@ class BatchTransform:
         erasing: float = 0.0,
         erasing_mode: ErasingMode = "pixel",
     ) -> None:
+        # not above: the recipe takes `ErasingMode` from here, and commands that need no model would wait a second for timm
+        from timm.data import Mixup
+        from timm.data.random_erasing import RandomErasing
+
         self.channels_last = channels_last
         self.mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(std, device=device).view(1, 3, 1, 1)

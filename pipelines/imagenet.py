@@ -57,10 +57,10 @@ class Session(NamedTuple):
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:
-    """The recipe that trains the teacher of `recipe`: the same data and settings, cross-entropy only, in OUT/teacher."""
+    """The recipe that trains the teacher of `recipe` in OUT/teacher: the same data and settings, and of its losses those that
+    need no teacher, at full weight."""
     wanted = recipe.teacher
-    plain = {k: v for k, v in recipe.loss.items() if k == "cross_entropy"} or {"cross_entropy": {"weight": 1.0}}
-    loss = {"cross_entropy": {**plain["cross_entropy"], "weight": 1.0}}
+    alone = {name: {**entry, "weight": 1.0} for name, entry in recipe.loss.items() if LOSSES[name].teacher_needs is None}
     student = dataclasses.replace(
         recipe.student, name=wanted.name, initial_weights=wanted.initial_weights, model_kwargs=wanted.model_kwargs
     )
@@ -69,7 +69,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
         out=str(Path(recipe.out) / "teacher"),
         teacher=dataclasses.replace(wanted, name="none"),
         student=student,
-        loss=loss,
+        loss=alone or Recipe().loss,
         train=dataclasses.replace(recipe.train, epochs=wanted.epochs or recipe.train.epochs),
     )
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from distill.losses import LOSSES
+
 ROOT = Path(__file__).parent.parent
 LEAVES = {"distill.protocols", "distill.seeds", "distill.files", "distill.precision"}
 """They import nothing of ours."""
@@ -92,6 +94,19 @@ def test_a_module_imports_only_what_the_table_allows(path: Path):
         refused = any(inside(other, a) for a in NOT_ALLOWED.get(room, ()))
         assert allowed, f"{name} must not import {other}"
         assert not refused, f"{name} must not import {other}"
+
+
+def test_no_file_outside_the_losses_knows_one_by_name():
+    """A new loss is one file and one line of the table. The default recipe trains with cross-entropy and says so."""
+    known = []
+    for path in FILES:
+        name = module_name(path)
+        if inside(name, "distill.losses") or name == "distill.recipe":
+            continue
+        known += [f"{name} imports {i}" for i in imports(path) if i.startswith("distill.losses.")]
+        constants = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        known += [f"{name}:{node.lineno} names {node.value}" for node in constants if node.value in list(LOSSES)]
+    assert not known
 
 
 def test_functions_of_the_library_fit_on_a_screen():

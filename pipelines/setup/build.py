@@ -21,7 +21,7 @@ from distill.nonfinite import Guard
 from distill.optim import create_optimizer, learning_rate_schedule, weight_schedule
 from distill.protocols import Needs
 from distill.recipe import Recipe
-from distill.report import Reporter
+from distill.report import Reporter, say
 from distill.run import LoopSettings, Run
 from distill.seeds import derive_seed, seed_all
 from pipelines.setup.data import (
@@ -104,7 +104,7 @@ def build(
     data = data_facts(recipe, splits.train, accelerator.num_processes)
     models = build_models(recipe, splits.train.num_classes, data, accelerator.device)
     if recipe.train.overlap_teacher and accelerator.device.type != "cuda":
-        accelerator.print("train.overlap_teacher: no effect here, it needs a GPU")
+        say(accelerator, "train.overlap_teacher: no effect here, it needs a GPU")
     ema = recipe.ema
     average = ModelEmaV3(models.student.model, decay=ema.decay, use_warmup=ema.warmup) if ema.enabled else None
     distiller = build_distiller(recipe, models)
@@ -113,7 +113,7 @@ def build(
     checkpointing = recipe.student.checkpoint_activations
     if checkpointing:
         before, after = set_activation_checkpointing(models.student)
-        accelerator.print(f"activations of one image: {after / 1e6:.1f} MB instead of {before / 1e6:.1f} MB (float32)")
+        say(accelerator, f"activations of one image: {after / 1e6:.1f} MB instead of {before / 1e6:.1f} MB (float32)")
     compile_backbones(recipe, models)
     settings = build_settings(recipe, splits.train.num_samples)
     spec = eval_spec(recipe, models.student)

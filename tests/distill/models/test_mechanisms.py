@@ -12,7 +12,7 @@ from model_support import PYRAMID, SMALL_PYRAMID, backbone, normalised, spec, st
 from torch import Tensor, nn
 
 from distill.models.anatomy import examine
-from distill.models.backbone import Backbone
+from distill.models.backbone import Backbone, Trunk
 from distill.models.batchnorm import set_batchnorm
 from distill.models.region_logits.mechanisms import CropHead
 from distill.protocols import ModelOutput, Needs, Regions
@@ -120,7 +120,9 @@ def test_attend_reads_of_the_last_blocks_input_only_the_regions_tokens() -> None
         moved = part.from_map(noise_on_cell(part.to_map(inner), 3, 2), inner)
         outputs = []
         for tokens in (inner, moved):
-            served._trunk = lambda _, t=tokens: (model.norm(block(t)), part.to_map(model.norm(block(t))), {}, t)
+            features = model.norm(block(tokens))
+            trunk = Trunk(features, part.to_map(features), {}, tokens)
+            served._trunk = lambda _, trunk=trunk: trunk
             outputs.append(served(images))
     assert moved_regions(*outputs) == CELL_3_2
 

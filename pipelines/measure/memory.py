@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from distill.run import Run
 from pipelines.measure.report import MemoryUse
@@ -100,17 +99,7 @@ def memory_use(run: Run, line: MemoryLine) -> MemoryUse:
 
 
 def _state(module: nn.Module) -> Iterator[Tensor]:
-    for tensor in (*module.parameters(), *module.buffers()):
-        yield from _stored(tensor)
-
-
-def _stored(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that hold memory: a quantised one is made of several and has none itself."""
-    if not is_traceable_wrapper_subclass(tensor):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _stored(getattr(tensor, name))
+    yield from (*module.parameters(), *module.buffers())
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -34,11 +34,19 @@ class Softened(NamedTuple):
     """[N, 1]: log of the sum of the unscaled exponentials."""
 
 
-def widen(logits: Tensor, temperature: float, left_out: Tensor | None = None) -> Tensor:
+Temperature = float | Tensor
+"""A number, or a trained one: a tensor of one element, whose value the host never asks for."""
+
+
+def wide_type(tensor: Tensor) -> torch.dtype:
+    """float64, or float32 on a device that has no float64."""
+    return torch.float32 if tensor.device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def widen(logits: Tensor, temperature: Temperature, left_out: Tensor | None = None) -> Tensor:
     """logits / T in double precision, as a new tensor [N, K]; left_out int [N, 1] is a class of each row that takes no part."""
-    wide = torch.float32 if logits.device.type in WITHOUT_FLOAT64 else torch.float64
-    scaled = logits.to(wide, copy=True)
-    if temperature != 1:
+    scaled = logits.to(wide_type(logits), copy=True)
+    if isinstance(temperature, Tensor) or temperature != 1:
         scaled.mul_(1 / temperature)
     return scaled if left_out is None else scaled.scatter_(-1, left_out, LEFT_OUT)
 
@@ -52,7 +60,7 @@ def soften(scaled: Tensor) -> Softened:
 
 
 def compare(
-    student: Tensor, teacher: Tensor, temperature: float, left_out: Tensor | None = None
+    student: Tensor, teacher: Tensor, temperature: Temperature, left_out: Tensor | None = None
 ) -> tuple[Softened, Softened, Tensor]:
     """Both softened, and the KL divergence of the student from the teacher in nats, [N, 1]: exactly 0 where they are equal."""
     scaled, teacher_scaled = widen(student, temperature, left_out), widen(teacher, temperature, left_out)
@@ -62,43 +70,84 @@ def compare(
     return mine, theirs, expected + (mine.log_normaliser - theirs.log_normaliser)
 
 
-def weighted_excess(student: Softened, teacher: Softened, student_factor: Tensor | float, teacher_factor: float) -> Tensor:
+def mean_logit(softened: Softened, scaled: Tensor) -> Tensor:
+    """The expectation of `scaled` [N, K] under the softened logits, [N, 1]."""
+    return torch.linalg.vecdot(softened.weights, scaled).unsqueeze(-1) / softened.normaliser
+
+
+def cooling(student: Tensor, teacher: Tensor, mine: Softened, theirs: Softened) -> Tensor:
+    """-T dKL/dT = Cov_t(u - v, u) + E_s v - E_t v, [N, 1].
+
+    student = v and teacher = u are logits / T as `widen` gives them, `mine` and `theirs` what `soften` makes of these.
+    """
+    difference, centred = teacher - student, teacher - mean_logit(theirs, teacher)
+    covariance = mean_logit(theirs, difference.mul_(centred))
+    return covariance + mean_logit(mine, student) - mean_logit(theirs, student)
+
+
+def weighted_excess(
+    student: Softened, teacher: Softened, student_factor: Tensor | float, teacher_factor: Tensor | float
+) -> Tensor:
     """student_factor p_s - teacher_factor p_t: [N, K], in the place of both weights. Exactly 0 where they are equal."""
     theirs = teacher.weights.mul_(teacher_factor / teacher.normaliser)
     return student.weights.mul_(student_factor / student.normaliser).sub_(theirs)
 
 
-Rows = Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor | None]]
-"""(student [n, K], teacher [n, K], labels [n, 1] or None, want gradient) -> loss of each row [n, 1], its gradient [n, K]."""
+class RowValues(NamedTuple):
+    """What a loss of rows gives for a block of n rows; the derivatives are None where nobody wants them."""
+
+    losses: Tensor
+    """[n, 1]"""
+    gradient: Tensor | None = None
+    """[n, K], by the student's logits."""
+    slope: Tensor | None = None
+    """[n, 1], by the temperature, where that is a tensor."""
+
+
+Rows = Callable[[Tensor, Tensor, Tensor | None, bool], RowValues]
+"""(student [n, K], teacher [n, K], labels [n, 1] or None, want derivatives) -> losses of the rows and their derivatives."""
 
 
 class RowLoss(torch.autograd.Function):
     """A loss of each row with its gradient, made in one sweep over blocks of rows; no double backward.
 
     Keeps one tensor of the logits' size for the backward pass, none in evaluation; what comes in between has a block's size.
+    `temperature`, where it is trained, is the wide scalar that `rows` divide by; its gradient is the sum of the rows' slopes.
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor | None, rows: Rows, want_gradient: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        temperature: Tensor | None,
+        rows: Rows,
+        want_gradient: bool,
+    ) -> Tensor:
         """student, teacher [N, K]; labels [N] or None; `rows` gives the losses and gradients of a block -> [N], one a row."""
         losses = student.new_empty(len(student), 1)
         gradient = torch.empty_like(student) if want_gradient else None
+        slopes = None if temperature is None else temperature.new_empty(len(student), 1)
         step = _block_rows(student)
         for start in range(0, len(student), step):
             block = slice(start, start + step)
             own = None if labels is None else labels[block]
-            losses[block], part = rows(student[block], teacher[block], own, want_gradient)
+            losses[block], part, slope = rows(student[block], teacher[block], own, want_gradient)
             if gradient is not None and part is not None:
                 gradient[block] = part
+            if slopes is not None and slope is not None:
+                slopes[block] = slope
         if gradient is not None:
-            ctx.save_for_backward(gradient)
+            ctx.save_for_backward(gradient, slopes)
         return losses.squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream[:, None], None, None, None, None
+        gradient, slopes = ctx.saved_tensors
+        own = None if slopes is None else (slopes.squeeze(1) * upstream).sum()
+        return gradient * upstream[:, None], None, None, own, None, None
 
 
 def _block_rows(logits: Tensor) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.protocols import ModelOutput
+from distill.protocols import ModelFacts, ModelOutput
 
 
 def check_pair(student: Tensor, teacher: Tensor, what: str, dimensions: int | None = None) -> None:
@@ -56,9 +56,12 @@ def _check_indices(labels: Tensor, classes: int) -> None:
             raise ValueError(f"labels run from {low} to {high}; class indices must lie in 0..{classes - 1}")
 
 
-def check_temperature(temperature: float) -> None:
-    """Raises ValueError unless the temperature is a positive, finite number."""
-    if not 0 < temperature < float("inf"):
+def check_temperature(temperature: float | Tensor) -> None:
+    """Raises ValueError unless the temperature is a positive, finite number, or a tensor of one number (of any value)."""
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(f"temperature {list(temperature.shape)} must be one number")
+    elif not 0 < temperature < float("inf"):
         raise ValueError(f"temperature {temperature} must be positive and finite")
 
 
@@ -74,3 +77,12 @@ def teacher_of(teacher: ModelOutput | None, loss: str) -> ModelOutput:
     if teacher is None:
         raise ValueError(f"{loss} compares with a teacher and got none; name a teacher, or leave {loss} out")
     return teacher
+
+
+def check_classes(student: ModelFacts, teacher: ModelFacts, loss: str) -> None:
+    """Raises ValueError unless both models have a classifier of the same number of classes."""
+    if student.num_classes != teacher.num_classes or student.num_classes < 1:
+        raise ValueError(
+            f"{loss} compares classes and got a student of {student.num_classes} and a teacher of {teacher.num_classes}; "
+            "give both one classifier's classes, or take a loss that reads feature maps"
+        )

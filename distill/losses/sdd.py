@@ -142,6 +142,8 @@ class SDD(Criterion):
         beta: of dkd; None is its default.
         gamma: of nkd; None is its default.
         mask_target: of nkd; None is its default, False what the released code computes.
+        standardise: of every base (LSKD): each region's logits get mean 0 and deviation 1 on their own, so a region of flat
+            logits counts as much as a sharp one. Which regions are complementary does not change.
     """
 
     def __init__(
@@ -158,9 +160,11 @@ class SDD(Criterion):
         beta: float | None = None,
         gamma: float | None = None,
         mask_target: bool | None = None,
+        standardise: bool = False,
     ) -> None:
         super().__init__()
         given = {"temperature": temperature, "alpha": alpha, "beta": beta, "gamma": gamma, "mask_target": mask_target}
+        given["standardise"] = standardise or None
         self.base_options = {name: value for name, value in given.items() if value is not None}
         check_choices(base, rule, reduction, self.base_options)
         if temperature is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from distill.losses.gathering import all_rows, several_processes
 
 SMALLEST_NORM = 1e-6
 """Shorter vectors have no direction: their cosines are next to 0, and a student's gets no gradient (1e6 and more otherwise)."""
@@ -31,29 +32,10 @@ def unit_rows(vectors: Tensor) -> Tensor:
 
 
 def gather_columns(columns: Tensor, categories: Tensor) -> tuple[Tensor, Tensor, int]:
-    """All ranks' columns and categories in rank order, and where this rank's begin.
-
-    Raises ValueError where ranks bring different numbers of columns the first time that this rank brings so many; later
-    steps do not ask again, for the answer makes the host wait.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
+    """All ranks' columns and categories in rank order, and where this rank's begin; every rank must bring as many."""
+    if not several_processes():
         return columns, categories, 0
-    world, count = dist.get_world_size(), len(columns)
-    _check_equal_counts(count, world, columns.device)
-    everyone = columns.new_empty(world * count, columns.shape[1])
-    everyones = categories.new_empty(world * count)
-    dist.all_gather_into_tensor(everyone, columns.contiguous())
-    dist.all_gather_into_tensor(everyones, categories.contiguous())
-    return everyone, everyones, dist.get_rank() * count
-
-
-@lru_cache(maxsize=64)
-def _check_equal_counts(count: int, world: int, device: torch.device) -> None:
-    everyones = torch.empty(world, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(everyones, torch.tensor([count], device=device))
-    counts = everyones.tolist()
-    if len(set(counts)) > 1:
-        raise ValueError(f"gathered contrast: ranks bring {counts} rows; give every process the same micro-batch")
+    return all_rows(columns), all_rows(categories), dist.get_rank() * len(columns)
 
 
 class Contrast(torch.autograd.Function):

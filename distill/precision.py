@@ -19,3 +19,12 @@ def full_precision(tensor: Tensor) -> Tensor:
 def no_autocast(tensor: Tensor) -> torch.autocast:
     """A context in which autocast is off for the tensor's device: float32 stays float32 in products too."""
     return torch.autocast(device_type=tensor.device.type, enabled=False)
+
+
+WITHOUT_FLOAT64 = ("mps",)
+"""Devices that know no double precision."""
+
+
+def double_precision(tensor: Tensor) -> Tensor:
+    """The tensor in float64, or in float32 on a device that has no other; the gradient goes back in the tensor's own type."""
+    return tensor.to(torch.float32 if tensor.device.type in WITHOUT_FLOAT64 else torch.float64)

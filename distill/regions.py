@@ -91,13 +91,13 @@ def _check_sizes(name: str, sizes: Sequence[int]) -> None:
 def _side(length: int, cells: int, mode: str) -> Tensor:
     """One axis of a scale: [cells, length], rows sum to 1."""
     if mode == "cascade":
-        return _adaptive(CASCADE_GRID, cells) @ _adaptive(length, CASCADE_GRID)
+        return adaptive_side(CASCADE_GRID, cells) @ adaptive_side(length, CASCADE_GRID)
     if mode == "adaptive":
-        return _adaptive(length, cells)
+        return adaptive_side(length, cells)
     return _overlap(length, [(cell / cells, (cell + 1) / cells) for cell in range(cells)])
 
 
-def _adaptive(length: int, cells: int) -> Tensor:
+def adaptive_side(length: int, cells: int) -> Tensor:
     """PyTorch's adaptive windows: cell i averages pixels floor(i L / m) to ceil((i + 1) L / m) - 1."""
     matrix = torch.zeros(cells, length, dtype=torch.float64)
     for cell in range(cells):

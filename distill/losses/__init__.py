@@ -1,11 +1,17 @@
 """The losses: what a recipe names on the left, the criterion that computes it on the right."""
 
+from distill.losses.at import AT
 from distill.losses.cat_kd import CATKD
 from distill.losses.ctkd import CTKD
+from distill.losses.dist_kd import Dist
+from distill.losses.fitnet import FitNet
 from distill.losses.logits import DKD, KD, NKD, CrossEntropy
 from distill.losses.mgd import MGD
 from distill.losses.msdcrd import MSDCRD
+from distill.losses.pkt import PKT
+from distill.losses.rkd import RKD
 from distill.losses.sdd import SDD
+from distill.losses.sp import SP
 from distill.protocols import Criterion
 
 LOSSES: dict[str, type[Criterion]] = {
@@ -15,6 +21,12 @@ LOSSES: dict[str, type[Criterion]] = {
     "nkd": NKD,
     "sdd": SDD,
     "msdcrd": MSDCRD,
+    "fitnet": FitNet,
+    "at": AT,
+    "sp": SP,
+    "pkt": PKT,
+    "rkd": RKD,
+    "dist": Dist,
     "cat_kd": CATKD,
     "ctkd": CTKD,
     "mgd": MGD,

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distill.precision import WITHOUT_FLOAT64
+
 BLOCK_ELEMENTS = {"cpu": 2**16}
 """Logits handled at once: 512 KiB in double precision, so that a block's three intermediates stay in a core's caches."""
 BLOCK_ELEMENTS_ELSEWHERE = 2**22
-WITHOUT_FLOAT64 = ("mps",)
-"""Devices that know no double precision; there a divergence is exact to 1e-7, not to 1e-7 of itself."""
 LEFT_OUT = -1e30
 """Stands for -inf in the logits of a class that is left out: its weight is exactly 0, and 0 times a difference stays 0."""
 
@@ -38,14 +38,11 @@ Temperature = float | Tensor
 """A number, or a trained one: a tensor of one element, whose value the host never asks for."""
 
 
-def wide_type(tensor: Tensor) -> torch.dtype:
-    """float64, or float32 on a device that has no float64."""
-    return torch.float32 if tensor.device.type in WITHOUT_FLOAT64 else torch.float64
-
-
 def widen(logits: Tensor, temperature: Temperature, left_out: Tensor | None = None) -> Tensor:
     """logits / T in double precision, as a new tensor [N, K]; left_out int [N, 1] is a class of each row that takes no part."""
-    scaled = logits.to(wide_type(logits), copy=True)
+    # without double precision a divergence is exact to 1e-7, not to 1e-7 of itself
+    wide = torch.float32 if logits.device.type in WITHOUT_FLOAT64 else torch.float64
+    scaled = logits.to(wide, copy=True)
     if isinstance(temperature, Tensor) or temperature != 1:
         scaled.mul_(1 / temperature)
     return scaled if left_out is None else scaled.scatter_(-1, left_out, LEFT_OUT)

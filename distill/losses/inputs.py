@@ -86,3 +86,33 @@ def check_classes(student: ModelFacts, teacher: ModelFacts, loss: str) -> None:
             f"{loss} compares classes and got a student of {student.num_classes} and a teacher of {teacher.num_classes}; "
             "give both one classifier's classes, or take a loss that reads feature maps"
         )
+
+
+def check_rows(student: Tensor, teacher: Tensor, what: str, dimensions: tuple[int, ...]) -> None:
+    """Raises ValueError unless both are floating-point [B, ...] of the same images, with one of these numbers of dimensions."""
+    for name, tensor in (("student", student), ("teacher", teacher)):
+        if tensor.dim() not in dimensions or tensor.numel() == 0:
+            allowed = " or ".join(str(number) for number in dimensions)
+            raise ValueError(
+                f"{what}: the {name} is {list(tensor.shape)}; it must have {allowed} dimensions, none of them empty"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{what}: the {name} is {tensor.dtype}; it must be floating point")
+    if len(student) != len(teacher):
+        raise ValueError(f"{what}: {len(student)} rows of the student and {len(teacher)} of the teacher; give the same images")
+
+
+def embedding_of(output: ModelOutput) -> Tensor:
+    """What the model's last linear layer reads, [B, D]; raises ValueError where the output lacks it."""
+    if output.embedding is None:
+        raise ValueError("the output has no embedding; ask for it with Needs(embedding=True)")
+    return output.embedding
+
+
+def check_embeddings(loss: str, **models: ModelFacts) -> None:
+    """Raises ValueError for a model that has no last linear layer whose input could be compared."""
+    for name, facts in models.items():
+        if facts.embedding < 1:
+            raise ValueError(
+                f"{loss} reads what the last linear layer reads, and the {name} has no such layer; take one on maps, such as sp"
+            )

@@ -19,11 +19,10 @@ from distill.losses.divergence import (
     mean_logit,
     soften,
     weighted_excess,
-    wide_type,
     widen,
 )
 from distill.losses.inputs import check_pair, check_temperature, check_weights, soft_labels, teacher_of
-from distill.precision import full_precision, no_autocast
+from distill.precision import double_precision, full_precision, no_autocast
 from distill.protocols import Criterion, ModelOutput, Target
 
 EPS = 1e-7
@@ -129,7 +128,7 @@ def _row_loss(
         raise ValueError("standardise divides by the deviation over classes and got 1 class; it needs at least 2")
     trained = None
     if isinstance(temperature, Tensor):
-        trained = temperature.to(wide_type(student)).reshape(())
+        trained = double_precision(temperature).reshape(())
         temperature = trained.detach()
     wanting = student.requires_grad or (trained is not None and trained.requires_grad)
     flat = full_precision(student).reshape(-1, classes)

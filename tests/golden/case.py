@@ -1,0 +1,92 @@
+"""Golden cases: what the reference code was given and what it gave, read from any of the three formats of an `index.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of a case; remembers which of them were read, for those are the inputs."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self.tensors[name]
+        self.read.add(name)
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+@dataclass
+class Case:
+    """One entry of an index."""
+
+    id: str
+    method: str
+    """What its adapter is found by."""
+    options: dict[str, Any]
+    """The method's own options, under the reference's names."""
+    entry: dict[str, Any]
+    """The whole entry of the index."""
+    inputs: Stored = field(default_factory=lambda: Stored({}))
+    noise: float = 0.0
+    """Absolute error of the stored numbers: zeros of exact arithmetic that are rounding errors in the reference's order."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Stored tensors that an adapter can neither read nor give, by a regular expression of their names, with the reason."""
+
+    def named(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin so, without the beginning."""
+        return {name[len(prefix) :]: self.inputs[name] for name in self.inputs if name.startswith(prefix)}
+
+
+Adapter = Callable[[Case], dict[str, Any]]
+"""Reads a case's inputs and gives what we compute (tensors or numbers) under the names of the stored outputs."""
+
+# The indices of the papers' methods (a) and of the ceiling name no noise. Their stored zeros (a scaled copy, a similar figure)
+# are rounding errors of up to 1e-15 in float64 behind weights of up to 50 and 600.
+UNNAMED_NOISE = 1e-14
+
+
+def cases(folder: Path) -> list[Case]:
+    """Every case of a folder's `index.json`, its tensors not yet loaded."""
+    index = json.loads((folder / "index.json").read_text())
+    listed = index["cases"]
+    if isinstance(listed, dict):  # ceiling: name -> options with a kind
+        return [Case(name, entry["kind"], entry, entry, noise=UNNAMED_NOISE) for name, entry in listed.items()]
+    # methods/b says its absolute noise, methods/a does not
+    return [
+        Case(entry["id"], entry["method"], entry["hyper"], entry, noise=entry.get("absolute_noise", UNNAMED_NOISE))
+        for entry in listed
+    ]
+
+
+def load(case: Case, folder: Path) -> None:
+    """Reads the case's tensors. Those of methods/b are inputs of a float64 computation, stored in float32 without loss."""
+    path = folder / case.entry.get("file", f"{case.id}.safetensors")
+    if case.method == "schedule":  # its numbers are in the index: part -> epoch -> weight
+        parts = {name: part["at"] for name, part in case.entry.items() if isinstance(part, dict)}
+        numbers = {f"{name}.{epoch}": weight for name, part in parts.items() for epoch, weight in part.items()}
+        case.inputs = Stored({name: torch.tensor(weight, dtype=torch.float64) for name, weight in numbers.items()})
+        return
+    tensors = load_file(path)
+    if "module_mode" in case.entry:
+        tensors = {name: value.double() if value.is_floating_point() else value for name, value in tensors.items()}
+    case.inputs = Stored(tensors)

@@ -1,0 +1,141 @@
+"""Checks every golden case of folders with an `index.json`: `python -m tests.golden.check DIR...`.
+
+Prints the number of cases and the worst error of each method, and every case that it cannot run or that misses; exit code 1
+where there is one of either. Every tensor of a case is an input that the method's adapter reads, an output that it computes,
+or one that it names as left out, with the reason: nothing stored is passed over in silence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.golden import adapters_a, adapters_b
+from tests.golden.case import Adapter, Case, cases, load
+
+ADAPTERS: dict[str, Adapter] = {**adapters_a.ADAPTERS, **adapters_b.ADAPTERS}
+"""Method, as the indices call it -> what computes its cases with our code. `names.NAMES` has the parameters' names."""
+
+RELATIVE = {torch.float64: 1e-9, torch.float32: 1e-5}
+"""Largest error, relative to the largest entry of what is expected."""
+RELATIVE_GRADIENT = {"pkt": 1e-6}
+"""Methods whose gradient no order of operations gives to 1e-9: of PKT's opposite rows the last bit of a cosine of -1 counts,
+divided by an eps of 1e-7."""
+EXPLOSION = 1e7
+"""The reference's gradients from here on are 1/eps of a norm that is 0, no slope of anything: ours must stay below, no more."""
+
+
+@dataclass
+class Found:
+    """What a method's cases came to."""
+
+    cases: int = 0
+    worst: float = 0.0
+    problems: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def compare(name: str, actual: Any, expected: Tensor, noise: float, method: str = "") -> tuple[float, str]:
+    """The relative error of one output, and what is wrong with it, if anything.
+
+    Where the reference is not finite or explodes, ours must be finite and ordinary: the vectors of such entries (dimension 1,
+    the channels of a map's cell) are left out of the comparison.
+    """
+    actual = torch.as_tensor(actual, dtype=None if isinstance(actual, Tensor) else torch.float64).detach()
+    if actual.shape != expected.shape:
+        return 0.0, f"{name}: has shape {list(actual.shape)}, expected {list(expected.shape)}"
+    if not actual.isfinite().all():
+        return 0.0, f"{name}: is not finite"
+    allowed = RELATIVE.get(expected.dtype, 1e-9)
+    if "grad" in name:
+        allowed = max(allowed, RELATIVE_GRADIENT.get(method, 0.0))
+    actual, expected = actual.double(), expected.double()
+    wild = ~expected.isfinite() | ((expected.abs() > EXPLOSION) & ("grad" in name))
+    if wild.any() and wild.dim() > 1:
+        wild = wild.any(1, keepdim=True).expand_as(wild)
+    if (actual[wild].abs() > EXPLOSION).any():
+        return 0.0, f"{name}: explodes as the reference's does, to {actual[wild].abs().max():.1e}"
+    actual, expected = actual.masked_fill(wild, 0), expected.masked_fill(wild, 0)
+    if not expected.numel():
+        return 0.0, ""
+    size, error = float(expected.abs().max()), float((actual - expected).abs().max())
+    # the noise counts as an error of the size that it is: zeros need no other rule
+    scale = size + noise / allowed
+    relative = error / scale if scale else float(error > 0)
+    if relative > allowed:
+        return relative, f"{name}: off by {error:.1e} of {size:.1e} ({relative:.1e}; allowed {allowed:.0e})"
+    return relative, ""
+
+
+def check(case: Case, folder: Path, found: Found) -> None:
+    """Runs one case and adds to what was found; whatever is wrong becomes a problem."""
+    found.cases += 1
+    if case.method not in ADAPTERS:
+        found.problems.append(f"{case.id}: cannot be run, no adapter for method {case.method!r}")
+        return
+    try:
+        load(case, folder)
+        computed = ADAPTERS[case.method](case)
+    except Exception as error:  # whatever it is, the other cases are run
+        found.problems.append(f"{case.id}: cannot be run, {type(error).__name__}: {error}")
+        return
+    expected = {name: tensor for name, tensor in case.inputs.tensors.items() if name not in case.inputs.read}
+    for name in sorted(computed.keys() | expected.keys()):
+        if name not in computed:
+            reasons = [reason for pattern, reason in case.left_out.items() if re.fullmatch(pattern, name)]
+            if reasons:
+                found.left_out[f"{case.id} {name}"] = reasons[0]
+            else:
+                found.problems.append(f"{case.id}: {name} is stored, and the adapter neither reads nor computes it")
+        elif name not in expected and name not in case.inputs:
+            found.problems.append(f"{case.id}: {name} is computed, and there is no such tensor")
+        else:
+            relative, problem = compare(
+                name, computed[name], expected.get(name, case.inputs.tensors.get(name)), case.noise, case.method
+            )
+            found.worst = max(found.worst, relative)
+            found.problems += [f"{case.id}: {problem}"] if problem else []
+
+
+def check_folder(folder: Path) -> dict[str, Found]:
+    """What each method of a folder's index came to."""
+    results: dict[str, Found] = {}
+    for case in cases(folder):
+        check(case, folder, results.setdefault(case.method, Found()))
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Checks the folders and prints what was found."""
+    parser = argparse.ArgumentParser(prog="python -m tests.golden.check", description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a folder with an index.json")
+    parser.add_argument("--left-out", action="store_true", help="list stored tensors that are not compared, with the reason")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    failed = False
+    for folder in arguments.folders:
+        if not (folder / "index.json").is_file():
+            print(f"{folder}: has no index.json; give the folder of one", file=sys.stderr)
+            return 2
+        results = check_folder(folder)
+        print(f"{folder}: {sum(found.cases for found in results.values())} cases")
+        for method, found in results.items():
+            print(f"  {method:<14} {found.cases:>3} cases, worst relative error {found.worst:.1e}", end="")
+            print(f", {len(found.left_out)} tensors not compared" if found.left_out else "")
+            for line in found.problems:
+                print(f"    MISS {line}")
+            for name, reason in found.left_out.items() if arguments.left_out else ():
+                print(f"    not compared: {name}: {reason}")
+        failed |= any(found.problems for found in results.values())
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""The reference's names of parameters and ours: the one table, method by method."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+NAMES: dict[str, dict[str, str]] = {
+    "fitnet": {r"regressor\.(.*)": r"\1"},
+    "wkd_f": {r"projector\.(.*)": r"\1"},
+}
+"""Method -> regular expression of the reference's name -> ours, a substitution; the first that fits counts."""
+
+
+def our_name(method: str, name: str) -> str:
+    """Our name of a parameter or buffer that the reference calls `name`; the same where the table says nothing."""
+    for pattern, replacement in NAMES.get(method, {}).items():
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, replacement, name)
+    return name
+
+
+def load_parameters(module: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> None:
+    """Loads parameters and buffers that are named as in the reference; raises where one is missing on either side."""
+    module.load_state_dict({our_name(method, name): tensor for name, tensor in tensors.items()})
+
+
+def gradients(module: nn.Module, method: str, names: Iterable[str]) -> dict[str, Tensor]:
+    """The gradients of those names that are parameters of the module, under the reference's names; 0 where none has come."""
+    ours = dict(module.named_parameters())
+    found = {name: ours[our_name(method, name)] for name in names if our_name(method, name) in ours}
+    return {name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in found.items()}

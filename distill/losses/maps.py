@@ -83,6 +83,11 @@ def to_grid(feature_map: Tensor, height: int, width: int) -> Tensor:
         return rows @ feature_map @ columns.T
 
 
+def smaller_grid(first: Tensor, second: Tensor) -> tuple[int, int]:
+    """The smaller height and the smaller width of two maps."""
+    return min(first.shape[-2], second.shape[-2]), min(first.shape[-1], second.shape[-1])
+
+
 @lru_cache(maxsize=256)
 def side_on_device(length: int, cells: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`adaptive_side` on the device, made once: copying it there in every step would make the host wait."""

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distill.losses.grids import averaged_to, smaller_grid
 from distill.losses.inputs import check_pair, teacher_of
+from distill.losses.maps import smaller_grid, to_grid
 from distill.precision import full_precision
-from distill.protocols import Criterion, ModelFacts, ModelOutput, Needs, Target
+from distill.protocols import Criterion, ModelFacts, ModelOutput, Target
 
 MASKS = ("channel", "cell")
 
@@ -75,16 +75,16 @@ class MGD(Criterion):
         self.generator = nn.Sequential(
             nn.Conv2d(wanted, wanted, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(wanted, wanted, 3, padding=1)
         )
-        self.student_needs = self.teacher_needs = Needs(stages=(-1,))
+        # both read the feature map, which is in every output
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch mean; and the share of channels or cells that was masked."""
         mine, theirs = student.feature_map, teacher_of(teacher, "mgd").feature_map.detach()
         grid = smaller_grid(mine, theirs)
-        aligned = self.align(averaged_to(mine, grid))
+        aligned = self.align(to_grid(mine, *grid))
         uniform = self._uniform(aligned, target.generator)
         kept = channel_mask(uniform, self.mask_ratio) if self.mask == "channel" else cell_mask(uniform, self.mask_ratio)
-        loss = mgd_loss(self.generator(aligned * kept), averaged_to(theirs, grid)).mean()
+        loss = mgd_loss(self.generator(aligned * kept), to_grid(theirs, *grid)).mean()
         return loss, {"masked_share": 1 - kept.float().mean()}
 
     def _uniform(self, aligned: Tensor, generator: torch.Generator | None) -> Tensor:

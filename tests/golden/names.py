@@ -11,6 +11,8 @@ from torch import Tensor, nn
 NAMES: dict[str, dict[str, str]] = {
     "fitnet": {r"regressor\.(.*)": r"\1"},
     "wkd_f": {r"projector\.(.*)": r"\1"},
+    "ctkd": {r"global_T": r"g"},
+    "mgd": {r"generation\.(.*)": r"generator.\1"},
 }
 """Method -> regular expression of the reference's name -> ours, a substitution; the first that fits counts."""
 

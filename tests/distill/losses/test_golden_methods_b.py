@@ -1,0 +1,28 @@
+"""The methods of tests/golden/methods/b keep their golden values in float32; `tests.golden.check` has them in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.golden.adapters_b import ADAPTERS
+from tests.golden.case import Stored, cases, load
+from tests.golden.check import compare
+
+FOLDER = Path(__file__).parents[2] / "golden" / "methods" / "b"
+CASES = [case for case in cases(FOLDER) if case.method in ADAPTERS]
+COARSER = 2.0**29
+"""Rounding in float32 over that in float64: what the index calls noise is so much larger."""
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_method_matches_its_authors_code_in_float32(case):
+    load(case, FOLDER)
+    expected = case.inputs.tensors
+    case.inputs = Stored({name: value.float() if value.is_floating_point() else value for name, value in expected.items()})
+    for name, value in ADAPTERS[case.method](case).items():
+        assert value.dtype == torch.float32
+        problem = compare(name, value, expected[name].float(), COARSER * case.noise)[1]
+        assert not problem

@@ -15,6 +15,8 @@ FOLDER = Path(__file__).parents[2] / "golden" / "methods" / "b"
 CASES = [case for case in cases(FOLDER) if case.method in ADAPTERS]
 COARSER = 2.0**29
 """Rounding in float32 over that in float64: what the index calls noise is so much larger."""
+CANCELLED = {"reviewkd_02": 1e-6}
+"""Absolute errors where terms of size 1 cancel: BatchNorm makes +-1 of two values, and lets 1e-4 of a gradient through."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -24,5 +26,5 @@ def test_a_method_matches_its_authors_code_in_float32(case):
     case.inputs = Stored({name: value.float() if value.is_floating_point() else value for name, value in expected.items()})
     for name, value in ADAPTERS[case.method](case).items():
         assert value.dtype == torch.float32
-        problem = compare(name, value, expected[name].float(), COARSER * case.noise)[1]
+        problem = compare(name, value, expected[name].float(), CANCELLED.get(case.id, COARSER * case.noise))[1]
         assert not problem

@@ -8,7 +8,9 @@ from distill.losses.fitnet import FitNet
 from distill.losses.logits import DKD, KD, NKD, CrossEntropy
 from distill.losses.mgd import MGD
 from distill.losses.msdcrd import MSDCRD
+from distill.losses.ofd import OFD
 from distill.losses.pkt import PKT
+from distill.losses.reviewkd import ReviewKD
 from distill.losses.rkd import RKD
 from distill.losses.sdd import SDD
 from distill.losses.sp import SP
@@ -30,4 +32,6 @@ LOSSES: dict[str, type[Criterion]] = {
     "cat_kd": CATKD,
     "ctkd": CTKD,
     "mgd": MGD,
+    "reviewkd": ReviewKD,
+    "ofd": OFD,
 }

@@ -16,7 +16,10 @@ from distill.losses.cat_kd import CATKD
 from distill.losses.ctkd import CTKD
 from distill.losses.logits import dkd_loss, kd_loss, standardise
 from distill.losses.mgd import MGD, cell_mask, channel_mask
-from distill.protocols import MapShape, ModelFacts, ModelOutput, Progress, Target
+from distill.losses.ofd import OFD, batchnorm_margin, partial_distance
+from distill.losses.reviewkd import POOLED, ReviewKD
+from distill.optim import weight_schedule
+from distill.protocols import Affine, DataFacts, MapShape, ModelFacts, ModelOutput, Progress, Target
 from distill.regions import pool, region_matrix
 from tests.golden.case import Adapter, Case
 from tests.golden.names import our_name
@@ -80,7 +83,7 @@ def output_of(maps: Sequence[Tensor], **more: Any) -> ModelOutput:
     """A model output with these stages; its logits are not to be read unless they are given."""
     fields = {"logits": maps[-1].new_zeros(len(maps[-1]), 1), "region_logits": {}, "region_features": {}, **more}
     stages = {number - len(maps): each for number, each in enumerate(maps)}
-    return ModelOutput(feature_map=maps[-1], stages=stages, **fields)
+    return ModelOutput(feature_map=maps[-1], stages=stages, preactivations=stages, **fields)
 
 
 def logits_output(logits: Tensor) -> ModelOutput:
@@ -206,4 +209,47 @@ def mgd(case: Case) -> dict[str, Tensor]:
     return given.results(hyper["alpha"] * loss, **seen)
 
 
-ADAPTERS: dict[str, Adapter] = {"catkd": cat_kd, "ctkd": ctkd, "lskd": lskd, "mgd": mgd}
+def reviewkd(case: Case) -> dict[str, Tensor]:
+    """The criterion; the student's maps are before their ReLU or after it, which is one to it."""
+    given, hyper = Inputs(case), case.options
+    sides = {side: (given.maps(side), given[f"{side}_pooled"]) for side in ("student", "teacher")}
+    facts = [facts_of(maps) for maps, _ in sides.values()]
+    data = DataFacts(10, torch.zeros(10, dtype=torch.int64), len(sides["student"][0][0]))
+    options = {"student_preactivations": hyper["student_preact"], "middle_channels": hyper["mid_channels"]}
+    criterion = ReviewKD(*facts, data, **options)
+    given.load(criterion)
+    outputs = [output_of(maps, region_features={POOLED: pooled[:, None]}) for maps, pooled in sides.values()]
+    fused: dict[str, Tensor] = {}
+    for number, block in enumerate(reversed(criterion.blocks)):
+        block.expand.register_forward_hook(lambda m, taken, made, name=f"fused{number}": fused.update({name: made}))
+    loss, found = criterion(*outputs, Target(UNREAD))
+    levels = {f"level_loss{number}": value for number, value in enumerate(reversed(found.values()))}
+    weight = weight_schedule(hyper["weight"], warmup_epochs=hyper["warmup_epochs"])
+    return given.results(weight(Progress(hyper["epoch"] - 1, 1, 1000)) * loss, **fused, **levels)
+
+
+def ofd(case: Case) -> dict[str, Tensor]:
+    """The criterion, or the distance alone."""
+    given, hyper = Inputs(case), case.options
+    if case.entry["variant"].endswith("distance"):
+        return given.results(partial_distance(given["student"], given["teacher"], given["margin"]).sum())
+    student, teacher = given.maps("student"), given.maps("teacher")
+    norms = tuple(Affine(given[f"bn_weight{number}"], given[f"bn_bias{number}"]) for number in range(len(teacher)))
+    criterion = OFD(facts_of(student), facts_of(teacher, preactivation_norms=norms), kernel_size=hyper["kernel_size"])
+    given.load(criterion)
+    shown: dict[str, Tensor] = {}
+    for number, connector in enumerate(criterion.connectors):
+        shown[f"margin{number}"] = batchnorm_margin(*norms[number])
+        connector.register_forward_hook(lambda m, taken, made, name=f"projected{number}": shown.update({name: made}))
+    loss, _ = criterion(output_of(student), output_of(teacher), Target(UNREAD))
+    return given.results(hyper["weight"] * loss, **shown)
+
+
+ADAPTERS: dict[str, Adapter] = {
+    "catkd": cat_kd,
+    "ctkd": ctkd,
+    "lskd": lskd,
+    "mgd": mgd,
+    "ofd": ofd,
+    "reviewkd": reviewkd,
+}

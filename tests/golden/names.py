@@ -12,6 +12,12 @@ NAMES: dict[str, dict[str, str]] = {
     "fitnet": {r"regressor\.(.*)": r"\1"},
     "wkd_f": {r"projector\.(.*)": r"\1"},
     "ctkd": {r"global_T": r"g"},
+    "ofd": {r"(\d+)\.(.*)": r"connectors.\1.\2"},
+    "reviewkd": {
+        r"(\d+)\.conv1\.(.*)": r"blocks.\1.reduce.\2",
+        r"(\d+)\.conv2\.(.*)": r"blocks.\1.expand.\2",
+        r"(\d+)\.att_conv\.0\.(.*)": r"blocks.\1.gate.\2",
+    },
     "mgd": {r"generation\.(.*)": r"generator.\1"},
 }
 """Method -> regular expression of the reference's name -> ours, a substitution; the first that fits counts."""

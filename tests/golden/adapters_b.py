@@ -10,14 +10,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.models import register_model
 from torch import Tensor, nn
 
 from distill.losses.cat_kd import CATKD
 from distill.losses.ctkd import CTKD
 from distill.losses.logits import dkd_loss, kd_loss, standardise
+from distill.losses.maps import to_grid
 from distill.losses.mgd import MGD, cell_mask, channel_mask
 from distill.losses.ofd import OFD, batchnorm_margin, partial_distance
 from distill.losses.reviewkd import POOLED, ReviewKD
+from distill.losses.simkd import SimKD
+from distill.models.simkd import SimKDStudent
 from distill.optim import weight_schedule
 from distill.protocols import Affine, DataFacts, MapShape, ModelFacts, ModelOutput, Progress, Target
 from distill.regions import pool, region_matrix
@@ -50,16 +54,16 @@ class Inputs:
         names = [name for name in self.case.inputs if re.fullmatch(rf"in/{side}\d+", name)]
         return [self[name.removeprefix("in/")] for name in sorted(names)]
 
-    def load(self, module: nn.Module) -> None:
+    def load(self, module: nn.Module, apart: tuple[str, ...] = ()) -> None:
         """Gives the module all of the case's parameters and buffers, the inputs' type and the case's mode."""
         module.double() if self.dtype == torch.float64 else module.float()
         module.train(self.case.entry["module_mode"] == "train")
         given = {**self.case.named("param/"), **self.case.named("buffer/")}
         ours = {our_name(self.case.method, name): value for name, value in given.items()}
-        untrained = [name for name, _ in module.named_buffers() if name not in ours]
+        untrained = {*apart, *(name for name, _ in module.named_buffers())}
         missing, unexpected = module.load_state_dict(ours, strict=False)
         assert not unexpected, f"we have no {unexpected}"
-        assert set(missing) <= set(untrained), f"the case has no {missing}"
+        assert set(missing) <= untrained, f"the case has no {missing}"
         self.modules.append(module)
 
     def results(self, loss: Tensor, **outputs: Tensor) -> dict[str, Tensor]:
@@ -245,6 +249,55 @@ def ofd(case: Case) -> dict[str, Tensor]:
     return given.results(hyper["weight"] * loss, **shown)
 
 
+class GoldenBody(nn.Module):
+    """A timm-style model that is the identity: its images are the case's maps."""
+
+    def __init__(self, channels: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.pretrained_cfg = {"input_size": (channels, *grid)}
+        self.feature_info = [{"num_chs": channels, "reduction": 1, "module": ""}]
+        self.num_features = channels
+        self.unused = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The images."""
+        return x
+
+    def forward_intermediates(self, x: Tensor, **options: Any) -> tuple[Tensor, list[Tensor]]:
+        """The images, and again."""
+        return x, [x]
+
+
+@register_model
+def golden_body(pretrained: bool = False, in_chans: int = 3, grid: tuple[int, int] = (4, 4), **kwargs: Any) -> GoldenBody:
+    """Maps in the place of a network, for `SimKDStudent`."""
+    return GoldenBody(in_chans, grid)
+
+
+def simkd(case: Case) -> dict[str, Tensor]:
+    """The registered student over the case's maps, and the criterion on its feature map."""
+    given, hyper = Inputs(case), case.options
+    student, teacher = given["student"], given["teacher"]
+    smaller = student.shape[-1] > teacher.shape[-1]
+    model = SimKDStudent(
+        "golden_body",
+        teacher.shape[1],
+        factor=hyper["factor"],
+        pool_to=tuple(teacher.shape[-2:]) if smaller else None,
+        num_classes=hyper["classes"],
+        in_chans=student.shape[1],
+        grid=tuple(student.shape[-2:]),
+    )
+    given.load(model, apart=("head.fc.weight", "head.fc.bias", "body.unused"))
+    classifier = {"weight": given["classifier_weight"], "bias": given["classifier_bias"]}
+    model.get_classifier().load_state_dict(classifier)
+    projected = model.forward_features(student)
+    output = output_of([projected])
+    loss, _ = SimKD(facts_of([projected]), facts_of([teacher]))(output, output_of([teacher]), Target(UNREAD))
+    target = to_grid(teacher, *projected.shape[-2:])
+    return given.results(loss, projected=projected, logits=model.forward_head(projected), target=target)
+
+
 ADAPTERS: dict[str, Adapter] = {
     "catkd": cat_kd,
     "ctkd": ctkd,
@@ -252,4 +305,5 @@ ADAPTERS: dict[str, Adapter] = {
     "mgd": mgd,
     "ofd": ofd,
     "reviewkd": reviewkd,
+    "simkd": simkd,
 }

@@ -18,6 +18,7 @@ NAMES: dict[str, dict[str, str]] = {
         r"(\d+)\.conv2\.(.*)": r"blocks.\1.expand.\2",
         r"(\d+)\.att_conv\.0\.(.*)": r"blocks.\1.gate.\2",
     },
+    "simkd": {r"transfer\.(.*)": r"projector.\1"},
     "mgd": {r"generation\.(.*)": r"generator.\1"},
 }
 """Method -> regular expression of the reference's name -> ours, a substitution; the first that fits counts."""

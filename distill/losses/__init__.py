@@ -13,6 +13,7 @@ from distill.losses.pkt import PKT
 from distill.losses.reviewkd import ReviewKD
 from distill.losses.rkd import RKD
 from distill.losses.sdd import SDD
+from distill.losses.semckd import SemCKD
 from distill.losses.simkd import SimKD
 from distill.losses.sp import SP
 from distill.protocols import Criterion
@@ -36,4 +37,5 @@ LOSSES: dict[str, type[Criterion]] = {
     "reviewkd": ReviewKD,
     "ofd": OFD,
     "simkd": SimKD,
+    "semckd": SemCKD,
 }

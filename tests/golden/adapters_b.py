@@ -20,6 +20,7 @@ from distill.losses.maps import to_grid
 from distill.losses.mgd import MGD, cell_mask, channel_mask
 from distill.losses.ofd import OFD, batchnorm_margin, partial_distance
 from distill.losses.reviewkd import POOLED, ReviewKD
+from distill.losses.semckd import CrossLayer, semckd_loss
 from distill.losses.simkd import SimKD
 from distill.models.simkd import SimKDStudent
 from distill.optim import weight_schedule
@@ -298,6 +299,16 @@ def simkd(case: Case) -> dict[str, Tensor]:
     return given.results(loss, projected=projected, logits=model.forward_head(projected), target=target)
 
 
+def semckd(case: Case) -> dict[str, Tensor]:
+    """The module inside the criterion, which refuses the batches of four that some cases have."""
+    given, hyper = Inputs(case), case.options
+    student, teacher = given.maps("student"), given.maps("teacher")
+    pairs = CrossLayer(facts_of(student).stages, facts_of(teacher).stages, hyper["batch"])
+    given.load(pairs)
+    attention, distances = pairs(student, teacher, hyper["soft"] or 1.0)
+    return given.results(semckd_loss(attention, distances).mean(), attention=attention)
+
+
 ADAPTERS: dict[str, Adapter] = {
     "catkd": cat_kd,
     "ctkd": ctkd,
@@ -305,5 +316,6 @@ ADAPTERS: dict[str, Adapter] = {
     "mgd": mgd,
     "ofd": ofd,
     "reviewkd": reviewkd,
+    "semckd": semckd,
     "simkd": simkd,
 }

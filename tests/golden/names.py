@@ -18,6 +18,13 @@ NAMES: dict[str, dict[str, str]] = {
         r"(\d+)\.conv2\.(.*)": r"blocks.\1.expand.\2",
         r"(\d+)\.att_conv\.0\.(.*)": r"blocks.\1.gate.\2",
     },
+    "semckd": {
+        r"query_(?:weight)?(\d)\.linear1\.(.*)": r"queries.\1.0.\2",
+        r"query_(?:weight)?(\d)\.linear2\.(.*)": r"queries.\1.2.\2",
+        r"key_(?:weight)?(\d)\.linear1\.(.*)": r"keys.\1.0.\2",
+        r"key_(?:weight)?(\d)\.linear2\.(.*)": r"keys.\1.2.\2",
+        r"regressor(\d)(\d)\.regressor\.(.*)": r"regressors.\1-\2.\3",
+    },
     "simkd": {r"transfer\.(.*)": r"projector.\1"},
     "mgd": {r"generation\.(.*)": r"generator.\1"},
 }

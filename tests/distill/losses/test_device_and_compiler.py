@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outputs import FACTS, model_output
+from outputs import made, model_output
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from distill.losses import LOSSES
 from distill.protocols import ModelOutput, Needs, Target
 from distill.regions import _made_matrix
 
@@ -23,11 +22,20 @@ VARIANTS = [
     ("msdcrd", {"mask_same_category": False, "windows": (3,), "temperature": 0.01}),
 ]
 EACH_VARIANT = pytest.mark.parametrize(("name", "options"), VARIANTS)
+UNCOMPILED = [
+    ("fitnet", {"match": "pool"}),
+    ("at", {}),
+    ("sp", {"scales": (1, 2)}),
+    ("pkt", {}),
+    ("rkd", {}),
+    ("dist", {}),
+]
+"""Losses that nobody compiles: `train.compile` is of models, and these are a few products each."""
 
 
 def build(name: str, options: dict) -> torch.nn.Module:
     """The criterion of this name."""
-    return LOSSES[name](**(FACTS if name == "msdcrd" else {}), **options)
+    return made(name, **options)
 
 
 def outputs(criterion) -> tuple[ModelOutput, ModelOutput]:
@@ -41,12 +49,14 @@ def moved(output: ModelOutput, device: str) -> ModelOutput:
         output.logits.to(device),
         output.feature_map.to(device),
         {key: value.to(device) for key, value in output.region_logits.items()},
-        {},
+        {key: value.to(device) for key, value in output.region_features.items()},
         {key: value.to(device) for key, value in output.stages.items()},
+        blocks={key: value.to(device) for key, value in output.blocks.items()},
+        embedding=None if output.embedding is None else output.embedding.to(device),
     )
 
 
-@EACH_VARIANT
+@pytest.mark.parametrize(("name", "options"), [*VARIANTS, *UNCOMPILED])
 def test_nothing_waits_for_a_gpu(name, options):
     """Tensors without values on a device of that name: whatever asks for a value raises instead of waiting for it."""
     _made_matrix.cache_clear()

@@ -2,6 +2,7 @@
 
 from distill.losses.at import AT
 from distill.losses.cat_kd import CATKD
+from distill.losses.crd import CRD
 from distill.losses.ctkd import CTKD
 from distill.losses.dist_kd import Dist
 from distill.losses.fitnet import FitNet
@@ -31,6 +32,7 @@ LOSSES: dict[str, type[Criterion]] = {
     "pkt": PKT,
     "rkd": RKD,
     "dist": Dist,
+    "crd": CRD,
     "cat_kd": CATKD,
     "ctkd": CTKD,
     "mgd": MGD,

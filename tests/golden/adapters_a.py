@@ -5,21 +5,23 @@ An adapter reads a case's inputs and gives what we compute under the names of th
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distill.losses.at import at_loss
+from distill.losses.crd import CRD
 from distill.losses.dist_kd import dist_loss
 from distill.losses.fitnet import FitNetRegressor, fitnet_loss
 from distill.losses.pkt import pkt_loss
 from distill.losses.rkd import rkd_angle_loss, rkd_distance_loss
 from distill.losses.sp import sdsp_loss, sp_loss
-from distill.protocols import Regions
+from distill.protocols import DataFacts, ModelFacts, Regions
 from distill.regions import pool, region_matrix
 from tests.golden.case import Adapter, Case
-from tests.golden.names import gradients, load_parameters
+from tests.golden.names import gradients, load_parameters, our_name
 
 
 def leaf(tensor: Tensor) -> Tensor:
@@ -110,6 +112,43 @@ def dist(case: Case) -> dict[str, Any]:
     return {"out/loss": total, "out/inter": inter, "out/intra": intra, "grad/student_logits": slope(total, student)}
 
 
+def crd_of(case: Case) -> CRD:
+    """CRD as a case has it: its trained layers, its banks, its normalisers."""
+    stored = {
+        name: case.inputs[name] for name in case.inputs if re.fullmatch(r"(embed|bank|normalisers)[a-z_]*\.?[a-z]*", name)
+    }
+    samples, embedding = stored["bank_student.before"].shape
+    facts = [ModelFacts(2, (), embedding=stored[f"embed_{side}.weight"].shape[1]) for side in ("student", "teacher")]
+    data = DataFacts(samples, torch.arange(samples) % 2, 1)
+    temperature, momentum = case.options.get("temperature", 0.07), case.options.get("momentum", 0.5)
+    criterion = CRD(*facts, data, embedding=embedding, negatives=1, temperature=temperature, momentum=momentum)
+    criterion = criterion.to(stored["bank_student.before"].dtype)
+    load_parameters(criterion, "crd", {name: stored[name] for name in stored if not name.startswith("embed_") or "." in name})
+    return criterion
+
+
+def crd(case: Case) -> dict[str, Any]:
+    """CRD's steps one after the other, with the case's contrasts; the optimiser between them is the reference's."""
+    criterion, found = crd_of(case), {}
+    names = [name for name in case.inputs if name.startswith("embed_")]
+    sgd = case.options["sgd"] and torch.optim.SGD(criterion.parameters(), **case.options["sgd"])
+    for step in (f"step{number}" for number in range(case.options["steps"])):
+        student, teacher = leaf(case.inputs[f"{step}.student"]), leaf(case.inputs[f"{step}.teacher"])
+        criterion.zero_grad()
+        losses = criterion.step(student, teacher, case.inputs[f"{step}.sample_ids"], case.inputs[f"{step}.contrast_ids"])
+        losses.sum().backward()
+        found[f"{step}.loss"] = losses.sum()
+        found |= {f"grad.{step}.student": student.grad, f"grad.{step}.teacher": teacher.grad}
+        found |= {f"grad.{step}.{name}": value.clone() for name, value in gradients(criterion, "crd", names).items()}
+        for name in ("bank_student", "bank_teacher", "normalisers"):
+            found[f"{step}.{name}.after"] = getattr(criterion.memory, name).clone()
+        if sgd:
+            sgd.step()
+            ours = criterion.state_dict()
+            found |= {f"{step}.after.{name}": ours[our_name("crd", name)].clone() for name in names}
+    return found
+
+
 ADAPTERS: dict[str, Adapter] = {
     "at": at,
     "fitnet": fitnet,
@@ -118,5 +157,6 @@ ADAPTERS: dict[str, Adapter] = {
     "pkt": rows_of(pkt_loss, "eps"),
     "rkd": rkd,
     "dist": dist,
+    "crd": crd,
 }
 """Method, as the index calls it -> adapter."""

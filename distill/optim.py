@@ -105,11 +105,13 @@ def weight_schedule(
     start_epoch: float = 0.0,
     final_weight: float | None = None,
     decay: str = "linear",
+    decay_start_epoch: float = 0.0,
 ) -> Schedule:
     """Weight of a loss term: constant, risen over whole epochs, started late, or moved to `final_weight`.
 
     The rise is piecewise constant, `min((epoch + 1) / warmup_epochs, 1)` with epochs from 0: the released code of DKD and
-    SDD. It counts from `start_epoch`.
+    SDD. It counts from `start_epoch`. The move to `final_weight` goes on step by step from `decay_start_epoch` (or
+    `start_epoch`, the later) to the end; code that moves by epochs has at epoch e, from 1, what this has at its end.
     """
 
     def at(progress: Progress) -> float:
@@ -120,8 +122,8 @@ def weight_schedule(
         rise = min(1.0, (since + 1) / warmup_epochs) if warmup_epochs else 1.0
         if final_weight is None:
             return weight * rise
-        begin = start_epoch * progress.steps_per_epoch
-        done = min(1.0, (progress.step - begin) / max(1.0, progress.total_steps - begin))
+        begin = max(start_epoch, decay_start_epoch) * progress.steps_per_epoch
+        done = min(1.0, max(0.0, progress.step - begin) / max(1.0, progress.total_steps - begin))
         share = done if decay == "linear" else 0.5 * (1 - math.cos(math.pi * done))
         return rise * (weight + (final_weight - weight) * share)
 

@@ -215,3 +215,4 @@ class TermSchedule:
     start_epoch: NonNegative = _doc("weight is 0 before this epoch", 0.0)
     final_weight: NonNegative | None = _doc("weight at the end of training; null: constant", None)
     decay: Literal["linear", "cosine"] = _doc("how the weight goes to final_weight", "linear")
+    decay_start_epoch: NonNegative = _doc("epoch from which it goes there; constant before", 0.0)

@@ -17,6 +17,8 @@ from distill.losses.sdd import SDD
 from distill.losses.semckd import SemCKD
 from distill.losses.simkd import SimKD
 from distill.losses.sp import SP
+from distill.losses.wkd_feature import WKDFeature
+from distill.losses.wkd_logit import WKDLogit
 from distill.protocols import Criterion
 
 LOSSES: dict[str, type[Criterion]] = {
@@ -33,6 +35,8 @@ LOSSES: dict[str, type[Criterion]] = {
     "rkd": RKD,
     "dist": Dist,
     "crd": CRD,
+    "wkd_logit": WKDLogit,
+    "wkd_feature": WKDFeature,
     "cat_kd": CATKD,
     "ctkd": CTKD,
     "mgd": MGD,

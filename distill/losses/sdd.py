@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from inspect import signature
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill.losses.inputs import check_pair, check_temperature, check_weights, soft_labels, teacher_of
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
+from distill.precision import full_precision, no_autocast
 from distill.protocols import Criterion, ModelOutput, Needs, Regions, Target
 from distill.regions import pooling_matrix, scale_slices
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 BASES: dict[str, Callable[..., Tensor]] = {"kd": kd_loss, "dkd": dkd_loss, "nkd": nkd_loss}
 REDUCTIONS = ("mean", "sum")
+RELIABILITIES = ("none", "confidence", "mean")
+Reliability = Literal["none", "confidence", "mean"]
 RULES = ("label", "class")
 
 
@@ -36,6 +39,9 @@ def sdd_loss(
     rule: str = "label",
     reduction: str = "mean",
     base_options: Mapping[str, Any] | None = None,
+    reliability: Reliability = "none",
+    reliability_floor: float = 0.2,
+    reliability_power: float = 1.0,
 ) -> Tensor:
     """The base loss of every region, complementary regions weighted, over regions and batch: a scalar.
 
@@ -44,13 +50,54 @@ def sdd_loss(
     `rule` is that of `complementary`; soft labels have no right or wrong, so the `class` rule then serves, with a note in
     the log. `reduction`: `mean` over regions and batch (the released code), or `sum` over regions, mean over the batch
     (eq. 9-10 of the paper): R times as much. Weights are not normalised: the mean is 1 to `complementary_weight` times the
-    plain mean.
-    Computed in float32 (float64 stays), no gradient to the teacher. Raises ValueError for shapes, labels, names and options
-    that cannot be right.
+    plain mean. `reliability` weighs regions by `region_reliability` at the base's temperature (`confidence`), or, to see what
+    the smaller loss alone does, all of them by its mean over the batch (`mean`). Computed in float32 (float64 stays), no
+    gradient to the teacher. Raises ValueError for shapes, labels, names and options that cannot be right.
     """
     check_choices(base, rule, reduction, base_options)
+    check_reliability(reliability, reliability_floor, reliability_power)
     losses, outside = region_losses(student_regions, teacher_regions, labels, base, rule, base_options)
-    return _weighted(losses, outside, complementary_weight, reduction)
+    temperature = base_temperature(base, base_options)
+    trust = _trust(teacher_regions, temperature, reliability, reliability_floor, reliability_power)
+    return _weighted(losses if trust is None else losses * trust, outside, complementary_weight, reduction)
+
+
+def region_reliability(teacher_regions: Tensor, temperature: float = 4.0, floor: float = 0.2, power: float = 1.0) -> Tensor:
+    """How sure the teacher is of each region: [B, R, K] -> [B, R], from `floor` to 1, without a gradient.
+
+    c = (largest softmax at the temperature - 1 / K) / (1 - 1 / K); floor + (1 - floor) c^power. The largest class counts, not
+    the label. Source: Cherxy/RSM-SDD a70c86c. It is not normalised, so it makes the loss smaller: by more than half at T 4.
+    Raises ValueError for one class.
+    """
+    classes = teacher_regions.shape[-1]
+    if classes < 2:
+        raise ValueError(f"reliability compares a class with the others and got {classes} class; it needs at least 2")
+    with no_autocast(teacher_regions):
+        largest = (full_precision(teacher_regions.detach()) / temperature).softmax(-1).amax(-1)
+        confidence = ((largest - 1 / classes) / (1 - 1 / classes)).clamp(0, 1)
+        return floor + (1 - floor) * confidence**power
+
+
+def _trust(teacher_regions: Tensor, temperature: float, reliability: str, floor: float, power: float) -> Tensor | None:
+    if reliability == "none":
+        return None
+    trust = region_reliability(teacher_regions, temperature, floor, power)
+    return trust if reliability == "confidence" else trust.mean().expand_as(trust)
+
+
+def base_temperature(base: str, base_options: Mapping[str, Any] | None) -> float:
+    """The temperature that a base loss is computed at: that of its options, or its default."""
+    return (base_options or {}).get("temperature", signature(BASES[base]).parameters["temperature"].default)
+
+
+def check_reliability(reliability: str, floor: float, power: float) -> None:
+    """Raises ValueError for an unknown reliability, a floor outside 0..1 and a power that is not positive."""
+    if reliability not in RELIABILITIES:
+        raise ValueError(f"reliability {reliability!r} is unknown; choose one of {', '.join(RELIABILITIES)}")
+    if not 0 <= floor <= 1:
+        raise ValueError(f"reliability_floor {floor} must lie in 0..1")
+    if not 0 < power < float("inf"):
+        raise ValueError(f"reliability_power {power} must be positive and finite")
 
 
 def region_losses(
@@ -142,6 +189,10 @@ class SDD(Criterion):
         beta: of dkd; None is its default.
         gamma: of nkd; None is its default.
         mask_target: of nkd; None is its default, False what the released code computes.
+        reliability: none; confidence (regions weigh by how sure the teacher is of them, RSM); mean (all by its mean: a
+            control).
+        reliability_floor: least weight of a region.
+        reliability_power: of the confidence.
         standardise: of every base (LSKD): each region's logits get mean 0 and deviation 1 on their own, so a region of flat
             logits counts as much as a sharp one. Which regions are complementary does not change.
     """
@@ -160,6 +211,9 @@ class SDD(Criterion):
         beta: float | None = None,
         gamma: float | None = None,
         mask_target: bool | None = None,
+        reliability: Reliability = "none",
+        reliability_floor: float = 0.2,
+        reliability_power: float = 1.0,
         standardise: bool = False,
     ) -> None:
         super().__init__()
@@ -170,6 +224,14 @@ class SDD(Criterion):
         if temperature is not None:
             check_temperature(temperature)
         check_weights(complementary_weight=complementary_weight, alpha=alpha, beta=beta, gamma=gamma)
+        check_reliability(reliability, reliability_floor, reliability_power)
+        self.trust = partial(
+            _trust,
+            temperature=base_temperature(base, self.base_options),
+            reliability=reliability,
+            floor=reliability_floor,
+            power=reliability_power,
+        )
         pooling_matrix(1, 1, scales, pooling)  # raises for scales and a pooling that no map can have
         if scales[0] != 1:
             raise ValueError(f"scales {list(scales)} must begin with 1, the whole image that regions are compared with")
@@ -183,13 +245,17 @@ class SDD(Criterion):
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss; and the share of complementary regions, both kinds' parts of the loss, and the mean loss per scale.
 
-        loss = consistent_loss + complementary_weight * complementary_loss; the means per scale are unweighted.
+        loss = consistent_loss + complementary_weight * complementary_loss; the means per scale lack the complementary weight.
+        With a reliability all of them are weighted by it, and its mean is reported.
         """
         teacher = teacher_of(teacher, "sdd")
         mine, theirs = student.region_logits[self.regions], teacher.region_logits[self.regions]
         losses, outside = region_losses(mine, theirs, target.labels, self.base, self.rule, self.base_options)
-        loss = _weighted(losses, outside, self.complementary_weight, self.reduction)
-        return loss, self._statistics(losses.detach(), outside)
+        trust = self.trust(theirs)
+        trusted = losses if trust is None else losses * trust
+        loss = _weighted(trusted, outside, self.complementary_weight, self.reduction)
+        statistics = self._statistics(trusted.detach(), outside)
+        return loss, statistics if trust is None else {**statistics, "reliability": trust.mean()}
 
     def advice(self) -> str:
         """Fewer regions."""

@@ -53,6 +53,15 @@ def test_weight_can_start_late_and_end_elsewhere():
         assert fading(at(0)) == 1.0
         assert fading(at(500)) == pytest.approx(0.5)
         assert fading(at(1000)) == pytest.approx(0.0)
+        later = weight_schedule(1.0, final_weight=0.0, decay=decay, decay_start_epoch=60)
+        assert {later(at(step)) for step in range(0, 601, 50)} == {1.0}
+        assert later(at(800)) == pytest.approx(0.5)
+        assert later(at(1000)) == pytest.approx(0.0)
+
+
+def test_a_term_that_starts_after_its_decay_should_begins_its_decay_with_itself():
+    weight = weight_schedule(1.0, start_epoch=50, final_weight=0.0, decay_start_epoch=20)
+    assert [weight(at(step)) for step in (499, 500, 750)] == [0.0, 1.0, pytest.approx(0.5)]
 
 
 def test_every_trained_parameter_is_in_one_group_and_frozen_ones_in_none():

@@ -9,17 +9,23 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from distill.losses.at import at_loss
 from distill.losses.crd import CRD
 from distill.losses.dist_kd import dist_loss
 from distill.losses.fitnet import FitNetRegressor, fitnet_loss
+from distill.losses.logits import nkd_loss
 from distill.losses.pkt import pkt_loss
 from distill.losses.rkd import rkd_angle_loss, rkd_distance_loss
+from distill.losses.sdd import region_reliability, sdd_loss
 from distill.losses.sp import sdsp_loss, sp_loss
-from distill.protocols import DataFacts, ModelFacts, Regions
-from distill.regions import pool, region_matrix
+from distill.losses.wkd_feature import BottleneckProjector, build_projector, moments, wkd_feature_loss
+from distill.losses.wkd_logit import FLOOR, cka_distances, classifier_distances, sinkhorn, transport_cost, wkd_logit_loss
+from distill.optim import weight_schedule
+from distill.protocols import DataFacts, MapShape, ModelFacts, Progress, Regions
+from distill.regions import complementary, pool, region_matrix
 from tests.golden.case import Adapter, Case
 from tests.golden.names import gradients, load_parameters, our_name
 
@@ -112,7 +118,7 @@ def dist(case: Case) -> dict[str, Any]:
     return {"out/loss": total, "out/inter": inter, "out/intra": intra, "grad/student_logits": slope(total, student)}
 
 
-def crd_of(case: Case) -> CRD:
+def crd_of(case: Case, temperature: float = 0.07, momentum: float = 0.5) -> CRD:
     """CRD as a case has it: its trained layers, its banks, its normalisers."""
     stored = {
         name: case.inputs[name] for name in case.inputs if re.fullmatch(r"(embed|bank|normalisers)[a-z_]*\.?[a-z]*", name)
@@ -120,7 +126,6 @@ def crd_of(case: Case) -> CRD:
     samples, embedding = stored["bank_student.before"].shape
     facts = [ModelFacts(2, (), embedding=stored[f"embed_{side}.weight"].shape[1]) for side in ("student", "teacher")]
     data = DataFacts(samples, torch.arange(samples) % 2, 1)
-    temperature, momentum = case.options.get("temperature", 0.07), case.options.get("momentum", 0.5)
     criterion = CRD(*facts, data, embedding=embedding, negatives=1, temperature=temperature, momentum=momentum)
     criterion = criterion.to(stored["bank_student.before"].dtype)
     load_parameters(criterion, "crd", {name: stored[name] for name in stored if not name.startswith("embed_") or "." in name})
@@ -129,7 +134,7 @@ def crd_of(case: Case) -> CRD:
 
 def crd(case: Case) -> dict[str, Any]:
     """CRD's steps one after the other, with the case's contrasts; the optimiser between them is the reference's."""
-    criterion, found = crd_of(case), {}
+    criterion, found = crd_of(case, case.options["temperature"], case.options["momentum"]), {}
     names = [name for name in case.inputs if name.startswith("embed_")]
     sgd = case.options["sgd"] and torch.optim.SGD(criterion.parameters(), **case.options["sgd"])
     for step in (f"step{number}" for number in range(case.options["steps"])):
@@ -149,6 +154,139 @@ def crd(case: Case) -> dict[str, Any]:
     return found
 
 
+def sdd_kd_and(case: Case) -> dict[str, Any]:
+    """SDD over KD with SP or CRD: each term and its gradient, and the weighted total."""
+    maps = {side: case.inputs[f"{side}.map"] for side in ("student", "teacher")}
+    head = {side: [case.inputs[f"{side}.head.{name}"] for name in ("weight", "bias")] for side in maps}
+    student, weight, bias = leaves = [leaf(tensor) for tensor in (maps["student"], *head["student"])]
+    labels, options = case.inputs["labels"], case.options
+    regions = Regions(tuple(options["scales"]), options["pooling"])
+    pooled = {
+        side: pool(each, region_matrix(*each.shape[-2:], regions)) for side, each in (maps | {"student": student}).items()
+    }
+    logits = student.mean((2, 3)) @ weight.T + bias
+    mine, theirs = pooled["student"] @ weight.T + bias, pooled["teacher"] @ head["teacher"][0].T + head["teacher"][1]
+    terms = {
+        "cross_entropy": F.cross_entropy(logits, labels),
+        "sdd_kd": sdd_loss(
+            mine, theirs, labels, "kd", options["complementary_weight"], base_options={"temperature": options["temperature"]}
+        ),
+    }
+    if "sp" in options["weights"]:
+        terms["sp"] = sp_loss(student, maps["teacher"]).mean()
+    else:
+        vectors = [each.mean((2, 3)) for each in (student, maps["teacher"])]
+        terms["crd"] = crd_of(case).step(*vectors, case.inputs["sample_ids"], case.inputs["contrast_ids"]).sum()
+    total = sum(options["weights"][name] * term for name, term in terms.items())
+    found = {"student.logits": logits, "student.region_logits": mine, "teacher.region_logits": theirs, "loss.total": total}
+    found |= {f"loss.{name}": term for name, term in terms.items()}
+    found |= {f"grad_{name}.student.map": slope(term, student) for name, term in terms.items()}
+    for name, each in zip(("map", "head.weight", "head.bias"), leaves, strict=True):
+        found[f"grad_total.student.{name}"] = slope(total, each)
+    return found
+
+
+def wkd_l(case: Case) -> dict[str, Any]:
+    """WKD-L: the distances, the transport, the target part (our nkd with gamma 0), in float64 and in float32."""
+    options, labels = case.options, case.inputs["labels"]
+    if "class_features" in case.inputs:
+        distances = cka_distances(case.inputs["class_features"])
+    else:
+        distances = classifier_distances(case.inputs["classifier_weight"])
+    cost = transport_cost(distances, options["sharpening"])
+    settings = [options[name] for name in ("temperature", "entropy", "iterations")]
+    found: dict[str, Any] = {"distance": distances, "cost": cost}
+    for dtype, loss, gradient in (
+        (torch.float64, "loss", "grad_student_logits"),
+        (torch.float32, "loss_float32", "grad_float32"),
+    ):
+        student, teacher = leaf(case.inputs["student_logits"].to(dtype)), case.inputs["teacher_logits"].to(dtype)
+        rows = wkd_logit_loss(student, teacher, labels.to(dtype) if labels.is_floating_point() else labels, cost, *settings)
+        target = nkd_loss(student, teacher, labels, gamma=0.0).mean()
+        total = target + options["weight"] * rows.mean()
+        if loss in case.inputs:
+            found |= {loss: total, gradient: slope(total, student)}
+        if dtype == torch.float64:
+            found |= {"target_part": target, "transport_rows": rows, "grad_transport_only": slope(rows.mean(), student)}
+            if "plan_without_label" in case.inputs:
+                found["plan_without_label"] = plan_without_label(student, teacher, labels, cost, *settings)
+    return found
+
+
+def plan_without_label(
+    student: Tensor, teacher: Tensor, labels: Tensor, cost: Tensor, temperature, entropy, iterations
+) -> Tensor:
+    """The plans of our one kernel, each without its label's row and column: [B, K - 1, K - 1]."""
+    labels = labels.argmax(1) if labels.is_floating_point() else labels
+    mine, theirs = (
+        (logits / temperature).scatter(1, labels[:, None], -torch.inf).softmax(1) for logits in (student.detach(), teacher)
+    )
+    rows, columns, kernel = sinkhorn(mine, theirs, cost + FLOOR, labels, entropy, iterations)
+    plans = rows[:, :, None] * kernel * columns[:, None, :]
+    kept = [torch.arange(len(cost)) != label for label in labels]
+    return torch.stack([plan[keep][:, keep] for plan, keep in zip(plans, kept, strict=True)])
+
+
+def wkd_f(case: Case) -> dict[str, Any]:
+    """WKD-F through its projector in training mode."""
+    student, teacher, options = leaf(case.inputs["student_map"]), case.inputs["teacher_map"], case.options
+    shapes = [MapShape(*each.shape[1:]) for each in (student, teacher)]
+    if options["projector"] == "bottleneck":
+        projector: nn.Module = BottleneckProjector(student.shape[1], teacher.shape[1], options["hidden"])
+    else:
+        projector = build_projector("convolution" if options["projector"] else "none", *shapes)
+    projector = projector.to(student.dtype)
+    stored = {name: case.inputs[name] for name in case.inputs if name.startswith("projector.")}
+    load_parameters(projector, "wkd_f", stored)
+    projected = projector(student)
+    means, deviations = (rows.mean() for rows in wkd_feature_loss(projected, teacher, options["grid"], options["eps"]))
+    total = options["weight"] * (options["mean_to_deviation"] * means + deviations)
+    total.backward()
+    found = {"loss": total, "mean_part": means, "deviation_part": deviations, "grad_student_map": student.grad}
+    for name, moment in zip(("mean", "deviation"), moments(projected, options["grid"], options["eps"]), strict=True):
+        found[f"student_{name}"] = moment.reshape(case.inputs.tensors[f"student_{name}"].shape)
+    found |= {f"grad.{name}": value for name, value in gradients(projector, "wkd_f", stored).items()}
+    if stored:
+        found["projected"] = projected
+        found |= {f"after.projector.bn.{name}": getattr(projector.bn, name) for name in ("running_mean", "running_var")}
+    return found
+
+
+def rsm(case: Case) -> dict[str, Any]:
+    """SDD with regions weighted by the teacher's confidence."""
+    student, teacher, labels = leaf(case.inputs["student_regions"]), case.inputs["teacher_regions"], case.inputs["labels"]
+    options = case.options
+    base_options = {name: options[name] for name in ("temperature", "alpha", "beta", "gamma") if name in options}
+    weight = options["complementary_weight"] if options["sdd_weights"] else 1.0
+    settings = (student, teacher, labels, options["base"], weight)
+    loss = sdd_loss(
+        *settings,
+        base_options=base_options,
+        reliability="confidence",
+        reliability_floor=options["floor"],
+        reliability_power=options["power"],
+    )
+    outside = complementary(teacher, labels, "label")
+    return {
+        "loss": loss,
+        "loss_without_reliability": sdd_loss(*settings, base_options=base_options),
+        "grad_student_regions": slope(loss, student),
+        "reliability": region_reliability(teacher, options["temperature"], options["floor"], options["power"]),
+        "sdd_weight": torch.ones(outside.shape, dtype=torch.float64).masked_fill(outside, weight),
+    }
+
+
+def schedule(case: Case) -> dict[str, Any]:
+    """Weights that stay and then fall by a cosine; ours at the end of an epoch is the reference's in it, counted from 1."""
+    found = {}
+    for name, part in case.entry.items():
+        if isinstance(part, dict):
+            ours = weight_schedule(part["weight"], final_weight=0.0, decay="cosine", decay_start_epoch=part["decay_start"])
+            for epoch in part["at"]:
+                found[f"{name}.{epoch}"] = ours(Progress(7 * int(epoch), 7, 7 * part["epochs"]))
+    return found
+
+
 ADAPTERS: dict[str, Adapter] = {
     "at": at,
     "fitnet": fitnet,
@@ -158,5 +296,11 @@ ADAPTERS: dict[str, Adapter] = {
     "rkd": rkd,
     "dist": dist,
     "crd": crd,
+    "sdd_kd+sp": sdd_kd_and,
+    "sdd_kd+crd": sdd_kd_and,
+    "wkd_l": wkd_l,
+    "wkd_f": wkd_f,
+    "rsm": rsm,
+    "schedule": schedule,
 }
 """Method, as the index calls it -> adapter."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 NAMES: dict[str, dict[str, str]] = {
     "fitnet": {r"regressor\.(.*)": r"\1"},
     "crd": {r"(embed_\w+\.\w+)": r"memory.\1", r"(bank_\w+|normalisers)(\.before)?": r"memory.\1"},
-    "wkd_f": {r"projector\.(.*)": r"\1"},
+    "wkd_f": {r"projector\.(.*)": r"\1"},  # of bottleneck and of conv1x1 alike
     "ctkd": {r"global_T": r"g"},
     "ofd": {r"(\d+)\.(.*)": r"connectors.\1.\2"},
     "reviewkd": {

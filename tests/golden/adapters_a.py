@@ -19,13 +19,13 @@ from distill.losses.fitnet import FitNetRegressor, fitnet_loss
 from distill.losses.logits import nkd_loss
 from distill.losses.pkt import pkt_loss
 from distill.losses.rkd import rkd_angle_loss, rkd_distance_loss
-from distill.losses.sdd import region_reliability, sdd_loss
+from distill.losses.sdd import complementary, region_reliability, sdd_loss
 from distill.losses.sp import sdsp_loss, sp_loss
 from distill.losses.wkd_feature import BottleneckProjector, build_projector, moments, wkd_feature_loss
 from distill.losses.wkd_logit import FLOOR, cka_distances, classifier_distances, sinkhorn, transport_cost, wkd_logit_loss
 from distill.optim import weight_schedule
 from distill.protocols import DataFacts, MapShape, ModelFacts, Progress, Regions
-from distill.regions import complementary, pool, region_matrix
+from distill.regions import pool, region_matrix
 from tests.golden.case import Adapter, Case
 from tests.golden.names import gradients, load_parameters, our_name
 

@@ -42,7 +42,7 @@ def facts(*channels: int) -> ModelFacts:
 def model_output(
     side: str, needs: Needs, seed: int = 0, batch: int = 4, classes: int = 6, dtype=torch.float32, grids=None
 ) -> ModelOutput:
-    """What a backbone with a linear head gives for `needs`; the student's stages and blocks are leaves that take a gradient."""
+    """What a backbone with a linear head gives for `needs`; the student's maps are leaves that take a gradient."""
     generator = torch.Generator().manual_seed(seed + len(side))
     channels, grids = CHANNELS[side], grids or GRIDS[side]
     stages: dict[int, Tensor] = {}
@@ -61,6 +61,12 @@ def model_output(
         blocks[index] = (
             torch.randn(batch, *BLOCKS[side][index], generator=generator).to(dtype).requires_grad_(side == "student")
         )
+    inner = {}
+    for index in needs.preactivations:
+        inner[index] = torch.randn(stages[index].shape, generator=generator).to(dtype).requires_grad_(side == "student")
+    bias = torch.randn(classes, generator=generator).to(dtype) if needs.head_bias else None
+    if bias is not None:
+        region_logits = {regions: each + bias for regions, each in region_logits.items()}
     embedding = last.mean((-1, -2))
     return ModelOutput(
         embedding @ head.T,
@@ -68,6 +74,8 @@ def model_output(
         region_logits,
         region_features,
         {index: stages[index] for index in needs.stages},
+        preactivations=inner,
         blocks=blocks,
         embedding=embedding if needs.embedding else None,
+        head_bias=bias,
     )

@@ -35,6 +35,17 @@ VARIANTS = [
     ("msdcrd", {"stages": "last", "windows": (3, 2), "stride": 2, "temperature": 0.1}),
     ("msdcrd", {"stages": (-2,), "scales": (), "windows": (7, 4), "projector": "1x1"}),
     ("msdcrd", {"scales": (1,), "mask_same_category": False, "form": "eq12"}),
+    ("kd", {"standardise": True}),
+    ("sdd", {"base": "nkd", "standardise": True}),
+    ("cat_kd", {}),
+    ("cat_kd", {"resolution": 4, "normalise": True}),
+    ("ctkd", {}),
+    ("ctkd", {"base": "dkd", "standardise": True}),
+    ("mgd", {"mask_ratio": 0.0}),
+    ("reviewkd", {}),
+    ("reviewkd", {"student_preactivations": True}),
+    ("ofd", {}),
+    ("ofd", {"stages": (-1,), "margins": "measured", "kernel_size": 3}),
     ("fitnet", {}),
     ("fitnet", {"source": "blocks", "pair": (0, -2), "match": "pool", "relu": False}),
     ("at", {}),
@@ -49,7 +60,7 @@ VARIANTS = [
     ("dist", {}),
     ("dist", {"temperature": 4.0, "beta": 2.0}),
 ]
-TRAINED = ("msdcrd", "fitnet")
+TRAINED = ("msdcrd", "fitnet", "mgd", "reviewkd", "ofd")
 """Losses with a network of their own, which follows autocast."""
 EACH_VARIANT = pytest.mark.parametrize(("name", "options"), VARIANTS)
 
@@ -74,7 +85,7 @@ def test_a_criterion_gives_a_scalar_with_gradient_and_detached_statistics(name, 
     assert loss.shape == ()
     assert loss.dtype == torch.float32
     loss.backward()
-    used = [*student.stages.values(), *student.blocks.values()] or [student.feature_map]
+    used = [*student.stages.values(), *student.blocks.values(), *student.preactivations.values()] or [student.feature_map]
     assert all(feature_map.grad.isfinite().all() and feature_map.grad.abs().max() > 0 for feature_map in used)
     assert all(value.shape == () and not value.requires_grad and value.isfinite() for value in statistics.values())
     assert all(parameter.grad is not None for parameter in criterion.parameters())
@@ -84,7 +95,7 @@ def test_a_criterion_gives_a_scalar_with_gradient_and_detached_statistics(name, 
 def test_no_gradient_reaches_the_teacher(name, options):
     criterion = build(name, options)
     student, teacher = outputs(criterion)
-    maps = (teacher.region_logits, teacher.region_features, teacher.stages, teacher.blocks)
+    maps = (teacher.region_logits, teacher.region_features, teacher.stages, teacher.blocks, teacher.preactivations)
     wanting = [teacher.logits, teacher.feature_map, *(tensor for each in maps for tensor in each.values())]
     wanting += [] if teacher.embedding is None else [teacher.embedding]
     for tensor in wanting:
@@ -125,6 +136,7 @@ def _as_double(output):
         stages={key: value.detach().double() for key, value in output.stages.items()},
         blocks={key: value.detach().double() for key, value in output.blocks.items()},
         embedding=None if output.embedding is None else output.embedding.detach().double(),
+        head_bias=None if output.head_bias is None else output.head_bias.double(),
     )
 
 

@@ -17,12 +17,18 @@ VARIANTS = [
     ("dkd", {}),
     ("nkd", {}),
     ("sdd", {"base": "dkd", "scales": (1, 2, 4)}),
+    ("sdd", {"base": "kd", "standardise": True}),
     ("sdd", {"base": "nkd", "rule": "class", "mask_target": False}),
     ("msdcrd", {"chunk_rows": 50}),
     ("msdcrd", {"mask_same_category": False, "windows": (3,), "temperature": 0.01}),
 ]
 EACH_VARIANT = pytest.mark.parametrize(("name", "options"), VARIANTS)
 UNCOMPILED = [
+    ("cat_kd", {"normalise": True}),
+    ("ctkd", {"base": "dkd"}),
+    ("mgd", {"mask": "cell"}),
+    ("reviewkd", {}),
+    ("ofd", {}),
     ("fitnet", {"match": "pool"}),
     ("at", {}),
     ("sp", {"scales": (1, 2)}),
@@ -53,6 +59,8 @@ def moved(output: ModelOutput, device: str) -> ModelOutput:
         {key: value.to(device) for key, value in output.stages.items()},
         blocks={key: value.to(device) for key, value in output.blocks.items()},
         embedding=None if output.embedding is None else output.embedding.to(device),
+        preactivations={key: value.to(device) for key, value in output.preactivations.items()},
+        head_bias=None if output.head_bias is None else output.head_bias.to(device),
     )
 
 

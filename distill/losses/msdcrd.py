@@ -116,7 +116,7 @@ def mean_negatives(categories: Tensor, mask_same_category: bool) -> Tensor:
 def chosen_stages(stages: Literal["last", "all"] | tuple[int, ...], pairs: int) -> tuple[int, ...]:
     """The stages as indices from the end, -1 first as given or for `all`; raises ValueError for one that a model lacks."""
     if pairs < 1:
-        raise ValueError("msdcrd compares stages of both models, and one has none")
+        raise ValueError("msdcrd compares stages of both models, and one of them has none")
     if stages == "last":
         return (-1,)
     if stages == "all":

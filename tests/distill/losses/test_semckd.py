@@ -119,4 +119,4 @@ def test_options_that_cannot_be_right_are_refused():
     with pytest.raises(ValueError, match=r"0\.0 must be positive"):
         SemCKD(**FACTS, data=DATA, softness=0.0)
     with pytest.raises(ValueError, match="one of them has none"):
-        SemCKD(**FACTS, data=DATA, source="blocks")
+        SemCKD(facts(4), facts(5), DATA, source="blocks")

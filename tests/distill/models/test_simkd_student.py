@@ -13,12 +13,12 @@ from model_support import PYRAMID, spec, stirred
 
 import distill.models  # noqa: F401  (registers it)
 from distill.losses.simkd import SimKD, simkd_loss
+from distill.models.anatomy import examine
 from distill.models.backbone import Backbone
 from distill.models.export import export_student
 from distill.models.simkd import SimKDStudent, build_simkd_student, projector
 from distill.optim import parameter_groups
 from distill.protocols import MapShape, ModelFacts, ModelOutput, Needs, Target
-from distill.regions import region_matrix
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TARGET = Target(torch.zeros(3, dtype=torch.int64))
@@ -122,7 +122,7 @@ def test_a_vit_body_is_projected_on_its_token_grid():
 def test_it_serves_as_a_backbone_with_stages_of_its_body():
     student = built("cifar_resnet8", teacher())
     needs = Needs(region_logits=(PYRAMID,), stages=(-1, -2))
-    backbone = Backbone(student, needs, pooling=region_matrix, input_spec=spec(32))
+    backbone = Backbone(student, examine(student, spec(32)), needs)
     output = backbone(torch.rand(2, 3, 32, 32))
     assert backbone.mechanism == "pool"
     assert output.feature_map.shape == (2, 256, 8, 8)

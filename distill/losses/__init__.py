@@ -17,6 +17,7 @@ from distill.losses.sdd import SDD
 from distill.losses.semckd import SemCKD
 from distill.losses.simkd import SimKD
 from distill.losses.sp import SP
+from distill.losses.wcord import WCoRD
 from distill.losses.wkd_feature import WKDFeature
 from distill.losses.wkd_logit import WKDLogit
 from distill.protocols import Criterion
@@ -35,6 +36,7 @@ LOSSES: dict[str, type[Criterion]] = {
     "rkd": RKD,
     "dist": Dist,
     "crd": CRD,
+    "wcord": WCoRD,
     "wkd_logit": WKDLogit,
     "wkd_feature": WKDFeature,
     "cat_kd": CATKD,

@@ -4,29 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from distill.losses.inputs import check_embeddings, check_temperature, embedding_of, teacher_of
-from distill.losses.memory import Memory, settled, unit
+from distill.losses.memory import Memory, sample_ids_of, unit
 from distill.precision import full_precision_type, no_autocast
 from distill.protocols import Criterion, DataFacts, Gathered, ModelFacts, ModelOutput, Needs, Target
 
 EPS = 1e-7
-CHUNK_SCORES = {"cpu": 2**24}
-"""Products with the whole bank that are held at once: 64 MiB in float32."""
-CHUNK_SCORES_ELSEWHERE = 2**26
-
-
-def crd_scores(embeddings: Tensor, bank: Tensor, ids: Tensor, temperature: float = 0.07) -> Tensor:
-    """exp(e_i . bank[ids_ik] / T) of unit rows: [B, D], [n, D], [B, 1 + K] -> [B, 1 + K].
-
-    One product with the whole bank, some rows at a time, of which the ids are taken: 21 times as fast on a CPU as gathering
-    B (1 + K) rows of the bank first (1.1 GB at B 64), and the same bits.
-    """
-    rows = max(1, CHUNK_SCORES.get(bank.device.type, CHUNK_SCORES_ELSEWHERE) // len(bank))
-    parts = [(some @ bank.T).gather(1, chosen) for some, chosen in zip(embeddings.split(rows), ids.split(rows), strict=True)]
-    return (torch.cat(parts) / temperature).exp()
 
 
 def crd_row_loss(scores: Tensor, normaliser: Tensor | float, num_samples: int, eps: float = EPS) -> Tensor:
@@ -89,7 +74,7 @@ class CRD(Criterion):
         check_temperature(temperature)
         self.temperature = temperature
         self.memory = Memory((student.embedding, teacher.embedding), data, embedding, negatives, momentum, mode)
-        self._traffic: tuple[Gathered, ...] = ()
+        self._rows = 0
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of both sides' means over images; and each side's. In training the banks move on.
@@ -102,28 +87,12 @@ class CRD(Criterion):
         return losses.sum().to(full_precision_type(mine)), {"student": losses[0].detach(), "teacher": losses[1].detach()}
 
     def step(self, student: Tensor, teacher: Tensor, sample_ids: Tensor, contrast_ids: Tensor) -> Tensor:
-        """The losses of the student's and the teacher's side, [2], for both models' own embeddings and given contrasts.
-
-        The order: 1. scores against the banks; 2. the rows of all ranks, which set the normalisers in the first step; 3. losses
-        and their gradients; 4. the banks.
-        """
-        memory, width = self.memory, self.memory.bank_student.dtype
+        """The losses of the student's and the teacher's side, [2], of both models' own embeddings and given contrasts."""
+        memory, dtype = self.memory, self.memory.bank_student.dtype
+        self._rows = len(student)
         with no_autocast(student):
-            mine, theirs = unit(memory.embed_student(student.to(width))), unit(memory.embed_teacher(teacher.to(width)))
-            scores = (
-                crd_scores(mine, memory.bank_teacher, contrast_ids, self.temperature),
-                crd_scores(theirs, memory.bank_student, contrast_ids, self.temperature),
-            )
-            visit = memory.visit(sample_ids, mine, theirs, scores)
-            rows = [
-                crd_row_loss(each, normaliser, len(memory.order))
-                for each, normaliser in zip(scores, memory.normalisers.clone(), strict=True)
-            ]
-            losses = torch.stack([settled(each.mean(), own) for each, own in zip(rows, (mine, theirs), strict=True)])
-            self._traffic = (Gathered(len(mine), 2 * mine.shape[1] + 2, True), Gathered(len(mine), 1, True))
-            if self.training and torch.is_grad_enabled():
-                memory.update(visit)
-        return losses
+            mine, theirs = unit(memory.embed_student(student.to(dtype))), unit(memory.embed_teacher(teacher.to(dtype)))
+            return memory.contrast(mine, theirs, sample_ids, contrast_ids, self.temperature, crd_row_loss)
 
     def advice(self) -> str:
         """Narrower embeddings."""
@@ -131,11 +100,4 @@ class CRD(Criterion):
 
     def traffic(self) -> tuple[Gathered, ...]:
         """Both embeddings and the mean scores, and the sample ids."""
-        return self._traffic
-
-
-def sample_ids_of(target: Target, loss: str) -> Tensor:
-    """The target's sample ids; raises ValueError where there are none."""
-    if target.sample_ids is None:
-        raise ValueError(f"{loss} remembers every training sample and got none by name; give Target(sample_ids=...)")
-    return target.sample_ids
+        return self.memory.traffic(self._rows) if self._rows else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor, nn
 
 from distill.losses.contrast import SMALLEST_NORM
 from distill.losses.gathering import all_rows
-from distill.protocols import DataFacts
+from distill.protocols import DataFacts, Gathered, Target
 
 Mode = Literal["exact", "relax"]
+CHUNK_SCORES = {"cpu": 2**24}
+"""Products with the whole bank that are held at once: 64 MiB in float32."""
+CHUNK_SCORES_ELSEWHERE = 2**26
 
 
 class Visit(NamedTuple):
@@ -81,8 +85,38 @@ class Memory(nn.Module):
         place = torch.where(place >= first, place + count, place)
         return torch.cat([positive, self.order[place]], dim=1)
 
+    def contrast(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        sample_ids: Tensor,
+        contrast_ids: Tensor,
+        temperature: float,
+        row_loss: Callable[[Tensor, Tensor, int], Tensor],
+    ) -> Tensor:
+        """The losses of the student's and of the teacher's side, [2], of unit embeddings [B, D] and contrasts [B, 1 + K].
+
+        `row_loss` gives the loss of each row of scores [B, 1 + K], from a normaliser and n. The order: 1. scores against the
+        other model's bank; 2. the rows of all ranks, which set the normalisers in the first step; 3. losses and their
+        gradients; 4. in training, the banks.
+        """
+        both = ((student, self.bank_teacher), (teacher, self.bank_student))
+        scores = [crd_scores(own, bank, contrast_ids, temperature) for own, bank in both]
+        visit = self._visit(sample_ids, student, teacher, scores)
+        losses = [
+            settled(row_loss(each, normaliser, len(self.order)).mean(), own)
+            for (own, _), each, normaliser in zip(both, scores, self.normalisers.clone(), strict=True)
+        ]
+        if self.training and torch.is_grad_enabled():
+            self.update(visit)
+        return torch.stack(losses)
+
+    def traffic(self, rows: int) -> tuple[Gathered, ...]:
+        """What a step of so many images gathers: both embeddings with their mean scores, and the sample ids."""
+        return (Gathered(rows, 2 * self.bank_student.shape[1] + 2, True), Gathered(rows, 1, True))
+
     @torch.no_grad()
-    def visit(self, sample_ids: Tensor, student: Tensor, teacher: Tensor, scores: tuple[Tensor, Tensor]) -> Visit:
+    def _visit(self, sample_ids: Tensor, student: Tensor, teacher: Tensor, scores: Sequence[Tensor]) -> Visit:
         """The rows of all ranks; their mean scores set the normalisers where no step has yet.
 
         A normaliser is the mean score times n. Rows that are not finite do not count. Nothing waits for the device.
@@ -113,6 +147,17 @@ class Memory(nn.Module):
             bank[ids] = torch.where(last[:, None] >= 0, rows[last], bank[ids])
 
 
+def crd_scores(embeddings: Tensor, bank: Tensor, ids: Tensor, temperature: float = 0.07) -> Tensor:
+    """exp(e_i . bank[ids_ik] / T) of unit rows: [B, D], [n, D], [B, 1 + K] -> [B, 1 + K].
+
+    One product with the whole bank, some rows at a time, of which the ids are taken: 21 times as fast on a CPU as gathering
+    B (1 + K) rows of the bank first (1.1 GB at B 64), and the same bits.
+    """
+    rows = max(1, CHUNK_SCORES.get(bank.device.type, CHUNK_SCORES_ELSEWHERE) // len(bank))
+    parts = [(some @ bank.T).gather(1, chosen) for some, chosen in zip(embeddings.split(rows), ids.split(rows), strict=True)]
+    return (torch.cat(parts) / temperature).exp()
+
+
 def unit(embeddings: Tensor) -> Tensor:
     """Rows of norm 1; one shorter than 1e-6 stays short and gets no gradient, where the reference divides 0 by 0."""
     norms = torch.linalg.vector_norm(embeddings.detach(), dim=1, keepdim=True)
@@ -134,6 +179,13 @@ def settled(loss: Tensor, *inputs: Tensor) -> Tensor:
     gradients = torch.autograd.grad(loss, inputs)
     # adds 0, with this gradient
     return loss.detach() + sum(((each - each.detach()) * slope).sum() for each, slope in zip(inputs, gradients, strict=True))
+
+
+def sample_ids_of(target: Target, loss: str) -> Tensor:
+    """The target's sample ids; raises ValueError where there are none."""
+    if target.sample_ids is None:
+        raise ValueError(f"{loss} remembers every training sample and got none by name; give Target(sample_ids=...)")
+    return target.sample_ids
 
 
 def _below(limits: Tensor, columns: int, generator: torch.Generator | None) -> Tensor:

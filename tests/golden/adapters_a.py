@@ -6,6 +6,7 @@ An adapter reads a case's inputs and gives what we compute under the names of th
 from __future__ import annotations
 
 import re
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from distill.losses.pkt import pkt_loss
 from distill.losses.rkd import rkd_angle_loss, rkd_distance_loss
 from distill.losses.sdd import complementary, region_reliability, sdd_loss
 from distill.losses.sp import sdsp_loss, sp_loss
+from distill.losses.wcord import WCoRD, sinkhorn_plan, wcord_local_loss
 from distill.losses.wkd_feature import BottleneckProjector, build_projector, moments, wkd_feature_loss
 from distill.losses.wkd_logit import FLOOR, cka_distances, classifier_distances, sinkhorn, transport_cost, wkd_logit_loss
 from distill.optim import weight_schedule
@@ -28,6 +30,9 @@ from distill.protocols import DataFacts, MapShape, ModelFacts, Progress, Regions
 from distill.regions import pool, region_matrix
 from tests.golden.case import Adapter, Case
 from tests.golden.names import gradients, load_parameters, our_name
+
+ENOUGH = 20000
+"""Rounds of Sinkhorn's algorithm after which nothing moves any more."""
 
 
 def leaf(tensor: Tensor) -> Tensor:
@@ -118,23 +123,25 @@ def dist(case: Case) -> dict[str, Any]:
     return {"out/loss": total, "out/inter": inter, "out/intra": intra, "grad/student_logits": slope(total, student)}
 
 
-def crd_of(case: Case, temperature: float = 0.07, momentum: float = 0.5) -> CRD:
-    """CRD as a case has it: its trained layers, its banks, its normalisers."""
+def remembering(case: Case, cls: Any, **options: Any) -> Any:
+    """CRD or WCoRD as a case has it: its trained layers, its banks, its normalisers."""
     stored = {
-        name: case.inputs[name] for name in case.inputs if re.fullmatch(r"(embed|bank|normalisers)[a-z_]*\.?[a-z]*", name)
+        name: case.inputs[name]
+        for name in case.inputs
+        if re.fullmatch(r"embed_\w+\.(weight|bias)|bank_\w+\.before|normalisers(\.before)?", name)
     }
     samples, embedding = stored["bank_student.before"].shape
     facts = [ModelFacts(2, (), embedding=stored[f"embed_{side}.weight"].shape[1]) for side in ("student", "teacher")]
     data = DataFacts(samples, torch.arange(samples) % 2, 1)
-    criterion = CRD(*facts, data, embedding=embedding, negatives=1, temperature=temperature, momentum=momentum)
+    criterion = cls(*facts, data, embedding=embedding, negatives=1, **options)
     criterion = criterion.to(stored["bank_student.before"].dtype)
-    load_parameters(criterion, "crd", {name: stored[name] for name in stored if not name.startswith("embed_") or "." in name})
+    load_parameters(criterion, case.method, stored)
     return criterion
 
 
 def crd(case: Case) -> dict[str, Any]:
     """CRD's steps one after the other, with the case's contrasts; the optimiser between them is the reference's."""
-    criterion, found = crd_of(case, case.options["temperature"], case.options["momentum"]), {}
+    criterion, found = remembering(case, CRD, temperature=case.options["temperature"], momentum=case.options["momentum"]), {}
     names = [name for name in case.inputs if name.startswith("embed_")]
     sgd = case.options["sgd"] and torch.optim.SGD(criterion.parameters(), **case.options["sgd"])
     for step in (f"step{number}" for number in range(case.options["steps"])):
@@ -144,7 +151,7 @@ def crd(case: Case) -> dict[str, Any]:
         losses.sum().backward()
         found[f"{step}.loss"] = losses.sum()
         found |= {f"grad.{step}.student": student.grad, f"grad.{step}.teacher": teacher.grad}
-        found |= {f"grad.{step}.{name}": value.clone() for name, value in gradients(criterion, "crd", names).items()}
+        found |= {f"grad.{step}.{name}": value.clone() for name, value in gradients(criterion, case.method, names).items()}
         for name in ("bank_student", "bank_teacher", "normalisers"):
             found[f"{step}.{name}.after"] = getattr(criterion.memory, name).clone()
         if sgd:
@@ -176,7 +183,7 @@ def sdd_kd_and(case: Case) -> dict[str, Any]:
         terms["sp"] = sp_loss(student, maps["teacher"]).mean()
     else:
         vectors = [each.mean((2, 3)) for each in (student, maps["teacher"])]
-        terms["crd"] = crd_of(case).step(*vectors, case.inputs["sample_ids"], case.inputs["contrast_ids"]).sum()
+        terms["crd"] = remembering(case, CRD).step(*vectors, case.inputs["sample_ids"], case.inputs["contrast_ids"]).sum()
     total = sum(options["weights"][name] * term for name, term in terms.items())
     found = {"student.logits": logits, "student.region_logits": mine, "teacher.region_logits": theirs, "loss.total": total}
     found |= {f"loss.{name}": term for name, term in terms.items()}
@@ -184,6 +191,35 @@ def sdd_kd_and(case: Case) -> dict[str, Any]:
     for name, each in zip(("map", "head.weight", "head.bias"), leaves, strict=True):
         found[f"grad_total.student.{name}"] = slope(total, each)
     return found
+
+
+def wcord_global(case: Case) -> dict[str, Any]:
+    """WCoRD's global part: our reading on both sides."""
+    criterion = remembering(case, WCoRD, temperature=case.options["temperature"], momentum=case.options["momentum"])
+    student = leaf(case.inputs["student"])
+    loss, _ = criterion.step(student, case.inputs["teacher"], case.inputs["sample_ids"], case.inputs["contrast_ids"])
+    loss.backward()
+    names = ["embed_student.weight", "embed_teacher.weight"]
+    found = {"loss": loss, "grad.student": student.grad}
+    found |= {f"grad.{name}": value for name, value in gradients(criterion, case.method, names).items()}
+    return found | {f"{name}.after": getattr(criterion.memory, name) for name in ("bank_student", "bank_teacher")}
+
+
+def wcord_local(case: Case) -> dict[str, Any]:
+    """WCoRD's local part: its plan after the case's rounds and after very many, and both gradients."""
+    student, teacher, options = leaf(case.inputs["student"]), case.inputs["teacher"], case.options
+    unit = [F.normalize(each, dim=1) for each in (student, teacher)]
+    cost = 1 - unit[0] @ unit[1].T
+    exact = min(sum(cost[row, column] for row, column in enumerate(order)) for order in permutations(range(len(cost))))
+    found = {"cost": cost, "loss.exact_transport": exact / len(cost)}
+    loss = wcord_local_loss(student, teacher, options["entropy"], options["iterations"])
+    found |= {"loss.fixed_iterations": loss, "grad_fixed_plan_detached.student": slope(loss, student)}
+    found["plan.fixed_iterations"] = sinkhorn_plan(cost.detach(), options["entropy"], options["iterations"])
+    plan = sinkhorn_plan(cost.detach(), options["entropy"], ENOUGH)
+    loss = (plan * cost).sum()
+    found |= {"plan.converged": plan, "loss.converged": loss, "grad_converged_plan_detached.student": slope(loss, student)}
+    through = wcord_local_loss(student, teacher, options["entropy"], options["iterations"], through_iterations=True)
+    return found | {"grad_fixed_through_iterations.student": slope(through, student)}
 
 
 def wkd_l(case: Case) -> dict[str, Any]:
@@ -298,6 +334,8 @@ ADAPTERS: dict[str, Adapter] = {
     "crd": crd,
     "sdd_kd+sp": sdd_kd_and,
     "sdd_kd+crd": sdd_kd_and,
+    "wcord_gckt": wcord_global,
+    "wcord_lckt": wcord_local,
     "wkd_l": wkd_l,
     "wkd_f": wkd_f,
     "rsm": rsm,

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+MEMORY = {r"(embed_\w+\.\w+)": r"memory.\1", r"(bank_\w+|normalisers)(\.before)?": r"memory.\1"}
 NAMES: dict[str, dict[str, str]] = {
     "fitnet": {r"regressor\.(.*)": r"\1"},
-    "crd": {r"(embed_\w+\.\w+)": r"memory.\1", r"(bank_\w+|normalisers)(\.before)?": r"memory.\1"},
+    **dict.fromkeys(("crd", "sdd_kd+crd", "wcord_gckt"), MEMORY),
     "wkd_f": {r"projector\.(.*)": r"\1"},  # of bottleneck and of conv1x1 alike
     "ctkd": {r"global_T": r"g"},
     "ofd": {r"(\d+)\.(.*)": r"connectors.\1.\2"},

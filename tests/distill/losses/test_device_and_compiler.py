@@ -35,6 +35,9 @@ UNCOMPILED = [
     ("pkt", {}),
     ("rkd", {}),
     ("dist", {}),
+    ("wkd_logit", {}),
+    ("wkd_feature", {}),
+    ("sdd", {"reliability": "mean"}),
 ]
 """Losses that nobody compiles: `train.compile` is of models, and these are a few products each."""
 

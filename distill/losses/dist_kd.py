@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from distill.losses.gathering import joined_batch
-from distill.losses.inputs import check_pair, check_temperature, check_weights, teacher_of
+from distill.losses.inputs import check_classes, check_pair, check_temperature, check_weights, teacher_of
 from distill.precision import double_precision, full_precision_type, no_autocast
-from distill.protocols import Criterion, Gathered, ModelOutput, Target
+from distill.protocols import Criterion, Gathered, ModelFacts, ModelOutput, Target
 
 EPS = 1e-8
 
@@ -55,6 +55,8 @@ class Dist(Criterion):
     Defined for every pair with the same classes. The paper's weight is 2, beside cross-entropy of weight 1.
 
     Args:
+        student: facts of the student; only the number of its classes is looked at.
+        teacher: facts of the teacher, likewise.
         beta: weight of the correlation over classes, image by image.
         gamma: weight of the correlation over images, class by class.
         temperature: what both models' logits are divided by; 1 on ImageNet, 4 on CIFAR-100; the loss is multiplied by its
@@ -62,8 +64,18 @@ class Dist(Criterion):
         gather: correlate over the images of all processes.
     """
 
-    def __init__(self, *, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, gather: bool = False) -> None:
+    def __init__(
+        self,
+        student: ModelFacts,
+        teacher: ModelFacts,
+        *,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        temperature: float = 1.0,
+        gather: bool = False,
+    ) -> None:
         super().__init__()
+        check_classes(student, teacher, "dist")
         check_temperature(temperature)
         check_weights(beta=beta, gamma=gamma)
         self.options = {"beta": beta, "gamma": gamma, "temperature": temperature}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.losses.divergence import LEFT_OUT
-from distill.losses.inputs import check_pair, check_temperature, check_weights, soft_labels, teacher_of
+from distill.losses.inputs import check_classes, check_pair, check_temperature, check_weights, soft_labels, teacher_of
 from distill.precision import full_precision, no_autocast
 from distill.protocols import Criterion, ModelFacts, ModelOutput, Target
 
@@ -118,6 +118,7 @@ class WKDLogit(Criterion):
 
     Args:
         student: facts of the student; only the number of its classes is looked at.
+        teacher: facts of the teacher, likewise.
         distances: a safetensors file with `distance`, float [K, K] in the order of the data's classes, as of `cka_distances`.
         temperature: of both softmaxes; 2 on ImageNet, 6 to 8 on CIFAR-100.
         entropy: of the transport; the released key `SINKHORN.LAMBDA`.
@@ -130,6 +131,7 @@ class WKDLogit(Criterion):
     def __init__(
         self,
         student: ModelFacts,
+        teacher: ModelFacts,
         *,
         distances: str | None = None,
         temperature: float = 2.0,
@@ -138,6 +140,7 @@ class WKDLogit(Criterion):
         sharpening: float = 1.0,
     ) -> None:
         super().__init__()
+        check_classes(student, teacher, "wkd_logit")
         check_temperature(temperature)
         check_weights(sharpening=sharpening)
         if not 0 < entropy < float("inf"):

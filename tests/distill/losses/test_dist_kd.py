@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outputs import made, model_output
+from outputs import FACTS, made, model_output
 from relations import rows
 
-from distill.losses.dist_kd import dist_loss
-from distill.protocols import Needs, Target
+from distill.losses.dist_kd import Dist, dist_loss
+from distill.protocols import ModelFacts, Needs, Target
 
 STUDENT, TEACHER = rows(6, 5), rows(6, 5, seed=1)
 
@@ -68,6 +68,8 @@ def test_the_criterion_compares_logits_and_reports_both_parts():
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match=r"student \[6, 5\] and teacher \[6, 4\] differ"):
         dist_loss(STUDENT, TEACHER[:, :4])
+    with pytest.raises(ValueError, match="dist compares classes and got a student of 6 and a teacher of 0"):
+        Dist(FACTS["student"], ModelFacts(0, ()))
     with pytest.raises(ValueError, match=r"temperature 0.0 must be positive"):
         made("dist", temperature=0.0)
     with pytest.raises(ValueError, match=r"gamma -1.0 must be finite and not negative"):

@@ -102,7 +102,7 @@ def test_distances_come_from_a_file(tmp_path):
     expected = wkd_logit_loss(student.logits, teacher.logits, labels, transport_cost(distances, 2.0).float(), 3.0)
     assert criterion(student, teacher, Target(labels))[0] == expected.mean()
     with pytest.raises(ValueError, match=r"distances of the classes are \[6, 6\]; of 4 classes they must be \[4, 4\]"):
-        WKDLogit(ModelFacts(4, ()), distances=str(tmp_path / "d.safetensors"))
+        WKDLogit(ModelFacts(4, ()), ModelFacts(4, ()), distances=str(tmp_path / "d.safetensors"))
     with pytest.raises(ValueError, match="is no file; make one of cka_distances or classifier_distances"):
         made("wkd_logit", distances=str(tmp_path / "none"))
     save_file({"distances": distances}, tmp_path / "e.safetensors")
@@ -112,7 +112,9 @@ def test_distances_come_from_a_file(tmp_path):
 
 def test_two_classes_are_refused():
     with pytest.raises(ValueError, match="got 2 classes; it needs at least 3"):
-        WKDLogit(ModelFacts(2, ()))
+        WKDLogit(ModelFacts(2, ()), ModelFacts(2, ()))
+    with pytest.raises(ValueError, match="wkd_logit compares classes and got a student of 6 and a teacher of 0"):
+        WKDLogit(FACTS["student"], ModelFacts(0, ()))
     with pytest.raises(ValueError, match=r"entropy 0\.0 must be positive"):
         made("wkd_logit", entropy=0.0)
     with pytest.raises(ValueError, match="iterations 0 must be at least 1"):

@@ -11,8 +11,9 @@ from distill.models.build import ProbedModel, create_student, create_teacher
 from distill.protocols import Criterion, DataFacts, Target
 
 BATCH = 8
-DATA = DataFacts(BATCH, torch.zeros(BATCH, dtype=torch.int64), BATCH)
-TARGET = Target(torch.arange(BATCH) % 5)
+LABELS = torch.arange(BATCH) % 5
+DATA = DataFacts(BATCH, LABELS, BATCH)
+TARGET = Target(LABELS, torch.arange(BATCH))
 METHODS = {
     "cat_kd": {"normalise": True},
     "ctkd": {},
@@ -20,6 +21,16 @@ METHODS = {
     "reviewkd": {},
     "ofd": {},
     "semckd": {},
+    "fitnet": {"match": "pool"},
+    "at": {},
+    "sp": {"scales": (1, 2)},
+    "pkt": {},
+    "rkd": {},
+    "crd": {"negatives": 4},
+    "wcord": {"negatives": 4},
+    "dist": {},
+    "wkd_logit": {},
+    "wkd_feature": {"grid": 1},
 }
 PAIRS = {
     "equal grids": (("cifar_resnet8", 32), ("cifar_resnet8x4", 32)),

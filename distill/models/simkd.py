@@ -14,11 +14,14 @@ from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from distill.models.anatomy import evaluating
 from distill.models.region_logits.layout import Layout, TimmModel, find_layout
 from distill.regions import adaptive_side
 
 OF_THE_INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct", "fixed_input_size")
 """What the student's cfg takes over from its body's."""
+OF_THE_HEAD = ("num_classes", "global_pool", "drop_rate", "in_chans", "pretrained")
+"""Arguments that the body does not take over from a model with a head."""
 LARGEST_DIFFERENCE = 1e-4
 """Of a teacher's logits from its classifier on the mean of its map, relative: rounding, not another head."""
 
@@ -129,35 +132,44 @@ def projector(student_channels: int, teacher_channels: int, factor: int, rectifi
 
 
 def build_simkd_student(
-    body: str,
-    teacher: TimmModel,
-    *,
-    teacher_images: Tensor,
-    student_images: Tensor,
-    factor: int = 2,
-    **body_args: Any,
+    student: TimmModel, teacher: TimmModel, *, student_images: Tensor, teacher_images: Tensor, factor: int = 2
 ) -> SimKDStudent:
-    """The student of this body for this teacher, with the teacher's classifier in it.
+    """The student whose body has the architecture, arguments and weights of `student`, with the teacher's classifier.
 
-    teacher_images, student_images: a few images each at the model's own size, [N, C, H, W], normalised: they show both grids,
-    and whether the teacher's map has negative values, which a projector that ends in a ReLU cannot reach.
-    ValueError for a teacher whose logits are not its last linear layer on the mean of its map: that head does not fit a map
-    of another grid, or reads what is not in the map (a class token).
+    student_images, teacher_images: some at each model's own size, [N, C, H, W], noise will do: they show both grids, and
+    whether the teacher's map has negative values, which a projector that ends in a ReLU cannot reach.
+    ValueError for a teacher whose logits are not its last linear layer on the mean of its map: such a head does not fit a map
+    of another grid, or reads what is not in the map (a class token). ValueError for another number of classes.
     """
     feature_map, classifier = _classified_map(teacher, teacher_images)
-    rectified = bool(feature_map.min() >= 0)
-    options = {"teacher_channels": feature_map.shape[1], "factor": factor, "rectified": rectified, **body_args}
-    make: Any = lambda **more: timm.create_model(  # noqa: E731
-        "simkd_student", body=body, num_classes=classifier.out_features, in_chans=student_images.shape[1], **options, **more
+    if student.num_classes != classifier.out_features:
+        raise ValueError(
+            f"simkd's student takes the teacher's classifier of {classifier.out_features} classes; "
+            f"{student.num_classes} were asked for"
+        )
+    grid = _seen(student, _layout(student, student_images, "the student"), student_images).shape[-2:]
+    wanted = [min(sides) for sides in zip(grid, feature_map.shape[-2:], strict=True)]
+    # what timm keeps of how a model was made
+    args = {key: value for key, value in getattr(student, "_model_args", {}).items() if key not in OF_THE_HEAD}
+    built = timm.create_model(
+        "simkd_student",
+        body=student.pretrained_cfg["architecture"],
+        teacher_channels=feature_map.shape[1],
+        factor=factor,
+        rectified=bool(feature_map.min() >= 0),
+        pool_to=wanted if wanted != list(grid) else None,
+        num_classes=classifier.out_features,
+        in_chans=student_images.shape[1],
+        drop_rate=getattr(student, "drop_rate", 0.0),
+        **args,
     )
-    student = make()
-    grid, wanted = (tuple(each.shape[-2:]) for each in (_seen(student.body, student.layout, student_images), feature_map))
-    if grid[0] > wanted[0] or grid[1] > wanted[1]:
-        student = make(pool_to=[min(sides) for sides in zip(grid, wanted, strict=True)])
+    missing, _ = built.body.load_state_dict(student.state_dict(), strict=False)
+    if missing:
+        raise ValueError(f"{type(student).__name__} without its head has other weights ({missing[0]}); take another student")
     with torch.no_grad():
-        student.head.fc.weight.copy_(classifier.weight)
-        student.head.fc.bias.zero_() if classifier.bias is None else student.head.fc.bias.copy_(classifier.bias)
-    return student
+        built.head.fc.weight.copy_(classifier.weight)
+        built.head.fc.bias.zero_() if classifier.bias is None else built.head.fc.bias.copy_(classifier.bias)
+    return built.train(student.training)
 
 
 def _classified_map(teacher: TimmModel, images: Tensor) -> tuple[Tensor, nn.Linear]:
@@ -166,14 +178,13 @@ def _classified_map(teacher: TimmModel, images: Tensor) -> tuple[Tensor, nn.Line
     remedy = "simkd needs a teacher of global average pooling and one linear layer, such as a ResNet"
     if not isinstance(classifier, nn.Linear):
         raise ValueError(f"{name}'s classifier is {type(classifier).__name__}; {remedy}")
-    layout = _layout(teacher, images, name)
-    feature_map = _seen(teacher, layout, images)
-    with torch.no_grad():
-        logits = teacher.forward_head(teacher.forward_features(images))
-        if feature_map.shape[1] != classifier.in_features:
-            raise ValueError(
-                f"{name}'s classifier reads {classifier.in_features} numbers, its map has {feature_map.shape[1]}; {remedy}"
-            )
+    feature_map = _seen(teacher, _layout(teacher, images, name), images)
+    if feature_map.shape[1] != classifier.in_features:
+        raise ValueError(
+            f"{name}'s classifier reads {classifier.in_features} numbers, its map has {feature_map.shape[1]}; {remedy}"
+        )
+    with evaluating(teacher):
+        logits = teacher(images)
         difference = (classifier(feature_map.mean((2, 3))) - logits).abs().max() / logits.abs().max()
     if not difference <= LARGEST_DIFFERENCE:
         raise ValueError(
@@ -184,20 +195,14 @@ def _classified_map(teacher: TimmModel, images: Tensor) -> tuple[Tensor, nn.Line
 
 def _seen(model: TimmModel, layout: Layout, images: Tensor) -> Tensor:
     """The model's map of these images, in evaluation mode."""
-    training = model.training
-    with torch.no_grad():
-        feature_map = layout.map_of(model.eval().forward_features(images))
-    model.train(training)
-    return feature_map
+    with evaluating(model):
+        return layout.map_of(model.forward_features(images))
 
 
 def _layout(model: TimmModel, images: Tensor, name: str) -> Layout:
     """Where the model keeps its map, found by one pass; ValueError where its features hold none."""
-    training = model.training
-    with torch.no_grad():
-        features, maps = model.eval().forward_intermediates(images, output_fmt="NCHW")
-    model.train(training)
-    layout = find_layout(model, features, maps)
+    with evaluating(model):
+        layout = find_layout(model, *model.forward_intermediates(images, output_fmt="NCHW"))
     if layout.primary is None:
         raise ValueError(f"{name} has no map in what its head reads; simkd projects that map, so take another student")
     return layout

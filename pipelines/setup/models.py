@@ -13,7 +13,8 @@ from distill.config import RecipeError, run_parameters, term_schedule
 from distill.losses import LOSSES
 from distill.models.backbone import Backbone
 from distill.models.batchnorm import set_batchnorm
-from distill.models.build import ProbedModel, create_student, create_teacher
+from distill.models.build import ProbedModel, create_student, create_teacher, probe
+from distill.models.simkd import build_simkd_student
 from distill.models.teacher import FrozenTeacher, bfloat16_usable
 from distill.protocols import Criterion, DataFacts, ModelFacts, Needs
 from distill.recipe import Recipe
@@ -37,6 +38,8 @@ def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torc
     check_precision(recipe.teacher.precision, device)
     student = build_student(recipe, num_classes)
     teacher = build_teacher(recipe, num_classes) if recipe.teacher.name != "none" else None
+    if "simkd" in recipe.loss:
+        student = projected(recipe, student, teacher)
     criteria = build_criteria(recipe, student.facts, None if teacher is None else teacher.facts, data)
     student_needs, teacher_needs = needs_of(criteria)
     ours = set_batchnorm(student.backbone(student_needs), recipe.student.batchnorm)
@@ -67,6 +70,19 @@ def build_student(recipe: Recipe, num_classes: int) -> ProbedModel:
         # a fresh head over pretrained weights is what fine-tuning a student means
         model_kwargs={**recipe.student.model_kwargs, "pretrained": start == "pretrained" or None},
     )
+
+
+def projected(recipe: Recipe, student: ProbedModel, teacher: ProbedModel | None) -> ProbedModel:
+    """SimKD's student: this one's body, a projector to the teacher's map, and the teacher's classifier."""
+    if teacher is None or teacher.class_map is not None:
+        raise RecipeError("loss.simkd: its student takes the teacher's classifier; name a teacher of the data's own classes")
+    images = {"student_images": student.anatomy.images, "teacher_images": teacher.anatomy.images}
+    try:
+        model = build_simkd_student(student.model, teacher.model, **images, factor=recipe.loss["simkd"].get("factor", 2))
+    except ValueError as error:
+        raise RecipeError(f"loss.simkd: {error}") from None
+    name = f"{student.anatomy.name} as simkd_student"
+    return probe(model, name=name, input_spec=student.input_spec, class_tokens=student.class_tokens)
 
 
 def build_teacher(recipe: Recipe, num_classes: int) -> ProbedModel:

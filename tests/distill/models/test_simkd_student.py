@@ -33,12 +33,17 @@ def teacher(name: str = "cifar_resnet8x4", **options) -> torch.nn.Module:
 def built(body: str, of: torch.nn.Module, **options) -> SimKDStudent:
     """The student of this body, not as fresh nets are."""
     torch.manual_seed(2)
-    return stirred(build_simkd_student(body, of, teacher_images=IMAGES, student_images=IMAGES, **options)).eval()
+    plain = timm.create_model(body, num_classes=7)
+    return stirred(build_simkd_student(plain, of, teacher_images=IMAGES, student_images=IMAGES, **options)).eval()
 
 
 def test_the_teachers_classifier_is_in_it_and_is_frozen():
     of = teacher()
-    student = build_simkd_student("cifar_resnet8", of, teacher_images=IMAGES, student_images=IMAGES)
+    plain = timm.create_model("cifar_resnet8", num_classes=7, drop_path_rate=0.1)
+    student = build_simkd_student(plain, of, teacher_images=IMAGES, student_images=IMAGES)
+    body = plain.state_dict()
+    assert all(torch.equal(value, body[name]) for name, value in student.body.state_dict().items())
+    assert student.body.stages[-1][-1].drop_path.drop_prob > 0
     for name, value in of.get_classifier().state_dict().items():
         assert torch.equal(student.get_classifier().state_dict()[name], value)
     trained = {id(p) for group in parameter_groups(student, 1e-4, True) for p in group["params"]}
@@ -86,7 +91,8 @@ def test_the_last_relu_is_left_out_for_a_teacher_whose_map_has_negative_values()
     assert isinstance(built("cifar_resnet8", teacher()).projector[-1], torch.nn.ReLU)
     signed = timm.create_model("mobilenetv2_100", num_classes=7, act_layer="silu").eval()
     images = torch.randn(2, 3, 64, 64)
-    student = build_simkd_student("cifar_resnet8", signed, teacher_images=images, student_images=IMAGES)
+    plain = timm.create_model("cifar_resnet8", num_classes=7)
+    student = build_simkd_student(plain, signed, teacher_images=images, student_images=IMAGES)
     assert isinstance(student.projector[-1], torch.nn.BatchNorm2d)
 
 
@@ -114,7 +120,8 @@ def test_the_projector_has_the_published_number_of_parameters(student, wanted, f
 def test_a_vit_body_is_projected_on_its_token_grid():
     images = torch.randn(2, 3, 64, 64)
     of = teacher()
-    student = build_simkd_student("vit_tiny_patch16_224", of, teacher_images=IMAGES, student_images=images, img_size=64)
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=64)
+    student = build_simkd_student(plain, of, teacher_images=IMAGES, student_images=images)
     assert student.forward_features(images).shape == (2, 256, 4, 4)
     assert student(images).shape == (2, 7)
 
@@ -154,6 +161,23 @@ def test_a_fresh_classifier_trains():
     student.reset_classifier(5)
     assert student(IMAGES).shape == (3, 5)
     assert all(p.requires_grad for p in student.get_classifier().parameters())
+
+
+def test_building_it_leaves_both_models_as_they_were():
+    of, plain = teacher().train(), timm.create_model("cifar_resnet8", num_classes=7)
+    before = {name: value.clone() for model in (of, plain) for name, value in model.state_dict(prefix=str(id(model))).items()}
+    student = build_simkd_student(plain, of, teacher_images=IMAGES, student_images=IMAGES)
+    after = {name: value for model in (of, plain) for name, value in model.state_dict(prefix=str(id(model))).items()}
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert of.training
+    assert student.training
+
+
+def test_another_number_of_classes_is_refused():
+    with pytest.raises(ValueError, match="classifier of 7 classes; 5 were asked for"):
+        build_simkd_student(
+            timm.create_model("cifar_resnet8", num_classes=5), teacher(), teacher_images=IMAGES, student_images=IMAGES
+        )
 
 
 def test_a_plain_student_is_refused_with_the_remedy():

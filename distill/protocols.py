@@ -213,6 +213,9 @@ class Criterion(nn.Module):
     """None for a criterion that never looks at the teacher."""
     accepts_soft_labels: bool = True
     """Whether it can be computed with mixed images, whose labels are float [B, K]."""
+    projects_student: bool = False
+    """Whether it trains another student than the recipe's: that one's body, a projector to the teacher's map, which its option
+    `factor` narrows, and the teacher's classifier. The run builds it before the losses are made."""
     no_weight_decay: frozenset[str] = frozenset()
     """Names of its parameters that the optimiser does not decay."""
 

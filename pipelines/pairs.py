@@ -83,10 +83,14 @@ def look_at(name: str, num_classes: int) -> Description:
 def criteria_of(teacher: Description, student: Description) -> dict[str, Criterion | str]:
     """Every loss of the table with its default options, or the reason why it cannot be made for this pair."""
     classes = student.facts.num_classes
-    data = DataFacts(classes, torch.arange(classes), micro_batch=1)  # an image of each class stands for the data
-    facts = {"student": student.facts, "teacher": teacher.facts, "data": data}
+    # an image of each class stands for the data; the papers' batch, for some losses are made for its size
+    data = DataFacts(classes, torch.arange(classes), micro_batch=64)
+    # of a loss that trains another student, its last map is the teacher's
+    projected = dataclasses.replace(student.facts, stages=(*student.facts.stages[:-1], teacher.facts.stages[-1]))
     found: dict[str, Criterion | str] = {}
     for name, loss in LOSSES.items():
+        mine = projected if loss.projects_student else student.facts
+        facts = {"student": mine, "teacher": teacher.facts, "data": data}
         try:
             found[name] = loss(**{key: facts[key] for key in run_parameters(loss)})
         except ValueError as error:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from distill.losses.inputs import check_pair, teacher_of
 from distill.losses.maps import smaller_grid, to_grid
 from distill.precision import full_precision
-from distill.protocols import Criterion, ModelFacts, ModelOutput, Target
+from distill.protocols import Criterion, ModelFacts, ModelOutput, Needs, Target
 
 MASKS = ("channel", "cell")
 
@@ -75,7 +75,7 @@ class MGD(Criterion):
         self.generator = nn.Sequential(
             nn.Conv2d(wanted, wanted, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(wanted, wanted, 3, padding=1)
         )
-        # both read the feature map, which is in every output
+        self.student_needs = self.teacher_needs = Needs(stages=(-1,))
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch mean; and the share of channels or cells that was masked."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from distill.losses.inputs import teacher_of
 from distill.losses.maps import smaller_grid, to_grid
 from distill.precision import full_precision
-from distill.protocols import Criterion, ModelFacts, ModelOutput, Target
+from distill.protocols import Criterion, ModelFacts, ModelOutput, Needs, Target
 
 
 def simkd_loss(projected: Tensor, teacher: Tensor) -> Tensor:
@@ -40,10 +40,13 @@ class SimKD(Criterion):
             published, 4 and 8 are cheaper.
     """
 
+    projects_student = True
+
     def __init__(self, student: ModelFacts, teacher: ModelFacts, *, factor: int = 2) -> None:
         super().__init__()
         if not 1 <= factor <= teacher.stages[-1].channels:
             raise ValueError(f"factor {factor} must lie in 1..{teacher.stages[-1].channels}, the teacher's channels")
+        self.student_needs = self.teacher_needs = Needs(stages=(-1,))
         own, other = student.stages[-1].channels, teacher.stages[-1].channels
         if own != other:
             raise ValueError(

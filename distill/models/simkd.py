@@ -151,9 +151,10 @@ def build_simkd_student(
     wanted = [min(sides) for sides in zip(grid, feature_map.shape[-2:], strict=True)]
     # what timm keeps of how a model was made
     args = {key: value for key, value in getattr(student, "_model_args", {}).items() if key not in OF_THE_HEAD}
+    cfg: Any = student.pretrained_cfg
     built = timm.create_model(
         "simkd_student",
-        body=student.pretrained_cfg["architecture"],
+        body=cfg["architecture"],
         teacher_channels=feature_map.shape[1],
         factor=factor,
         rectified=bool(feature_map.min() >= 0),
@@ -174,7 +175,8 @@ def build_simkd_student(
 
 def _classified_map(teacher: TimmModel, images: Tensor) -> tuple[Tensor, nn.Linear]:
     """The map of these images, and the classifier; ValueError where the logits are not the latter on the mean of the former."""
-    name, classifier = type(teacher).__name__, teacher.get_classifier()
+    get_classifier: Any = teacher.get_classifier
+    name, classifier = type(teacher).__name__, get_classifier()
     remedy = "simkd needs a teacher of global average pooling and one linear layer, such as a ResNet"
     if not isinstance(classifier, nn.Linear):
         raise ValueError(f"{name}'s classifier is {type(classifier).__name__}; {remedy}")

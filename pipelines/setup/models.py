@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from timm.models import is_model_pretrained
@@ -38,8 +39,9 @@ def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torc
     check_precision(recipe.teacher.precision, device)
     student = build_student(recipe, num_classes)
     teacher = build_teacher(recipe, num_classes) if recipe.teacher.name != "none" else None
-    if "simkd" in recipe.loss:
-        student = projected(recipe, student, teacher)
+    for name in recipe.loss:
+        if LOSSES[name].projects_student:
+            student = projected(recipe, name, student, teacher)
     criteria = build_criteria(recipe, student.facts, None if teacher is None else teacher.facts, data)
     student_needs, teacher_needs = needs_of(criteria)
     ours = set_batchnorm(student.backbone(student_needs), recipe.student.batchnorm)
@@ -72,15 +74,16 @@ def build_student(recipe: Recipe, num_classes: int) -> ProbedModel:
     )
 
 
-def projected(recipe: Recipe, student: ProbedModel, teacher: ProbedModel | None) -> ProbedModel:
-    """SimKD's student: this one's body, a projector to the teacher's map, and the teacher's classifier."""
+def projected(recipe: Recipe, loss: str, student: ProbedModel, teacher: ProbedModel | None) -> ProbedModel:
+    """The student that this loss trains: the recipe's as a body, a projector to the teacher's map, the teacher's classifier."""
     if teacher is None or teacher.class_map is not None:
-        raise RecipeError("loss.simkd: its student takes the teacher's classifier; name a teacher of the data's own classes")
+        raise RecipeError(f"loss.{loss}: its student takes the teacher's classifier; name a teacher of the data's own classes")
     images = {"student_images": student.anatomy.images, "teacher_images": teacher.anatomy.images}
+    factor = recipe.loss[loss].get("factor", signature(LOSSES[loss]).parameters["factor"].default)
     try:
-        model = build_simkd_student(student.model, teacher.model, **images, factor=recipe.loss["simkd"].get("factor", 2))
+        model: Any = build_simkd_student(student.model, teacher.model, **images, factor=factor)
     except ValueError as error:
-        raise RecipeError(f"loss.simkd: {error}") from None
+        raise RecipeError(f"loss.{loss}: {error}") from None
     name = f"{student.anatomy.name} as simkd_student"
     return probe(model, name=name, input_spec=student.input_spec, class_tokens=student.class_tokens)
 

@@ -37,7 +37,7 @@ def test_explain_says_what_a_pair_gives_costs_and_can_be_trained_with() -> None:
     assert report["losses"]["kd"] == "teacher: logits; student: logits"
     assert report["losses"]["sdd"] == "teacher: region logits by pool; student: region logits by pool"
     assert report["losses"]["msdcrd"] == "teacher: region logits by pool and stages -1, -2, -3; student: stages -1, -2, -3"
-    assert report["trained_parameters"].keys() == {"msdcrd"}
+    assert report["trained_parameters"].keys() >= {"msdcrd", "mgd", "reviewkd", "ofd", "semckd", "ctkd"}
     assert 0 < report["teacher_share_of_step"] < 1
     assert any("resnet34.tv_in1k" in text for text in report["warnings"])
     assert any("inputs differ (224 and 32 px)" in text for text in report["warnings"])

@@ -23,7 +23,9 @@ def crd_row_loss(scores: Tensor, normaliser: Tensor | float, num_samples: int, e
     likelihood = scores / normaliser
     share = (scores.shape[1] - 1) / num_samples
     positive, negatives = likelihood[:, 0], likelihood[:, 1:]
-    return -(positive / (positive + share + eps)).log() - (share / (negatives + share + eps)).log().sum(1)
+    # (share + eps) first, as the reference: quotients next to 1 round alike in float32, which is 8e-5 of the value (not of the
+    # gradient) at n 50000, K 16384. log1p would be exact, and another number than the published code's.
+    return -(positive / (positive + (share + eps))).log() - (share / (negatives + (share + eps))).log().sum(1)
 
 
 class CRD(Criterion):

@@ -88,6 +88,11 @@ def test_where_the_reference_explodes_or_is_no_number_ours_must_be_ordinary():
     assert check.compare("grad.student", ordinary, expected, 0.0) == (0.0, "")
     assert "explodes" in check.compare("grad.student", expected.nan_to_num(0.0), expected, 0.0)[1]
     assert "not finite" in check.compare("grad.student", expected, expected, 0.0)[1]
+    milder = torch.tensor([[1.0, 2.0], [3e6, 3.0]], dtype=torch.float64)
+    assert check.compare("grad.student", milder, milder, 0.0) == (0.0, "")
+    assert check.compare("grad.student", milder.clamp_max(2.0), milder, 0.0) == (0.0, "")
+    assert "off by" in check.compare("grad.student", 2 * milder, milder, 0.0)[1]
+    assert "off by" in check.compare("loss_rows", milder.clamp_max(2.0), milder, 0.0)[1]
     ordinary[0, 0] += 1e-6
     assert "off by" in check.compare("grad.student", ordinary, expected, 0.0)[1]
 

@@ -34,14 +34,13 @@ class Maps:
         # the protocol counts stages from the end and blocks from the front
         shift = {"stages": -len(shapes), "blocks": 0}[source]
         self.indices = tuple(index % len(shapes) + shift for index in indices)
-        # the last stage is in every output: asking for it costs nothing, and not asking costs less
-        asked = tuple(index for index in self.indices if (source, index) != ("stages", -1))
-        self.needs = Needs(stages=asked) if source == "stages" else Needs(blocks=asked)
+        self.needs = Needs(stages=self.indices) if source == "stages" else Needs(blocks=self.indices)
 
     def of(self, output: ModelOutput) -> list[Tensor]:
         """The maps [B, C_i, H_i, W_i], in the order asked for."""
         if self.source == "blocks":
             return [output.blocks[index] for index in self.indices]
+        # stage -1 is the feature map, which every output has
         return [output.feature_map if index == -1 else output.stages[index] for index in self.indices]
 
 

@@ -79,7 +79,7 @@ def test_pairs_are_taken_from_the_end_or_as_told():
         torch.testing.assert_close(loss, total(*stages))
         torch.testing.assert_close(sum(found.values()), loss.detach())
         assert list(found) == [f"pair{number}/loss" for number in range(len(stages))]
-    assert made("at").teacher_needs == Needs(stages=(-2, -3))
+    assert made("at").teacher_needs == Needs(stages=(-1, -2, -3))
     assert made("at", source="blocks", pairs=((0, -1),)).teacher_needs == Needs(blocks=(4,))
 
 

@@ -79,7 +79,7 @@ def test_the_criterion_compares_the_second_stages_unless_told_otherwise():
     assert made("fitnet").teacher_needs == Needs(stages=(-3,))
     assert made("fitnet", pair=(-1, -2)).teacher_needs == Needs(stages=(-2,))
     one = ModelFacts(6, (MapShape(4, 14, 14),))
-    assert FitNet(one, one).student_needs == Needs()  # the one stage is the feature map
+    assert FitNet(one, one).student_needs == Needs(stages=(-1,))
 
 
 @pytest.mark.parametrize("grids", [((7, 7), (16, 16)), ((16, 16), (7, 7)), ((5, 9), (7, 7))])

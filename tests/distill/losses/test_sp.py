@@ -85,7 +85,7 @@ def test_a_cell_that_is_0_in_all_channels_gets_no_gradient(reading):
 
 def test_the_criterion_reads_the_last_map_or_its_regions_or_the_networks_own_last_block():
     student, teacher = (model_output(side, Needs()) for side in ("student", "teacher"))
-    assert made("sp").student_needs == made("sp").teacher_needs == Needs()
+    assert made("sp").student_needs == made("sp").teacher_needs == Needs(stages=(-1,))
     loss = made("sp")(student, teacher, Target(LABELS))[0]
     assert loss == sp_loss(student.feature_map, teacher.feature_map).mean()
     regions = Regions((1, 2), "cascade")

@@ -150,33 +150,29 @@ class RunFolder:
 def _claim(recipe: Recipe, resume: bool) -> tuple[IO[str], dict[str, Any]]:
     """The folder's lock and the manifest of the run in it, empty where there is none."""
     folder = Path(recipe.out)
-    if (folder / MANIFEST).is_file() and not resume:
+    if _read(folder) and not resume:
         raise RecipeError(f"out: {folder} already holds a run; add --resume to go on with it, or give another --out")
     try:
         lock = locked(folder, LOCK_SECONDS)
     except BlockingIOError:
         raise RecipeError(f"out: another process is writing to {folder}; wait for it, or give another --out") from None
-    try:
-        return lock, _manifest_of(folder, recipe)
-    except RecipeError:
+    found = _read(folder)  # again: whoever held the folder may have written it
+    if found and (changed := differences(found["recipe"], as_dict(recipe))):
         lock.close()
-        raise
+        lines = [f"out: {folder} holds a run of another recipe; give another --out, or ask for the same", *changed]
+        raise RecipeError("\n  ".join(lines))
+    return lock, found
 
 
-def _manifest_of(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """The manifest of the run in `folder`. Raises RecipeError where `recipe` cannot go on with it."""
+def _read(folder: Path) -> dict[str, Any]:
+    """The manifest in `folder`, empty where there is none. Raises RecipeError for that of another version."""
     path = folder / MANIFEST
-    if not path.is_file():
-        return {}
-    found = json.loads(path.read_text())
-    if found.get("format") != FORMAT:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if found and found.get("format") != FORMAT:
         raise RecipeError(
             f"out: the run in {folder} was made by another version of this program (format {found.get('format', 'unknown')},"
             f" this version has {FORMAT}); finish it with the commit that {path} names, or give another --out"
         )
-    if changed := differences(found["recipe"], as_dict(recipe)):
-        lines = [f"out: {folder} holds a run of another recipe; give another --out, or ask for the same", *changed]
-        raise RecipeError("\n  ".join(lines))
     return found
 
 

@@ -283,11 +283,12 @@ def test_a_run_of_another_version_is_refused_in_one_line(digits: Path, tmp_path:
     del manifest["format"]
     (out / "manifest.json").write_text(json.dumps({**manifest, **made_by}))
     before = (out / "manifest.json").read_text(), last_state(out)
-    job = finished(arguments(digits, out, "--resume", "--train.max_steps", "2"), tmp_path / "second.log", codes=2)
-    [line] = [line for line in job.text().splitlines() if line.startswith("error: ")]
-    assert "made by another version of this program" in line
-    assert "give another --out" in line
-    assert "Traceback" not in job.text()
+    for number, more in enumerate(([], ["--resume"])):
+        job = finished(arguments(digits, out, "--train.max_steps", "2", *more), tmp_path / f"again{number}.log", codes=2)
+        [line] = [line for line in job.text().splitlines() if line.startswith("error: ")]
+        assert "made by another version of this program" in line
+        assert "give another --out" in line
+        assert "Traceback" not in job.text()
     after = (out / "manifest.json").read_text(), last_state(out)
     assert before[0] == after[0]
     assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])

@@ -59,11 +59,26 @@ def create_optimizer(
         arguments.setdefault("fused", True)
     groups = parameter_groups(module, weight_decay, decay_bias_and_norm)
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             groups, opt=name, lr=learning_rate, weight_decay=weight_decay, momentum=momentum, **arguments
         )
     except TypeError as error:
         raise ValueError(f"optim.options: {arguments} do not fit {name!r}: {error}") from None
+    if isinstance(optimizer, torch.optim.SGD):
+        _begin_momentum(optimizer)
+    return optimizer
+
+
+def _begin_momentum(optimizer: torch.optim.SGD) -> None:
+    """Momentum of zeros for fused SGD, which gives PyTorch's own first step, bit for bit.
+
+    PyTorch makes it of unwritten memory in the first step and leaves it so where the device skips that step: the next one
+    would add whatever lies there. fp16's first steps are often skipped.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused") and group["momentum"] and not group["dampening"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def learning_rate_schedule(

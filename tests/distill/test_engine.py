@@ -109,6 +109,24 @@ def test_a_device_that_skips_the_step_itself_gives_the_weights_of_a_host_that_lo
     assert dump["samples"] == order[:24]
 
 
+@pytest.fixture
+def spoiled_memory():
+    """Memory that nobody has written to is not a number, as freed memory may be."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("run", [[*FUSED, "--train.skip_nonfinite", "1"]], indirect=True)
+def test_the_first_step_can_be_skipped_on_the_device(run: Run, spoiled_memory: None):
+    """PyTorch makes the momentum of fused SGD in its first step, and keeps it unwritten where that step is skipped."""
+    poison(run, 0)
+    train_epoch(run)
+    assert run.counters.skipped_steps == 1
+    assert torch.isfinite(weights(run)).all()
+
+
 @pytest.mark.parametrize("run", [FUSED], indirect=True)
 def test_a_poisoned_step_is_known_before_anything_is_saved(run: Run):
     poison(run, 5)  # the last of the epoch: nobody would ask one step later

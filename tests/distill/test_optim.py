@@ -122,3 +122,21 @@ def test_unknown_optimiser_or_option_is_refused_by_name():
         create_optimizer(layer, "sgdd", **arguments)
     with pytest.raises(ValueError, match="do not fit 'adamw'"):
         create_optimizer(layer, "adamw", **arguments, options={"speed": math.pi})
+
+
+def test_fused_sgd_begins_as_pytorchs_own_does():
+    ends = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(5, 3)
+        options = {"learning_rate": 0.1, "weight_decay": 1e-3, "momentum": 0.9, "decay_bias_and_norm": True}
+        optimizer = create_optimizer(model, "sgd", **options, options={"fused": True} if fused else None)
+        assert bool(optimizer.state) == fused
+        if not fused:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3, fused=True)
+        for step in range(5):
+            optimizer.zero_grad()
+            model(torch.full((2, 5), 1.0 + step)).square().sum().backward()
+            optimizer.step()
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*ends)

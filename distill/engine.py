@@ -109,6 +109,7 @@ def train_step(run: Run, batches: list[Batch], logged: bool) -> tuple[dict[str, 
     # 1. Seeds come first: whatever the step draws (mixing, dropout, a criterion) is a function of (seed, step, rank), so that
     #    a resumed run draws it again and no generator's state is in a checkpoint.
     run.seed_step(progress.step)
+    run.guard.begin()
     # 2. The rate is a pure function of progress; a prepared scheduler would move once per process.
     for group in run.optimizer.param_groups:
         group["lr"] = run.learning_rate(progress) * group.get("lr_scale", 1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,13 +54,23 @@ class Guard:
     step later, when that is known anyway. Either way a poisoned step is never made.
     """
 
-    def __init__(self, optimizer: Any, scaler: Any, reduce: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, optimizer: Any, scaler: Any, reduce: Callable[[Tensor], Tensor], statistics: Iterable[Tensor] = ()
+    ) -> None:
+        """statistics: buffers that a forward pass moves (BatchNorm's), and that a step which is not made must leave alone."""
         self._optimizer = optimizer
         self._scaler = scaler
         self._reduce = reduce
         """Sums a tensor over all processes, on the device."""
         self.deferred = scaler is None and skips_on_device(optimizer)
         self._pending: _Pending | None = None
+        self._statistics = list(statistics)
+        self._before = [tensor.clone() for tensor in self._statistics]
+
+    def begin(self) -> None:
+        """Remembers the statistics; called before a step's first forward pass."""
+        if self._statistics:
+            torch._foreach_copy_(self._before, self._statistics)
 
     def is_poisoned(self, values: dict[str, Tensor]) -> bool:
         """Whether this process's loss, or the gradient, is not finite; waits for the device.
@@ -79,6 +89,8 @@ class Guard:
         stop, poisoned = control.agree(poisoned=self.is_poisoned(suspect.values))
         if not poisoned:
             self._optimizer.step()
+        elif self._statistics:
+            torch._foreach_copy_(self._statistics, self._before)
         return Verdict(not poisoned, suspect if poisoned else None, stop)
 
     def _step_on_device(self, suspect: Suspect) -> Suspect | None:
@@ -91,6 +103,8 @@ class Guard:
             self._optimizer.step()
         finally:
             del inner.found_inf
+        for tensor, before_it in zip(self._statistics, self._before, strict=True):
+            tensor.copy_(torch.where(poisoned.bool(), before_it, tensor))
         before = self.settle()
         self._pending = _Pending(suspect, *_on_its_way_to_the_host(poisoned))
         return before

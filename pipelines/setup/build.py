@@ -7,10 +7,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill.agreement import Control
 from distill.checkpoint import Checkpoints
@@ -87,6 +89,13 @@ def build_distiller(recipe: Recipe, models: Models) -> Distiller:
     return Distiller(models.student, models.criteria, schedules, *join)
 
 
+def build_guard(recipe: Recipe, accelerator: Accelerator, distiller: Distiller, optimizer: Any) -> Guard:
+    """The guard of the steps; it keeps BatchNorm's statistics where the recipe lets a run go on after a poisoned step."""
+    norms = [module for module in distiller.modules() if isinstance(module, _BatchNorm)] if recipe.train.skip_nonfinite else []
+    statistics = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+    return Guard(optimizer, accelerator.scaler, partial(accelerator.reduce, reduction="sum"), statistics)
+
+
 def build(
     recipe: Recipe,
     accelerator: Accelerator,
@@ -129,7 +138,7 @@ def build(
         classifier=models.student.serving(Needs(), None if average is None else average.module),
         teacher=models.teacher,
         optimizer=prepared_optimizer,
-        guard=Guard(prepared_optimizer, accelerator.scaler, partial(accelerator.reduce, reduction="sum")),
+        guard=build_guard(recipe, accelerator, distiller, prepared_optimizer),
         learning_rate=learning_rate_schedule(peak=recipe.optim.learning_rate, **dataclasses.asdict(recipe.schedule)),
         train_loader=build_train_loader(recipe, splits, models, accelerator),
         eval_loader=build_eval_loader(recipe, splits.val, spec, accelerator),

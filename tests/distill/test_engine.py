@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from distill.agreement import Control
-from distill.engine import NonFiniteError, log_step, train_epoch, train_step
+from distill.engine import NonFiniteError, evaluate_student, log_step, train_epoch, train_step
 from distill.nonfinite import Guard
 from distill.protocols import Batch
 from distill.regions import _made_matrix
@@ -79,6 +79,8 @@ def test_a_recipe_may_skip_some_such_steps_and_counts_them(run: Run):
     assert run.counters.skipped_steps == 1
     assert torch.isfinite(weights(run)).all()
     assert metrics(run.reporter.folder)[-1]["skipped_steps"] == 1
+    evaluate_student(run)  # by the running statistics, which the poisoned forward pass moved
+    assert all(buffer.isfinite().all() for buffer in run.distiller.buffers())
     poison(run, 7)
     with pytest.raises(NonFiniteError, match="step 7"):
         train_epoch(run)
@@ -86,6 +88,13 @@ def test_a_recipe_may_skip_some_such_steps_and_counts_them(run: Run):
 
 FUSED = ["--optim.options", "{fused: true}", "--report.log_every", "50"]
 """The guard learns of a step one step later."""
+
+
+@pytest.mark.parametrize("run", [[*FUSED, "--train.skip_nonfinite", "1", "--ema.enabled", "true"]], indirect=True)
+def test_an_average_takes_nothing_from_a_step_that_the_device_skips(run: Run):
+    poison(run, 2)
+    train_epoch(run)
+    assert all(value.isfinite().all() for value in run.average.module.state_dict().values())
 
 
 @pytest.mark.parametrize("run", [[*FUSED, "--train.skip_nonfinite", "1", "--train.checkpoint_every", "4"]], indirect=True)
@@ -101,7 +110,7 @@ def test_a_device_that_skips_the_step_itself_gives_the_weights_of_a_host_that_lo
         poison(run, 2)
         train_epoch(run)
         assert run.counters.skipped_steps == 1
-        ends.append(weights(run))
+        ends.append(torch.cat([weights(run), *(b.flatten() for b in run.distiller.buffers())]))
     assert torch.equal(*ends)
     assert torch.isfinite(ends[0]).all()
     dump = json.loads((run.reporter.folder / "nonfinite-step00000002-rank0.json").read_text())

@@ -19,7 +19,8 @@ def classification_sums(logits: Tensor, labels: Tensor) -> Tensor:
     best = scores.topk(min(5, scores.shape[-1]), dim=-1).indices
     hits = best == labels[:, None]
     loss = F.cross_entropy(scores, labels, reduction="sum")
-    count = torch.as_tensor(len(labels), dtype=torch.float64, device=logits.device)
+    # filled on the device: a number copied there would make the host wait for it
+    count = torch.full((), len(labels), dtype=torch.float64, device=logits.device)
     return torch.stack([count, hits[:, 0].sum().double(), hits.any(dim=-1).sum().double(), loss.double()])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill.models.backbone import Backbone
@@ -56,7 +57,8 @@ def activation_bytes(backbone: Backbone) -> int:
     def unpack(tensor: Tensor) -> Tensor:
         return tensor
 
-    devices = [device] if device.type == "cuda" else []
+    # a fake tensor draws no numbers, and its mode takes the state of a real generator for an error
+    devices = [device] if device.type == "cuda" and not isinstance(backbone.mean, FakeTensor) else []
     with unchanged_statistics(backbone), torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         backbone(torch.zeros(2, 3, spec.height, spec.width, device=device))
     return sum(kept.values()) // 2

@@ -1,10 +1,12 @@
 """What is said when a step does not fit into the device: estimates of real models, and changes that would fit."""
 
+import copy
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distill.agreement import Control
 from distill.models.recompute import activation_bytes
@@ -60,3 +62,13 @@ def test_each_advice_fits(built):
     assert "--student.checkpoint_activations true" in text
     assert "--train.mixed_precision bf16" in advise(recipe, 1, found, 15 * GIB, "no")
     assert "alone fill it" in advise(recipe, 1, found, GIB, "no")
+
+
+def test_the_estimate_is_made_for_a_gpu_too_without_asking_it_for_anything(built):
+    """The device's memory is full when somebody asks: not even its generator's state may be read."""
+    student = built[2].student
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        memo: dict[int, object] = {id(b): fake.from_tensor(b).to("cuda") for b in student.buffers()}
+        memo |= {id(p): torch.nn.Parameter(fake.from_tensor(p.detach()).to("cuda")) for p in student.parameters()}
+        found = activation_bytes(copy.deepcopy(student, memo))
+    assert found == pytest.approx(activation_bytes(student), rel=0.01)  # cuDNN keeps a little more

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from distill.agreement import Control, Interrupted
 from distill.checkpoint import CheckpointError
@@ -41,7 +42,7 @@ from pipelines.setup.machine import build_accelerator, keep_freed_memory, micro_
 from pipelines.setup.models import Models
 from pipelines.setup.out_of_memory import memory_explained
 from pipelines.setup.run_folder import RunFolder, digest
-from pipelines.setup.teacher import evaluate_teacher
+from pipelines.setup.teacher import evaluate_teacher, teacher_recipe
 
 
 class Session(NamedTuple):
@@ -56,24 +57,6 @@ class Session(NamedTuple):
         say(self.accelerator, text)
 
 
-def teacher_recipe(recipe: Recipe) -> Recipe:
-    """The recipe that trains the teacher of `recipe` in OUT/teacher: the same data and settings, and of its losses those that
-    need no teacher, at full weight."""
-    wanted = recipe.teacher
-    alone = {name: {**entry, "weight": 1.0} for name, entry in recipe.loss.items() if LOSSES[name].teacher_needs is None}
-    student = dataclasses.replace(
-        recipe.student, name=wanted.name, initial_weights=wanted.initial_weights, model_kwargs=wanted.model_kwargs
-    )
-    return dataclasses.replace(
-        recipe,
-        out=str(Path(recipe.out) / "teacher"),
-        teacher=dataclasses.replace(wanted, name="none"),
-        student=student,
-        loss=alone or Recipe().loss,
-        train=dataclasses.replace(recipe.train, epochs=wanted.epochs or recipe.train.epochs),
-    )
-
-
 def start_trackers(recipe: Recipe, accelerator: Accelerator) -> None:
     """Starts Accelerate's trackers in this run's folder, whatever run this process made before."""
     accelerator.project_configuration.set_directories(recipe.out)
@@ -83,6 +66,11 @@ def start_trackers(recipe: Recipe, accelerator: Accelerator) -> None:
 def bad_samples(run: Run) -> int:
     """Samples that turned out bad in this run so far, over all processes and both splits."""
     return len(known_bad_samples(run.train_loader)) + len(known_bad_samples(run.eval_loader))
+
+
+def trained(modules: Iterable[nn.Module]) -> int:
+    """Numbers that the optimiser changes in these modules."""
+    return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
 
 
 def finish(recipe: Recipe, run: Run, models: Models, summary: dict[str, Any], class_names: list[str]) -> None:
@@ -165,7 +153,9 @@ def run_once(recipe: Recipe, folder: RunFolder, splits: Splits, session: Session
     # 3. the summary comes last: a folder that has one is finished, and one that has none goes on
     session.watchdog.progress(run.counters.step, "building")
     found["bad_samples"] = bad_samples(run)
-    summary = {**found, "teacher_top1": teacher.get("top1"), "student": recipe.student.name, "teacher": recipe.teacher.name}
+    sizes = {"student_parameters": trained([models.student]), "loss_parameters": trained(models.criteria.values())}
+    names = {"student": recipe.student.name, "teacher": recipe.teacher.name}
+    summary = {**found, "teacher_top1": teacher.get("top1"), **names, **sizes}
     finish(recipe, run, models, summary, list(splits.train.class_names))
     session.say(
         f"{recipe.out}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}, {found['images_per_second']:.0f} images/s"

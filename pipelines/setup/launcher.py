@@ -7,8 +7,11 @@ import os
 import signal
 import sys
 
-UNDER_A_LAUNCHER = {"LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
-"""Variables that torchrun and `accelerate launch` set for the processes they start."""
+STARTED_BY_US = "DISTILL_STARTED"
+"""Variable that a command of this project sets for the runs it starts."""
+
+UNDER_A_LAUNCHER = {"LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", STARTED_BY_US}
+"""Variables that torchrun, `accelerate launch` and our own commands set for the processes they start."""
 
 PR_SET_PDEATHSIG = 1
 """Constant of <sys/prctl.h>: a signal for this process when its parent dies."""

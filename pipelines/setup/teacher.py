@@ -1,16 +1,44 @@
-"""The teacher before the first step: whether it is as good as the recipe says."""
+"""The teacher before the first step: the recipe that trains it, and whether it is as good as the recipe says."""
 
 from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
 
 from distill.config import RecipeError
 from distill.data.index import ShardIndex
 from distill.engine import pulse
 from distill.evaluation import evaluate
+from distill.losses import LOSSES
 from distill.protocols import Needs
 from distill.recipe import Recipe, Teacher
 from distill.run import Run
 from pipelines.setup.data import build_eval_loader, eval_spec
 from pipelines.setup.models import Models
+
+
+def losses_without_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The losses of a recipe that need no teacher, at full weight; cross-entropy where it has none."""
+    alone = {name: {**entry, "weight": 1.0} for name, entry in recipe.loss.items() if LOSSES[name].teacher_needs is None}
+    return alone or Recipe().loss
+
+
+def teacher_recipe(recipe: Recipe) -> Recipe:
+    """The recipe that trains the teacher of `recipe` in OUT/teacher: the same data and settings, and of its losses those that
+    need no teacher, at full weight."""
+    wanted = recipe.teacher
+    student = dataclasses.replace(
+        recipe.student, name=wanted.name, initial_weights=wanted.initial_weights, model_kwargs=wanted.model_kwargs
+    )
+    return dataclasses.replace(
+        recipe,
+        out=str(Path(recipe.out) / "teacher"),
+        teacher=dataclasses.replace(wanted, name="none"),
+        student=student,
+        loss=losses_without_teacher(recipe),
+        train=dataclasses.replace(recipe.train, epochs=wanted.epochs or recipe.train.epochs),
+    )
 
 
 def evaluate_teacher(recipe: Recipe, run: Run, models: Models, val: ShardIndex) -> dict[str, float]:

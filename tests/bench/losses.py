@@ -31,9 +31,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.config import RecipeError
+from distill.losses.at import at_loss
+from distill.losses.crd import crd_row_loss
+from distill.losses.dist_kd import dist_loss
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
+from distill.losses.memory import crd_scores
 from distill.losses.msdcrd import contrastive_loss
+from distill.losses.pkt import pkt_loss
+from distill.losses.reviewkd import hierarchical_loss
+from distill.losses.rkd import rkd_angle_loss, rkd_distance_loss
 from distill.losses.sdd import sdd_loss
+from distill.losses.sp import sp_loss
+from distill.losses.wcord import wcord_global_loss
+from distill.losses.wkd_feature import wkd_feature_loss
+from distill.losses.wkd_logit import transport_cost, wkd_logit_loss
 from distill.regions import pool, pooling_matrix
 from pipelines.measure.memory import CLEAR_PEAK, clear_peak, read_held, read_peak
 from pipelines.setup.arguments import Parser, command
@@ -44,6 +55,8 @@ GRID = 7
 SCALES = (1, 2, 4)
 REGIONS = sum(scale * scale for scale in SCALES)
 TEMPERATURE = 4.0
+SAMPLES, NEGATIVES = 50_000, 16_384
+"""Of CRD's memory on CIFAR-100."""
 SMALLEST_TOLD_BYTES = 4 * 2**20
 """The kernel counts a process's pages in batches, and the allocator keeps some: smaller peaks are noise."""
 
@@ -78,18 +91,18 @@ class Figures(NamedTuple):
 
 
 def cases(quick: bool) -> list[Case]:
-    """B = 64 and 256, D = 512 and 2048; the first of each when quick."""
-    batches, widths = ((64,), (512,)) if quick else ((64, 256), (512, 2048))
-    logit_losses = [Case(loss, batch) for loss in LOGIT_LOSSES for batch in batches]
-    map_losses = [Case(loss, batch, width) for loss in MAP_LOSSES for batch in batches for width in widths]
-    return logit_losses + map_losses
+    """B = 64 and 256, D = 512 and 2048, where SIZES has no others; the first of each when quick."""
+    found = []
+    for loss in BUILDERS:
+        batches, widths = SIZES.get(loss, ((64, 256), (0,) if loss in LOGIT_LOSSES else (512, 2048)))
+        found += [Case(loss, batch, width) for batch in batches for width in widths][: 1 if quick else None]
+    return found
 
 
 def make(case: Case, device: torch.device) -> Versions:
     """The tensors of a case and both versions over them."""
     torch.manual_seed(0)
-    builder = {**LOGIT_LOSSES, **MAP_LOSSES}[case.loss]
-    return builder(case, device)
+    return BUILDERS[case.loss](case, device)
 
 
 def _logits(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,6 +207,70 @@ def _adaptive_regions(feature_map: Tensor) -> Tensor:
     return torch.cat([F.adaptive_avg_pool2d(feature_map, scale).flatten(2) for scale in SCALES], dim=2).transpose(1, 2)
 
 
+def _two(kind: str, ours: Callable, reference: Callable) -> Callable[[Case, torch.device], Versions]:
+    """A loss of the student's and the teacher's maps behind a ReLU, embeddings or logits, of one shape."""
+
+    def build(case: Case, device: torch.device) -> Versions:
+        """Both versions of the same tensors."""
+        shape = {"maps": (case.width, GRID, GRID), "rows": (case.width,), "logits": (CLASSES,)}[kind]
+        student, teacher = (torch.randn(case.batch, *shape, device=device) for _ in range(2))
+        if kind == "maps":
+            student, teacher = student.relu(), teacher.relu()
+        student.requires_grad_()
+        return Versions(lambda: ours(student, teacher), lambda: reference(student, teacher), student)
+
+    return build
+
+
+def _rkd(student: Tensor, teacher: Tensor) -> Tensor:
+    return 25 * rkd_distance_loss(student, teacher).mean() + 50 * rkd_angle_loss(student, teacher).mean()
+
+
+def _wkd_feature(student: Tensor, teacher: Tensor) -> Tensor:
+    means, deviations = wkd_feature_loss(student, teacher)
+    return (2 * means + deviations).mean()
+
+
+def _wkd_logit(case: Case, device: torch.device) -> Versions:
+    """Classes that are equally far from each other."""
+    student, teacher, labels = _logits((case.batch,), device)
+    cost = transport_cost(1 - torch.eye(CLASSES, device=device))
+    return Versions(
+        lambda: wkd_logit_loss(student, teacher, labels, cost).mean(),
+        lambda: references.wkd_logit(student, teacher, labels, cost),
+        student,
+    )
+
+
+def _ctkd(case: Case, device: torch.device) -> Versions:
+    """KD at a temperature that takes a gradient."""
+    student, teacher, _ = _logits((case.batch,), device)
+    temperature = torch.tensor([TEMPERATURE], device=device, requires_grad=True)
+    return Versions(
+        lambda: kd_loss(student, teacher, temperature).mean(),
+        lambda: references.kd(student, teacher, temperature).mean(),
+        student,
+    )
+
+
+def _memory(row_loss: Callable[[Tensor, Tensor | float, int], Tensor]) -> Callable[[Case, torch.device], Versions]:
+    """One side's scores against a bank of CIFAR-100's size and the loss of them."""
+
+    def build(case: Case, device: torch.device) -> Versions:
+        """Both ways to the scores."""
+        bank = F.normalize(torch.randn(SAMPLES, case.width, device=device), dim=1)
+        embeddings = F.normalize(torch.randn(case.batch, case.width, device=device), dim=1).requires_grad_()
+        ids = torch.randint(SAMPLES, (case.batch, 1 + NEGATIVES), device=device)
+        normaliser = 2.0 * SAMPLES
+
+        def loss(scores: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+            return row_loss(scores(embeddings, bank, ids), normaliser, SAMPLES).mean()
+
+        return Versions(lambda: loss(crd_scores), lambda: loss(references.memory_scores), embeddings)
+
+    return build
+
+
 LOGIT_LOSSES = {
     "kd": _kd,
     "dkd": _dkd,
@@ -203,6 +280,43 @@ LOGIT_LOSSES = {
     "sdd over nkd": _sdd("nkd"),
 }
 MAP_LOSSES = {"pooling": _pool, "contrast": _contrast, "msdcrd": _msdcrd}
+METHODS = {
+    "ctkd": _ctkd,
+    "at": _two("maps", lambda student, teacher: at_loss(student, teacher).mean(), references.at),
+    "sp": _two("maps", lambda student, teacher: sp_loss(student, teacher).mean(), references.sp),
+    "pkt": _two("rows", lambda student, teacher: pkt_loss(student, teacher).mean(), references.pkt),
+    "rkd": _two("rows", _rkd, references.rkd),
+    "dist": _two("logits", lambda student, teacher: dist_loss(student, teacher)[0], references.dist),
+    "crd": _memory(crd_row_loss),
+    "wcord, over the memory": _memory(wcord_global_loss),
+    "wkd_logit": _wkd_logit,
+    "wkd_feature, after the projector": _two("maps", _wkd_feature, references.wkd_feature),
+    "reviewkd, one level after its block": _two(
+        "maps", lambda student, teacher: hierarchical_loss(student, teacher).mean(), references.hierarchical
+    ),
+}
+"""The methods that the papers' two are compared with, or the part of each that differs from the plain formula."""
+BUILDERS = {**LOGIT_LOSSES, **MAP_LOSSES, **METHODS}
+SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "ctkd": ((64, 256), (0,)),
+    "dist": ((64, 256), (0,)),
+    # the plain version holds several tensors of B x B x D numbers, or of B x K x K, or of B x 16,385 x D
+    "rkd": ((64,), (512, 2048)),
+    "wkd_logit": ((4,), (0,)),
+    "crd": ((16, 64), (128,)),
+    "wcord, over the memory": ((16,), (128,)),
+}
+"""Batches and widths of what is not measured at the usual ones."""
+IS_PLAIN = {
+    "cross_entropy": "PyTorch's own operator",
+    "fitnet": "convolution, BatchNorm and ReLU, then a mean of squares",
+    "cat_kd": "a mean of squares of logits that the model's head makes",
+    "mgd": "a mask and two convolutions, then a sum of squares",
+    "ofd": "convolution and BatchNorm of each stage, then a sum of squares under a mask",
+    "simkd": "a mean of squares; the projector is the student's",
+    "semckd": "a regressor for each pair of stages, then means of squares",
+}
+"""Losses whose code is the plain version, with what it is."""
 
 
 def run_once(loss: Callable[[], Tensor], leaf: Tensor) -> float:
@@ -325,7 +439,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--loss", action="append", choices=[*LOGIT_LOSSES, *MAP_LOSSES], help="only this one; may be repeated")
+    parser.add_argument("--loss", action="append", choices=list(BUILDERS), help="only this one; may be repeated")
     arguments = parser.parse_args(argv)
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise RecipeError(f"--device {arguments.device}: PyTorch finds no GPU here; leave it out")
@@ -337,6 +451,8 @@ def main(argv: Sequence[str]) -> None:
         if not arguments.loss or case.loss in arguments.loss:
             found.append((case, measure(case, device, arguments.threads, budget=2.0 if arguments.quick else 10.0)))
             print(line(*found[-1]), flush=True)
+    if not arguments.loss:
+        print("\n".join(f"| {name} | | is the plain version: {what} | | | | |" for name, what in IS_PLAIN.items()))
     if arguments.json:
         arguments.json.write_text(json.dumps(report(found, device, arguments.threads), indent=1) + "\n")
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bench.losses import LOGIT_LOSSES, MAP_LOSSES, Case, _in_own_process, cases, main, make, run_once
+from distill.losses import LOSSES
+from tests.bench.losses import BUILDERS, IS_PLAIN, Case, _in_own_process, cases, main, make, run_once
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ def test_a_missing_gpu_is_said_in_one_line(capsys):
     assert capsys.readouterr().err.splitlines() == ["error: --device cuda: PyTorch finds no GPU here; leave it out"]
 
 
-@pytest.mark.parametrize("loss", [*LOGIT_LOSSES, *MAP_LOSSES])
+@pytest.mark.parametrize("loss", list(BUILDERS))
 def test_both_versions_of_a_case_compute_the_same(loss: str):
     versions = make(Case(loss, 3, 8), CPU)
     slopes = []
@@ -54,7 +55,13 @@ def test_both_versions_of_a_case_compute_the_same(loss: str):
 def test_the_cases_are_those_of_the_table():
     sizes = {(case.batch, case.width) for case in cases(quick=False) if case.loss == "msdcrd"}
     assert sizes == {(64, 512), (64, 2048), (256, 512), (256, 2048)}
-    assert len(cases(quick=True)) == len(LOGIT_LOSSES) + len(MAP_LOSSES)
+    assert [case.loss for case in cases(quick=True)] == list(BUILDERS)
+
+
+def test_every_loss_is_measured_or_is_said_to_be_the_plain_version():
+    measured = {name.split()[0].rstrip(",") for name in BUILDERS}
+    assert measured.isdisjoint(IS_PLAIN)
+    assert measured | set(IS_PLAIN) >= set(LOSSES)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a process's memory")

@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,7 +131,9 @@ def compare(base: Recipe, rows: Mapping[str, dict[str, Any]], seeds: int, launch
             if name == ALONE:
                 raise RecipeError(f"the student alone, exit code {code}: {said}")
             failed = failed or code != REFUSED
-            found[name] = found[name]._replace(problem=f"{'refused' if code == REFUSED else f'exit code {code}'}: {said}")
+            found[name] = found[name]._replace(
+                problem=f"{'refused' if code == REFUSED else f'failed with exit code {code}'}: {said}"
+            )
             print(f"{name}: {found[name].problem}", flush=True)
         else:
             found[name].summaries[seed] = json.loads((Path(recipe.out) / "summary.json").read_text())
@@ -156,7 +159,7 @@ def with_teacher(base: Recipe, launch: Sequence[str], control: Control) -> Recip
 
 
 def made(recipe: Recipe, launch: Sequence[str], control: Control) -> tuple[int, str]:
-    """Exit code of the run of a recipe, which is not made again where it is finished, and what it says is wrong.
+    """Exit code of the run of a recipe, which is not made again where it is finished, and what is wrong, if anything is.
 
     Its recipe and its log are beside the run's folder. Raises Interrupted where this process is asked to stop.
     """
@@ -169,9 +172,20 @@ def made(recipe: Recipe, launch: Sequence[str], control: Control) -> tuple[int, 
     code = ended([*launch, str(TRAIN), "--recipe", str(file), "--resume"], log, control)
     if control.received:
         raise Interrupted(f"stopped in {folder}; the same command goes on")
+    return explained(code, log) if code else (0, "")
+
+
+def explained(code: int, log: Path) -> tuple[int, str]:
+    """A failed run's exit code and what it says is wrong: its refusal, or the last line of its log.
+
+    Some launchers turn every exit code into 1, so what the run said decides whether it was refused.
+    """
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
-    return code, " ".join(lines[errors[-1] :])[len("error: ") :] if errors else " ".join(lines[-1:])
+    starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    if not starts:
+        return code, lines[-1] if lines else "nothing in the log"
+    said = takewhile(lambda line: not line.startswith("Traceback"), lines[starts[-1] :])
+    return REFUSED, " ".join(said)[len("error: ") :]
 
 
 def finished(folder: Path, recipe: Recipe) -> bool:

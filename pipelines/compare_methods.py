@@ -35,7 +35,7 @@ from distill.config import RecipeError, as_dict, load_recipe, parse_yaml
 from distill.files import write_atomically
 from distill.losses import LOSSES
 from distill.recipe import Recipe
-from pipelines.setup.arguments import Parser, command, parse
+from pipelines.setup.arguments import Parser, add_import_option, command, parse
 from pipelines.setup.launcher import STARTED_BY_US
 from pipelines.setup.run_folder import MANIFEST
 from pipelines.setup.teacher import losses_without_teacher, teacher_recipe
@@ -72,17 +72,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--methods", default="", metavar="A,B", help="only these rows (default: all)")
     parser.add_argument("--rows", type=Path, default=ROWS, metavar="FILE", help="losses of each method")
     parser.add_argument("--launch", default=sys.executable, metavar="WORDS", help='such as "accelerate launch"')
+    add_import_option(parser)
     own, rest = parser.parse_known_args(argv)
     chosen = [option for option in rest if option.startswith("--loss.")]
     if chosen:
         raise RecipeError(f"{chosen[0]}: losses and weights are rows of {own.rows}; copy it, change it and give --rows")
     if own.seeds < 1:
         raise RecipeError(f"--seeds {own.seeds}: one at least")
-    base = parse(rest, LOSSES).recipe
+    imports = [word for file in own.imports for word in ("--import", str(file))]
+    base = parse([*rest, *imports], LOSSES).recipe
     if base.teacher.name == "none":
         raise RecipeError("teacher.name is 'none'; name the teacher of all methods with --teacher")
     rows = chosen_rows(own.rows, own.methods)
-    return compare(base, rows, own.seeds, shlex.split(own.launch))
+    return compare(base, rows, own.seeds, [*shlex.split(own.launch), str(TRAIN), *imports])
 
 
 def chosen_rows(path: Path, names: str) -> dict[str, dict[str, Any]]:
@@ -112,12 +114,12 @@ def recipes(base: Recipe, rows: Mapping[str, dict[str, Any]], seed: int) -> dict
     return found | {name: of(name, loss=loss) for name, loss in rows.items()}
 
 
-def compare(base: Recipe, rows: Mapping[str, dict[str, Any]], seeds: int, launch: Sequence[str]) -> int:
-    """Makes the runs and writes OUT/methods.md; 1 where some run failed."""
+def compare(base: Recipe, rows: Mapping[str, dict[str, Any]], seeds: int, train: Sequence[str]) -> int:
+    """Makes the runs and writes OUT/methods.md; 1 where some run failed. train: the words of the main command."""
     out, control = Path(base.out), Control().listen()
     numbers = range(base.seed, base.seed + seeds)
     planned = {seed: recipes(base, rows, seed) for seed in numbers}  # a wrong row is found before the first run
-    base = with_teacher(base, launch, control)
+    base = with_teacher(base, train, control)
     found: dict[str, Row] = {name: Row(name, {}) for name in planned[base.seed]}
     failed = False
     for seed, name in ((seed, name) for seed in numbers for name in found):
@@ -126,10 +128,10 @@ def compare(base: Recipe, rows: Mapping[str, dict[str, Any]], seeds: int, launch
         recipe = planned[seed][name]
         if recipe.teacher.name != "none":
             recipe = dataclasses.replace(recipe, teacher=base.teacher)
-        code, said = made(recipe, launch, control)
+        code, said = made(recipe, train, control)
         if code:
             if name == ALONE:
-                raise RecipeError(f"the student alone, exit code {code}: {said}")
+                raise ended_badly("the student alone", code, said)
             failed = failed or code != REFUSED
             found[name] = found[name]._replace(
                 problem=f"{'refused' if code == REFUSED else f'failed with exit code {code}'}: {said}"
@@ -143,14 +145,14 @@ def compare(base: Recipe, rows: Mapping[str, dict[str, Any]], seeds: int, launch
     return int(failed)
 
 
-def with_teacher(base: Recipe, launch: Sequence[str], control: Control) -> Recipe:
+def with_teacher(base: Recipe, train: Sequence[str], control: Control) -> Recipe:
     """`base` with a path as its teacher's weights where the recipe says `train`: the teacher is trained, once for all."""
     if base.teacher.weights != "train":
         return base
     recipe = teacher_recipe(base)
-    code, said = made(recipe, launch, control)
+    code, said = made(recipe, train, control)
     if code:
-        raise RecipeError(f"the teacher, exit code {code}: {said}")
+        raise ended_badly("the teacher", code, said)
     summary = json.loads((Path(recipe.out) / "summary.json").read_text())
     print(f"teacher {base.teacher.name}: top-1 {summary['top1']:.2f}", flush=True)
     weights = str(Path(recipe.out) / "student")
@@ -158,7 +160,12 @@ def with_teacher(base: Recipe, launch: Sequence[str], control: Control) -> Recip
     return dataclasses.replace(base, teacher=dataclasses.replace(base.teacher, weights=weights, evaluate=False))
 
 
-def made(recipe: Recipe, launch: Sequence[str], control: Control) -> tuple[int, str]:
+def ended_badly(run: str, code: int, said: str) -> Exception:
+    """What to raise for a run without which there is nothing to compare: it was refused, or it failed."""
+    return RecipeError(f"{run}: {said}") if code == REFUSED else RuntimeError(f"{run} failed with exit code {code}: {said}")
+
+
+def made(recipe: Recipe, train: Sequence[str], control: Control) -> tuple[int, str]:
     """Exit code of the run of a recipe, which is not made again where it is finished, and what is wrong, if anything is.
 
     Its recipe and its log are beside the run's folder. Raises Interrupted where this process is asked to stop.
@@ -169,7 +176,7 @@ def made(recipe: Recipe, launch: Sequence[str], control: Control) -> tuple[int, 
     folder.parent.mkdir(parents=True, exist_ok=True)
     file, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
     write_atomically(file, yaml.safe_dump(as_dict(recipe), sort_keys=False))
-    code = ended([*launch, str(TRAIN), "--recipe", str(file), "--resume"], log, control)
+    code = ended([*train, "--recipe", str(file), "--resume"], log, control)
     if control.received:
         raise Interrupted(f"stopped in {folder}; the same command goes on")
     return explained(code, log) if code else (0, "")

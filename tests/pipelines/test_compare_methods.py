@@ -19,16 +19,19 @@ from tests.runs import arguments
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+OWN_LOSS = ROOT / "tests" / "distill" / "losses" / "everything.py"
 SOME = """
 kd:
   kd: {weight: 1.0}
+everything:
+  everything: {weight: 1.0}
 tiny_cells:
   wkd_feature: {weight: 1.0, grid: 8}
 too_heavy:
   cross_entropy: {weight: 1.0}
   kd: {weight: 1.0e+38}
 """
-"""A method that trains, one that cannot serve the pair, and one whose loss is not finite."""
+"""A method that trains, one of a file of the user's, one that cannot serve the pair, and one whose loss is not finite."""
 
 
 def started(digits: Path, out: Path, *more: str) -> subprocess.Popen:
@@ -36,7 +39,7 @@ def started(digits: Path, out: Path, *more: str) -> subprocess.Popen:
     rows = out.with_suffix(".rows.yaml")
     rows.write_text(SOME)
     line = [sys.executable, str(ROOT / "pipelines" / "compare_methods.py"), *arguments(digits, out)]
-    line += ["--teacher-weights", "train", "--train.epochs", "1", "--rows", str(rows), *more]
+    line += ["--teacher-weights", "train", "--train.epochs", "1", "--rows", str(rows), "--import", str(OWN_LOSS), *more]
     return subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -57,7 +60,7 @@ def test_one_command_trains_the_teacher_once_and_every_method_and_goes_on_where_
     assert (out / "teacher" / "summary.json").stat().st_mtime_ns == before
     table = (out / "methods.md").read_text()
     names = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
-    assert names == ["method", "---", "alone", "kd"]
+    assert names == ["method", "---", "alone", "kd", "everything"]
     assert "* tiny_cells: refused: loss.wkd_feature: grid 8 has cells of one pixel" in table
     assert "* too_heavy: failed with exit code 1: " in table
     manifests = [json.loads((out / name / "seed1" / "manifest.json").read_text()) for name in ("alone", "kd")]

@@ -74,6 +74,9 @@ class Needs:
     """What the model's last linear layer reads."""
     head_bias: bool = False
     """The logits of an empty feature map: the part of the logits that no cell of the map gives."""
+    logits: bool = False
+    """The logits of the whole image. Every model with a classifier gives them unasked; a criterion that reads them says so, and
+    is then refused before the run for a teacher that has none."""
 
     def __or__(self, other: Needs) -> Needs:
         """The union of both, in order of first mention."""
@@ -88,7 +91,7 @@ class ModelOutput(NamedTuple):
     """Everything one forward pass of a backbone gives; entries that no criterion needs are absent."""
 
     logits: Tensor
-    """[B, K], the model's own, bit for bit."""
+    """[B, K], the model's own, bit for bit; [B, 0] where the model has no classifier."""
     feature_map: Tensor
     """[B, C, H, W], the map that the model's head reads."""
     region_logits: Mapping[Regions, Tensor]
@@ -102,7 +105,7 @@ class ModelOutput(NamedTuple):
     blocks: Mapping[int, Tensor] = {}
     """[B, C_i, H_i, W_i] for each block asked for, by the index it was asked with."""
     embedding: Tensor | None = None
-    """[B, D], what the last linear layer reads."""
+    """[B, D], what the last linear layer reads; of a model without a classifier, what its head gives."""
     head_bias: Tensor | None = None
     """[K], the logits of an empty feature map."""
 
@@ -127,12 +130,13 @@ class ModelFacts:
     """What is known of a model before the first step, at its own input size; criteria are made from it."""
 
     num_classes: int
+    """0 for a model without a classifier."""
     stages: tuple[MapShape, ...]
     """First to last; the last is the feature map."""
     blocks: tuple[MapShape, ...] = ()
     """Maps of `forward_intermediates`, by its own index."""
     embedding: int = 0
-    """Numbers that the last linear layer reads of an image; 0 where the model has no such layer."""
+    """D, the numbers of an image's embedding; 0 where the model has a classifier that is not one linear layer."""
     preactivation_norms: tuple[Affine | None, ...] = ()
     """The normalisation that each stage's pre-activation comes from; None where there is none."""
 

@@ -72,7 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def build_model(asked: argparse.Namespace, num_classes: int) -> Backbone:
     """The model with its weights, at the size that was asked for."""
     probed = create_teacher(asked.model, weights=asked.weights, num_classes=num_classes, image_size=asked.image_size or None)
-    return probed.backbone(Needs())
+    return probed.backbone(Needs(logits=True))
 
 
 @command

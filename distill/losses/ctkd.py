@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from distill.losses.inputs import check_weights, teacher_of
 from distill.losses.logits import dkd_loss, kd_loss
-from distill.protocols import Criterion, ModelOutput, Target
+from distill.protocols import Criterion, ModelOutput, Needs, Target
 
 Shape = Literal["cosine", "linear"]
 
@@ -67,6 +67,8 @@ class CTKD(Criterion):
         beta: of dkd; 8 for most CIFAR-100 pairs.
         standardise: give every row of both models' logits mean 0 and deviation 1 first (LSKD).
     """
+
+    student_needs = teacher_needs = Needs(logits=True)
 
     def __init__(
         self,

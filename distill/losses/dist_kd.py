@@ -8,7 +8,7 @@ from torch import Tensor
 from distill.losses.gathering import joined_batch
 from distill.losses.inputs import check_classes, check_pair, check_temperature, check_weights, teacher_of
 from distill.precision import double_precision, full_precision_type, no_autocast
-from distill.protocols import Criterion, Gathered, ModelFacts, ModelOutput, Target
+from distill.protocols import Criterion, Gathered, ModelFacts, ModelOutput, Needs, Target
 
 EPS = 1e-8
 
@@ -63,6 +63,8 @@ class Dist(Criterion):
             square.
         gather: correlate over the images of all processes.
     """
+
+    student_needs = teacher_needs = Needs(logits=True)
 
     def __init__(
         self,

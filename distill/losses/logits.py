@@ -23,7 +23,7 @@ from distill.losses.divergence import (
 )
 from distill.losses.inputs import check_pair, check_temperature, check_weights, soft_labels, teacher_of
 from distill.precision import double_precision, full_precision, no_autocast
-from distill.protocols import Criterion, ModelOutput, Target
+from distill.protocols import Criterion, ModelOutput, Needs, Target
 
 EPS = 1e-7
 """What logit standardisation adds to a row's deviation, as the released code."""
@@ -257,6 +257,7 @@ class CrossEntropy(Criterion):
         label_smoothing: share of the target spread evenly over all classes, from 0 to 1.
     """
 
+    student_needs = Needs(logits=True)
     teacher_needs = None
 
     def __init__(self, *, label_smoothing: float = 0.0) -> None:
@@ -284,6 +285,8 @@ class KD(Criterion):
             temperature of 2, a weight of 9 and 0.1 of cross-entropy.
     """
 
+    student_needs = teacher_needs = Needs(logits=True)
+
     def __init__(self, *, temperature: float = 4.0, standardise: bool = False) -> None:
         super().__init__()
         check_temperature(temperature)
@@ -306,6 +309,7 @@ class DKD(Criterion):
             temperature of 2, alpha 9, beta 72 and 0.1 of cross-entropy.
     """
 
+    student_needs = teacher_needs = Needs(logits=True)
     accepts_soft_labels = False
 
     def __init__(self, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, standardise: bool = False) -> None:
@@ -329,6 +333,8 @@ class NKD(Criterion):
         mask_target: leave the target out of that part, as the paper; False is what SDD's repository computes.
         standardise: give every row of both models' logits mean 0 and deviation 1 first.
     """
+
+    student_needs = teacher_needs = Needs(logits=True)
 
     def __init__(
         self, *, gamma: float = 1.5, temperature: float = 1.0, mask_target: bool = True, standardise: bool = False

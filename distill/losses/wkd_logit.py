@@ -12,7 +12,7 @@ from torch import Tensor
 from distill.losses.divergence import LEFT_OUT
 from distill.losses.inputs import check_classes, check_pair, check_temperature, check_weights, soft_labels, teacher_of
 from distill.precision import full_precision, no_autocast
-from distill.protocols import Criterion, ModelFacts, ModelOutput, Target
+from distill.protocols import Criterion, ModelFacts, ModelOutput, Needs, Target
 
 FLOOR = 1e-8
 """Added to costs and to what scalings are divided by: it bounds these where no mass arrives, and belongs to the method."""
@@ -126,6 +126,7 @@ class WKDLogit(Criterion):
         sharpening: of the distances; 0 takes them as they are.
     """
 
+    student_needs = teacher_needs = Needs(logits=True)
     cost: Tensor
 
     def __init__(

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill.models.anatomy import Anatomy
-from distill.models.classifier import Classifier
 from distill.models.region_logits.attend import AttendHead
 from distill.models.region_logits.find import CHECKED, find_mechanism, last_block_input
 from distill.models.region_logits.head_batchnorm import normalised_by, region_statistics, snapshot, training_batchnorms
@@ -49,6 +48,8 @@ class Backbone(nn.Module):
     `mechanisms` and `attend`; it is `shift` where the last block is not one that `attend` knows, with a warning.
     class_map: for each class of the data the model's own class; logits and region logits are reordered so. None: as they are.
     frozen: a teacher. Its parameters take no gradient and it stays in evaluation mode whatever `train()` says.
+    A model without a classifier (`num_classes` 0) gives empty logits [B, 0], no region logits and no head bias. Its embedding
+    is what its head gives, which is what the classifier that it lacks would read.
     ValueError where `needs` asks for what this model cannot give, with the reason and what still works.
     """
 
@@ -78,9 +79,11 @@ class Backbone(nn.Module):
         self.grid = (self.layout.height, self.layout.width)
         if not frozen:
             _check_keeps_tokens(self.name, model)
+        _check_classifier(needs, anatomy)
         self.map_indices = _wanted_maps(needs, anatomy)
         self.taps = _wanted_taps(needs, anatomy)
-        self.head_taps = [_classifier_of(anatomy).tap()] if needs.embedding else []
+        _check_embedding(needs, anatomy)
+        self.head_taps = [anatomy.classifier.tap()] if needs.embedding and anatomy.classifier.name else []
         if needs.head_bias:
             _check_head_bias(model, anatomy, not frozen)
         self.plan: RegionPlan = plan_regions(needs, self.grid)
@@ -154,7 +157,7 @@ class Backbone(nn.Module):
             stages={stage: self._stage(trunk, stage) for stage in needs.stages},
             preactivations={stage: self._preactivation(trunk, stage) for stage in needs.preactivations},
             blocks={block: trunk.maps[block % len(self.anatomy.facts.blocks)] for block in needs.blocks},
-            embedding=self.head_taps[0].taken().flatten(1) if needs.embedding else None,
+            embedding=self._embedding(trunk) if needs.embedding else None,
             head_bias=self._head_bias(trunk.features) if needs.head_bias else None,
         )
 
@@ -198,6 +201,11 @@ class Backbone(nn.Module):
         pooled: Tensor = self.model.get_submodule(pooling)(kept) if pooling else kept
         return pooled
 
+    def _embedding(self, trunk: Trunk) -> Tensor:
+        """[B, D]: what the classifier has read, or what a head without one gives."""
+        read = self.head_taps[0].taken() if self.head_taps else self.model.forward_head(trunk.features)
+        return read.flatten(1)
+
     def _rows(self, feature_map: Tensor) -> Tensor:
         """Every distinct region, float32 [B, U, C]; no copy of the map in float32 where nobody asks for regions."""
         if not self.plan.origins:
@@ -219,6 +227,8 @@ class Backbone(nn.Module):
 
     def _logits(self, trunk: Trunk) -> tuple[Tensor, Tensor | None]:
         """The model's own logits by its own classes, and what the way to region logits reads beside the features."""
+        if self.anatomy.facts.num_classes < 1:
+            return trunk.feature_map.new_empty(len(trunk.feature_map), 0), None
         with tapped(self.model, self.head_taps):
             if isinstance(self.region_head, SplitHead):
                 return self.region_head.first(self.model, trunk.features)
@@ -267,13 +277,23 @@ def _wanted_taps(needs: Needs, anatomy: Anatomy) -> dict[int, Tap]:
     return {stage: each.tap() for stage, each in found.items() if each.name}
 
 
-def _classifier_of(anatomy: Anatomy) -> Classifier:
-    """The model's last linear layer; ValueError, with the reason, where it has none."""
-    if anatomy.classifier.refusal:
+def _check_classifier(needs: Needs, anatomy: Anatomy) -> None:
+    """ValueError where a model without a classifier is asked for what only a classifier gives."""
+    asked = {"logits": needs.logits, "region logits": needs.region_logits, "the bias of its head": needs.head_bias}
+    wanted = " and ".join(name for name, wanted in asked.items() if wanted)
+    if wanted and anatomy.facts.num_classes < 1:
+        raise ValueError(
+            f"{anatomy.name} has no classifier (num_classes 0) and cannot give {wanted}; take a loss that reads feature maps "
+            "or embeddings, such as fitnet, sp or rkd, or weights with a classifier"
+        )
+
+
+def _check_embedding(needs: Needs, anatomy: Anatomy) -> None:
+    """ValueError, with the reason, where a model is asked for an embedding that it has not."""
+    if needs.embedding and anatomy.classifier.refusal:
         raise ValueError(
             f"{anatomy.name} cannot give an embedding: {anatomy.classifier.refusal}; take a loss that reads logits or maps"
         )
-    return anatomy.classifier
 
 
 def _check_head_bias(model: TimmModel, anatomy: Anatomy, trains: bool) -> None:

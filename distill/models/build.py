@@ -19,11 +19,20 @@ from distill.models.anatomy import Anatomy, examine
 from distill.models.backbone import Backbone
 from distill.models.input_spec import input_spec_of
 from distill.models.region_logits.layout import TimmModel
-from distill.models.weights import classes_in, load_weights, read_class_map, read_config, read_weights
+from distill.models.weights import (
+    classes_in,
+    lacks_classifier_alone,
+    load_state,
+    load_weights,
+    read_class_map,
+    read_config,
+    read_weights,
+)
 from distill.protocols import InputSpec, ModelFacts, Needs
 
 LOCAL = "local-dir:"
 REMOTE = ("hf-hub:", "hf_hub:", LOCAL)
+WITHOUT = "take it without its classifier by `num_classes: 0` in model_kwargs"
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ def probe(
     """A timm model that you have made, probed.
 
     name: what errors call it. input_spec: what it is fed; None: what its `pretrained_cfg` says. The others as in `Backbone`.
-    ValueError for a model without a classifier and for one whose features have no grid.
+    ValueError for a model whose features have no grid.
     """
     anatomy = examine(model, input_spec or input_spec_of(model), name)
     return ProbedModel(model, anatomy, class_tokens, None if class_map is None else tuple(class_map), frozen)
@@ -96,6 +105,8 @@ def create_student(
     `timm.create_model` takes for it. class_tokens: see `Backbone`. ValueError where the name is unknown (with the nearest
     ones), where an argument is not one of the architecture's, or where the weights are not its own.
     """
+    if "num_classes" in (model_kwargs or {}):
+        raise ValueError("model_kwargs: num_classes of a model that is trained comes from the data; leave it out")
     kwargs = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate, **(model_kwargs or {})}
     if image_size is not None and _is_fixed(name):
         kwargs.setdefault("img_size", image_size)
@@ -122,14 +133,19 @@ def create_teacher(
     tests and measurements). ValueError as in `create_student`, and where the weights are for another number of classes: timm
     itself would put a fresh random head there without a word. class_map: a file with one line per class of the data, the number
     of that class among the weights' own; it lets a teacher of other classes (ImageNet-21k) serve data that are some of them.
+
+    Weights without a classifier (DINOv2, MAE) make a teacher without one; `num_classes` 0 among `model_kwargs` takes it off
+    any other. Such a teacher has no logits: see `Backbone`.
     """
     kwargs = dict(model_kwargs or {})
+    own_classes = kwargs.pop("num_classes", num_classes)
+    if own_classes not in (0, num_classes):
+        raise ValueError(f"model_kwargs: num_classes {own_classes}, the data have {num_classes}; leave it out, or say 0")
     if image_size is not None and _is_fixed(name):
         kwargs.setdefault("img_size", image_size)
-    own_classes = num_classes
     mapped = None
     if class_map is not None:
-        own_classes = _classes_of_weights(name, weights)
+        own_classes = own_classes and _classes_of_weights(name, weights)
         mapped = read_class_map(class_map, num_classes, own_classes)
     if weights == "random":
         model = create_model(name, num_classes=own_classes, **kwargs)
@@ -138,8 +154,11 @@ def create_teacher(
     elif Path(weights).is_dir():
         model = _from_folder(name, Path(weights), own_classes, kwargs)
     else:
+        state = read_weights(weights)
         model = create_model(name, num_classes=own_classes, **kwargs)
-        load_weights(model, weights)
+        if lacks_classifier_alone(model, state):
+            model = create_model(name, num_classes=0, **kwargs)
+        load_state(model, state, weights)
     spec = _spec_at(model, image_size or kwargs.get("img_size"))
     return probe(model, name=name, input_spec=spec, class_tokens=class_tokens, class_map=mapped, frozen=True)
 
@@ -241,19 +260,25 @@ def _published(name: str, num_classes: int, kwargs: dict[str, Any]) -> TimmModel
         if cfg is None or not cfg.has_weights:
             raise ValueError(f"{name}: timm publishes no weights for it; give a path, or train it on these data first")
         _check_classes(name, cfg.num_classes, num_classes)
-    model = create_model(name, pretrained=True, **kwargs)
+    model = create_model(name, pretrained=True, num_classes=None if num_classes else 0, **kwargs)
     _check_classes(name, int(model.num_classes), num_classes)
     return model
 
 
 def _check_classes(name: str, have: int, want: int) -> None:
-    if have == want:
+    """ValueError where published weights have a classifier, one is wanted, and it has other classes."""
+    if 0 in (have, want) or have == want:
         return
     architecture = name.partition(".")[0]
     others = [] if name.startswith(REMOTE) else [n for n in _tagged(architecture) if _classes_of(n) == want]
     remedy = f"take {', '.join(others)}" if others else "take other weights, or train it on these data first"
-    what = f"weights for {have} classes" if have else "weights without a classifier (0 classes)"
-    raise ValueError(f"{name}: {what}, the data have {want}; {remedy}")
+    raise ValueError(f"{name}: weights for {have} classes, the data have {want}; {remedy}, or {WITHOUT}")
+
+
+def published_without_classifier(name: str) -> bool:
+    """Whether the weights that timm takes for this name have no classifier, as far as can be told before they are fetched."""
+    cfg = None if name.startswith(REMOTE) else get_pretrained_cfg(name)
+    return cfg is not None and cfg.has_weights and cfg.num_classes == 0
 
 
 def _classes_of(name: str) -> int:
@@ -284,6 +309,7 @@ def _from_folder(name: str, folder: Path, num_classes: int, kwargs: dict[str, An
             f"{folder}: holds a {config['architecture']}, not a {architecture}; name the teacher so, or give its weights"
         )
     have = int(config.get("num_classes", 0))
-    if have != num_classes:
-        raise ValueError(f"{folder}: weights for {have} classes, the data have {num_classes}; give a teacher of these data")
-    return create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
+    if have != num_classes and 0 not in (have, num_classes):
+        what = f"weights for {have} classes, the data have {num_classes}"
+        raise ValueError(f"{folder}: {what}; give a teacher of these data, or {WITHOUT}")
+    return create_model(f"local-dir:{folder}", pretrained=True, num_classes=None if num_classes else 0, **kwargs)

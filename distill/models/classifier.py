@@ -1,4 +1,7 @@
-"""The last linear layer of a model, found by watching its head run: what it reads is the model's embedding."""
+"""Where a model's embedding is: its last linear layer, found by watching its head run, reads it.
+
+A model without a classifier has no such layer: its head itself gives the embedding.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,11 @@ class Classifier:
     """The one layer whose output is the logits."""
 
     name: str = ""
+    """Empty where there is no such layer."""
     width: int = 0
-    """Numbers of an embedding; 0 where there is no such layer."""
+    """Numbers of an embedding; 0 where there is none."""
     refusal: str = ""
-    """Why there is none; empty where there is one."""
+    """Why there is no embedding; empty where there is one."""
 
     def tap(self) -> Tap:
         """A tap on the embedding; no copy, for a linear layer does not write into what it reads."""
@@ -30,8 +34,10 @@ def find_classifier(model: TimmModel, features: Features) -> Classifier:
     """The linear layer, or 1x1 convolution of one cell, that gives a model's logits; called in evaluation mode.
 
     Its output must be the logits themselves, in the same memory, so that it cannot be one of several heads that are averaged,
-    or be scaled afterwards.
+    or be scaled afterwards. A model without a classifier has none, and its embedding is what its head gives.
     """
+    if model.num_classes < 1:
+        return _of_head_output(model.forward_head(features))
     seen: list[tuple[nn.Module, Tensor, Tensor]] = []
 
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -55,3 +61,11 @@ def find_classifier(model: TimmModel, features: Features) -> Classifier:
     if width != read.shape[1] or not torch.equal(again.flatten(), logits.flatten()) or gave.flatten(1).shape != logits.shape:
         return Classifier(refusal=f"its last linear layer {layers[module]} reads more than one vector of an image")
     return Classifier(layers[module], width)
+
+
+def _of_head_output(output: object) -> Classifier:
+    """The width of what a head without a classifier gives, where that is one vector of each image."""
+    if isinstance(output, Tensor) and output.ndim > 1 and output.numel() == output.shape[0] * output.shape[1]:
+        return Classifier(width=output.shape[1])
+    shape = list(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
+    return Classifier(refusal=f"its head, which has no classifier, gives {shape} of an image, not one vector")

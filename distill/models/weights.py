@@ -20,9 +20,18 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Files with pickled objects other than tensors and plain containers are refused. A checkpoint that holds an EMA beside the
     weights gives the EMA, as in timm. ValueError, in one line, where file and model do not fit.
     """
-    state = read_weights(path)
-    _check_classes(model, state, path)
+    load_state(model, read_weights(path), path)
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Loads tensors by name into `model`, strictly; a model that was made without a classifier leaves that of `state` out.
+
+    ValueError, in one line that begins with `path`, where they do not fit.
+    """
     own = model.state_dict()
+    if model.num_classes == 0:
+        state = {key: value for key, value in state.items() if key in own or not _of_classifier(model, key)}
+    _check_classes(model, state, path)
     missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or extra:
         raise ValueError(
@@ -66,6 +75,19 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def lacks_classifier_alone(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    """Whether a state dict has all of the model but its classifier, by the names that timm's cfg gives it."""
+    missing = set(model.state_dict()) - set(state)
+    return bool(missing) and all(_of_classifier(model, key) for key in missing)
+
+
+def _of_classifier(model: nn.Module, key: str) -> bool:
+    """Whether a tensor lies in the outermost module of a classifier: LeViT's has a BatchNorm beside its linear layer."""
+    cfg: Any = getattr(model, "pretrained_cfg", {})
+    names = cfg.get("classifier") or ()
+    return key.partition(".")[0] in {each.partition(".")[0] for each in ((names,) if isinstance(names, str) else names)}
+
+
 def _check_classes(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """The most common misfit has its own words: another number of classes."""
     cfg: Any = getattr(model, "pretrained_cfg", {})
@@ -92,6 +114,8 @@ def read_class_map(path: str | Path, num_classes: int, own_classes: int) -> tupl
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"{file}: no such class map; give a file with one class number of the teacher per line")
+    if own_classes < 1:
+        raise ValueError(f"class_map {file}: the teacher has no classifier, so there are no classes to map; leave it out")
     lines = [text for text in (line.partition("#")[0].strip() for line in file.read_text().splitlines()) if text]
     wrong = next((text for text in lines if not text.isdecimal() or int(text) >= own_classes), None)
     if wrong is not None:

@@ -148,4 +148,4 @@ def test_every_loss_of_the_table_names_itself_where_the_teacher_is_missing():
         with pytest.raises(ValueError, match=f"^{name} compares with a teacher"):
             criterion(OUTPUT, None, Target(LABELS))
     assert CrossEntropy().teacher_needs is None
-    assert LOSSES["kd"]().teacher_needs == Needs()
+    assert LOSSES["kd"]().teacher_needs == Needs(logits=True)

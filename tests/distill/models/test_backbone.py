@@ -198,12 +198,6 @@ def test_a_stage_that_is_not_there_is_refused_with_the_range() -> None:
         backbone("cifar_resnet8", 32, Needs(stages=(-4,)))
 
 
-def test_a_model_without_a_classifier_is_refused() -> None:
-    model = timm.create_model("resnet18", num_classes=0)
-    with pytest.raises(ValueError, match=r"resnet18 has no classifier \(num_classes 0\)"):
-        examine(model, spec(64), "resnet18")
-
-
 def test_a_student_that_drops_tokens_in_training_is_refused() -> None:
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=1, img_size=64, patch_drop_rate=0.5)
     with pytest.raises(ValueError, match=r"patch_drop_rate 0.5: vit drops tokens in training"):

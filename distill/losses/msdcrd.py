@@ -2,7 +2,7 @@
 
 Regions of the student's map, projected to the teacher's channels, are contrasted with regions of the teacher's map: the same
 region of the same image is the positive, regions to which the teacher's own head gives another category are negatives, all
-others are left out.
+others are left out. Of a teacher without a classifier the images' labels can take the place of these categories.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from distill.protocols import Criterion, Gathered, ModelFacts, ModelOutput, Need
 from distill.regions import Grid, cached_matrix, pool, region_matrix, scale_slices, usable_scales
 
 FORMS = ("log", "eq12")
+CATEGORIES = ("teacher", "labels")
 
 
 def contrastive_loss(
@@ -130,6 +131,20 @@ def chosen_stages(stages: Literal["last", "all"] | tuple[int, ...], pairs: int) 
     return tuple(stages)
 
 
+def chosen_categories(categories: str, mask_same_category: bool, teacher: ModelFacts) -> str:
+    """What tells regions apart: `teacher`, `labels`, or `none` without a mask. ValueError where the teacher cannot."""
+    if categories not in CATEGORIES:
+        raise ValueError(f"categories {categories!r} is unknown; choose one of {', '.join(CATEGORIES)}")
+    if not mask_same_category:
+        return "none"
+    if categories == "teacher" and teacher.num_classes < 1:
+        raise ValueError(
+            "msdcrd takes the categories of regions from the teacher's classifier, and this teacher has none; "
+            "set categories to labels, or mask_same_category to false"
+        )
+    return categories
+
+
 class MSDCRD(Criterion):
     """Multi-scale decoupled contrastive representation distillation (arXiv 2502.05835v1).
 
@@ -143,6 +158,8 @@ class MSDCRD(Criterion):
         temperature: what cosines are divided by; the paper has none, 1.
         form: log, or eq12 as printed in the paper, without the logarithm.
         mask_same_category: leave other regions of the same category out of the negatives; off in Table 4's "CL" and "CL+MSP".
+        categories: of regions: `teacher`, what its classifier says of each, as the paper; `labels`, that of the image for all
+            of its regions. A teacher without a classifier takes `labels`, or no mask.
         gather: take negatives from all processes.
         chunk_rows: rows of similarities held at once; None chooses.
         kernel_size: of the attention projector's second convolution; 3 as counted in Table 7, 1 as in the paper's text.
@@ -161,12 +178,14 @@ class MSDCRD(Criterion):
         temperature: float = 1.0,
         form: Literal["log", "eq12"] = "log",
         mask_same_category: bool = True,
+        categories: Literal["teacher", "labels"] = "teacher",
         gather: bool = False,
         chunk_rows: int | None = None,
         kernel_size: int = 3,
         projector: Projector = "attention",
     ) -> None:
         super().__init__()
+        self.categories = chosen_categories(categories, mask_same_category, teacher)
         check_temperature(temperature)
         check_form(form, chunk_rows)
         self.stages = chosen_stages(stages, min(len(student.stages), len(teacher.stages)))
@@ -174,6 +193,7 @@ class MSDCRD(Criterion):
         largest = max(windows, default=1)
         region_matrix(largest, largest, self.regions)  # raises for regions that no map can have
         self.mask_same_category, self.gather = mask_same_category, gather
+        self.accepts_soft_labels = self.categories != "labels"
         self._contrasts: list[Gathered] = []
         self.contrast = partial(
             contrast,
@@ -188,8 +208,7 @@ class MSDCRD(Criterion):
             for stage in self.stages
         )
         self.student_needs = Needs(stages=self.stages)
-        categories = (self.regions,) if mask_same_category else ()
-        self.teacher_needs = Needs(region_logits=categories, stages=self.stages)
+        self.teacher_needs = Needs(region_logits=(self.regions,) if self.categories == "teacher" else (), stages=self.stages)
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over stages (eq. 13); and each stage's loss, mean related cosine and mean number of this rank's negatives."""
@@ -198,7 +217,7 @@ class MSDCRD(Criterion):
         total, statistics = student.logits.new_zeros((), dtype=torch.float32), {}
         for stage, projector in zip(self.stages, self.projectors, strict=True):
             mine, theirs = projector(student.stages[stage]), teacher.stages[stage].detach()
-            loss, cosine, negatives = self._stage_loss(mine, theirs, teacher)
+            loss, cosine, negatives = self._stage_loss(mine, theirs, teacher, target)
             total = total + loss
             statistics[f"stage{stage}/loss"] = loss.detach()
             statistics[f"stage{stage}/related_cosine"] = cosine
@@ -213,7 +232,7 @@ class MSDCRD(Criterion):
         """The teacher's rows of each stage, with a category each."""
         return tuple(self._contrasts)
 
-    def _stage_loss(self, mine: Tensor, theirs: Tensor, teacher: ModelOutput) -> tuple[Tensor, Tensor, Tensor]:
+    def _stage_loss(self, mine: Tensor, theirs: Tensor, teacher: ModelOutput, target: Target) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, mean related cosine and mean number of negatives of one pair of [B, C, H, W] maps."""
         grids = (_grid(mine), _grid(theirs))
         scales = usable_scales(self.regions.scales, *grids)
@@ -224,15 +243,18 @@ class MSDCRD(Criterion):
             pool(each, cached_matrix(grid, *shape, full_precision_type(each), each.device)).flatten(0, 1)
             for each, grid in zip((mine, theirs), grids, strict=True)
         )
-        categories = self._categories(teacher, scales, len(regions), mine.device)
+        categories = self._categories(teacher, target, scales, len(regions))
         self._contrasts.append(Gathered(len(targets), targets.shape[1], self.gather))
         loss, cosine = self.contrast(regions, targets, categories)
         return loss, cosine, mean_negatives(categories, self.mask_same_category)
 
-    def _categories(self, teacher: ModelOutput, scales: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
-        """The teacher's category of each region of each image, from its own head on its last map, for every stage alike."""
-        if not self.mask_same_category:
-            return torch.zeros(rows, dtype=torch.int64, device=device)
+    def _categories(self, teacher: ModelOutput, target: Target, scales: tuple[int, ...], rows: int) -> Tensor:
+        """The category of each region of each image, for every stage alike: the image's label, or what the teacher's own head
+        makes of the region of its last map."""
+        if self.categories == "none":
+            return torch.zeros(rows, dtype=torch.int64, device=teacher.feature_map.device)
+        if self.categories == "labels":
+            return target.labels.repeat_interleave(rows // len(target.labels))
         predicted = teacher.region_logits[self.regions].detach().argmax(-1)
         slices = scale_slices(self.regions.scales)
         kept = [predicted[:, slices[scale]] for scale in scales]

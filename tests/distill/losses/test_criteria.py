@@ -7,6 +7,7 @@ import inspect
 import logging
 import pickle
 import typing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ VARIANTS = [
     ("msdcrd", {"stages": "last", "windows": (3, 2), "stride": 2, "temperature": 0.1}),
     ("msdcrd", {"stages": (-2,), "scales": (), "windows": (7, 4), "projector": "1x1"}),
     ("msdcrd", {"scales": (1,), "mask_same_category": False, "form": "eq12"}),
+    ("msdcrd", {"categories": "labels", "windows": (3,)}),
     ("kd", {"standardise": True}),
     ("sdd", {"base": "nkd", "standardise": True}),
     ("cat_kd", {}),
@@ -279,6 +281,29 @@ def test_msdcrd_pairs_stages_from_the_end():
     assert criterion.student_needs == Needs(stages=(-3, -1))
     assert criterion.teacher_needs == Needs(region_logits=(Regions((1, 2, 4)),), stages=(-3, -1))
     assert MSDCRD(**FACTS, stages="last").stages == (-1,)
+
+
+@pytest.mark.parametrize("windows", [(), (3,)])
+def test_msdcrd_can_take_each_images_own_label_as_the_category_of_its_regions(windows):
+    """The same as a teacher that gives every region the label of its image; then nothing of its classifier is read."""
+    by_teacher, by_labels = (MSDCRD(**FACTS, windows=windows, categories=each) for each in ("teacher", "labels"))
+    by_labels.load_state_dict(by_teacher.state_dict())
+    assert by_labels.teacher_needs == Needs(stages=by_teacher.stages)
+    assert (by_teacher.accepts_soft_labels, by_labels.accepts_soft_labels) == (True, False)
+    student, teacher = (model_output(side, getattr(by_teacher, f"{side}_needs")) for side in ("student", "teacher"))
+    logits = {regions: F.one_hot(LABELS, 6)[:, None].expand(each.shape) for regions, each in teacher.region_logits.items()}
+    wanted, statistics = by_teacher(student, teacher._replace(region_logits=logits), Target(LABELS))
+    found, restated = by_labels(student, teacher._replace(region_logits={}), Target(LABELS))
+    assert found == wanted
+    assert restated == statistics
+
+
+def test_msdcrd_says_what_to_choose_where_the_teacher_has_no_classifier():
+    headless = replace(FACTS["teacher"], num_classes=0)
+    with pytest.raises(ValueError, match=r"this teacher has none; set categories to labels, or mask_same_category to false"):
+        MSDCRD(FACTS["student"], headless)
+    for options in ({"categories": "labels"}, {"mask_same_category": False}):
+        assert MSDCRD(FACTS["student"], headless, **options).teacher_needs.region_logits == ()
 
 
 def test_msdcrd_leaves_out_scales_that_only_repeat_cells():

@@ -11,6 +11,8 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 
 import torch
 
-from distill.config import run_parameters
-from distill.losses import LOSSES
-from distill.models.describe import Description, create_outline, describe
+from distill.models.build import ProbedModel, published_without_classifier
+from distill.models.describe import Description, create_outline, describe, outlined, probed_with_noise
+from distill.models.simkd import build_simkd_student
 from distill.protocols import Criterion, DataFacts, Needs, Regions
 from pipelines.measure.compatibility import check_all
 from pipelines.setup.arguments import Parser, add_import_option, command, import_files, requests
+from pipelines.setup.models import served_losses
 
 REGIONS = Regions(scales=(1, 2, 4))
 WEAK_WARNING = ("a1", "a2", "a3", "b1k", "b2k", "c1", "c2", "d", "ra", "ra2", "ra3", "bt")
@@ -39,7 +42,12 @@ def main(argv: Sequence[str]) -> int:
     explain_parser = commands.add_parser("explain", help="what a pair gives, costs and can be trained with")
     explain_parser.add_argument("teacher")
     explain_parser.add_argument("student")
-    explain_parser.add_argument("--num-classes", type=int, default=1000)
+    explain_parser.add_argument("--num-classes", type=int, default=1000, help="classes of the data")
+    explain_parser.add_argument(
+        "--teacher-classes",
+        type=int,
+        help="of the teacher's classifier, 0: none; default: 0 where its published weights have none, else those of the data",
+    )
     add_import_option(explain_parser)
     explain_parser.add_argument("--json", action="store_true", help="print one JSON object")
     matrix_parser = commands.add_parser("matrix", help="check every architecture of timm; goes on where it stopped")
@@ -51,23 +59,30 @@ def main(argv: Sequence[str]) -> int:
         if arguments.command == "matrix":
             return check_all(arguments.pattern, arguments.out, arguments.page, Needs((REGIONS,)))
         import_files(arguments.imports)
-        explain(arguments.teacher, arguments.student, arguments.num_classes, arguments.json)
+        print(explain(arguments.teacher, arguments.student, arguments.num_classes, arguments.teacher_classes, arguments.json))
     return 0
 
 
-def explain(teacher_name: str, student_name: str, num_classes: int, as_json: bool) -> None:
-    """Prints what the pair is and what works."""
-    teacher, student = (look_at(name, num_classes) for name in (teacher_name, student_name))
-    criteria = criteria_of(teacher, student)
+def explain(teacher_name: str, student_name: str, num_classes: int, teacher_classes: int | None, as_json: bool) -> str:
+    """What the pair is and what works, as a run would find it."""
+    if teacher_classes is None:
+        teacher_classes = 0 if published_without_classifier(teacher_name) else num_classes
+    with ExitStack() as noise:
+        theirs, ours = (
+            noise.enter_context(probed_with_noise(create_outline(name, num_classes=classes), name=name, frozen=frozen))
+            for name, classes, frozen in ((teacher_name, teacher_classes, True), (student_name, num_classes, False))
+        )
+        criteria = losses_of(theirs, ours)
+        teacher, student = (describe(each, Needs((REGIONS,))) for each in (theirs, ours))
     report = {
         "teacher": as_values(teacher),
         "student": as_values(student),
-        "losses": {name: each if isinstance(each, str) else how(each, teacher, student) for name, each in criteria.items()},
+        "losses": {name: how(each, teacher, student) for name, each in criteria.items()},
         "trained_parameters": trained_parameters(criteria),
         "teacher_share_of_step": teacher_share(teacher, student),
         "warnings": warnings(teacher, student, num_classes),
     }
-    print(json.dumps(report, indent=2) if as_json else as_text(teacher, student, report))
+    return json.dumps(report, indent=2) if as_json else as_text(teacher, student, report)
 
 
 def as_values(model: Description) -> dict[str, Any]:
@@ -75,47 +90,32 @@ def as_values(model: Description) -> dict[str, Any]:
     return dataclasses.asdict(dataclasses.replace(model, facts=dataclasses.replace(model.facts, preactivation_norms=())))
 
 
-def look_at(name: str, num_classes: int) -> Description:
-    """The description of an architecture with fresh weights."""
-    return describe(create_outline(name, num_classes=num_classes), name, Needs((REGIONS,)))
-
-
-def criteria_of(teacher: Description, student: Description) -> dict[str, Criterion | str]:
-    """Every loss of the table with its default options, or the reason why it cannot be made for this pair."""
+def losses_of(teacher: ProbedModel, student: ProbedModel) -> dict[str, Criterion | str]:
+    """Every loss of the table over two outlines, or the reason why it is refused."""
     classes = student.facts.num_classes
     # an image of each class stands for the data; the papers' batch, for some losses are made for its size
     data = DataFacts(classes, torch.arange(classes), micro_batch=64)
-    # of a loss that trains another student, its last map is the teacher's
-    projected = dataclasses.replace(student.facts, stages=(*student.facts.stages[:-1], teacher.facts.stages[-1]))
-    found: dict[str, Criterion | str] = {}
-    for name, loss in LOSSES.items():
-        mine = projected if loss.projects_student else student.facts
-        facts = {"student": mine, "teacher": teacher.facts, "data": data}
-        try:
-            found[name] = loss(**{key: facts[key] for key in run_parameters(loss)})
-        except ValueError as error:
-            found[name] = str(error)
-    return found
+    return served_losses(student, teacher, data, lambda *pair, **more: outlined(partial(build_simkd_student, *pair, **more)))
 
 
-def how(criterion: Criterion, teacher: Description, student: Description) -> str:
-    """What a loss reads of both models and by which mechanism, or why one of them cannot give it."""
+def how(criterion: Criterion | str, teacher: Description, student: Description) -> str:
+    """What a loss reads of both models and by which mechanism, or why it is refused."""
+    if isinstance(criterion, str):
+        return f"refused: {criterion}"
     reads = [("student", student, criterion.student_needs)]
     if criterion.teacher_needs is not None:
         reads = [("teacher", teacher, criterion.teacher_needs), *reads]
-    refused = [model.refusal for _, model, needs in reads if needs.region_logits and model.refusal]
-    if refused:
-        return "; ".join(refused)
-    return "; ".join(f"{role}: {' and '.join(_named(needs, model)) or 'logits'}" for role, model, needs in reads)
+    return "; ".join(f"{role}: {' and '.join(_named(needs, model)) or 'nothing'}" for role, model, needs in reads)
 
 
 def _named(needs: Needs, model: Description) -> Iterator[str]:
-    if needs.region_logits:
-        yield f"region logits by {model.mechanism}"
     for field in dataclasses.fields(needs):
         asked, name = getattr(needs, field.name), field.name.replace("_", " ")
-        if asked and field.name != "region_logits":
-            yield f"{name} {', '.join(map(str, asked))}" if isinstance(asked, tuple) else name
+        if asked and field.name == "region_logits":
+            yield f"{name} by {model.mechanism}"
+        elif asked:
+            numbers = isinstance(asked, tuple) and field.name != "region_features"
+            yield f"{name} {', '.join(map(str, asked))}" if numbers else name
 
 
 def trained_parameters(criteria: Mapping[str, Criterion | str]) -> dict[str, int]:
@@ -140,7 +140,9 @@ def warnings(teacher: Description, student: Description, num_classes: int) -> li
     tag = tag or default_tag(teacher.name)
     if tag.split("_")[0] in WEAK_WARNING:
         found.append(f"weights {tag} come of a strong training recipe; such a teacher can make a small student worse")
-    if teacher.classes_of_weights != num_classes:
+    if not teacher.facts.num_classes:
+        found.append(f"{teacher.name} is taken without a classifier: losses that read its logits are refused")
+    elif teacher.classes_of_weights != num_classes:
         found.append(f"the teacher's default weights have {teacher.classes_of_weights} classes, not {num_classes}")
     for model in (teacher, student):
         if model.mechanism.startswith("token"):

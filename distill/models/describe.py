@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.models.anatomy import examine
 from distill.models.backbone import Backbone
-from distill.models.build import create_model
-from distill.models.input_spec import input_spec_of
+from distill.models.build import ProbedModel, create_model, probe
 from distill.models.region_logits.layout import Layout, TimmModel
 from distill.models.region_logits.probe import perturbed
 from distill.protocols import InputSpec, ModelFacts, Needs
@@ -46,38 +45,33 @@ class Description:
     """Why there are no region logits; empty where there are."""
 
 
-def describe(
-    model: TimmModel,
-    name: str,
-    needs: Needs,
-    *,
-    count_flops: bool = True,
-    input_spec: InputSpec | None = None,
-) -> Description:
-    """The description of a timm model with any weights, or of its outline; `needs` asks for region logits.
-
-    input_spec: another input than the one that its weights name, for a model that takes it. BatchNorm statistics, LayerScale
-    and zero-initialised layers carry noise meanwhile, so that they hide nothing. ValueError where there are not even logits.
-    """
-    spec = input_spec or input_spec_of(model)
-    refusal = ""
+@contextmanager
+def probed_with_noise(model: TimmModel, *, name: str, **options: Any) -> Iterator[ProbedModel]:
+    """The model as `probe` finds it. Inside the block BatchNorm statistics, LayerScale and zero-initialised layers carry noise,
+    so that the fresh weights of an outline hide nothing. The options are those of `probe`."""
     with perturbed(list(model.modules()), torch.Generator().manual_seed(0)):
-        anatomy = examine(model, spec, name)
-        try:
-            backbone = Backbone(model, anatomy, needs)
-        except ValueError as error:
-            refusal = str(error)
-            backbone = Backbone(model, anatomy, replace(needs, region_logits=()))
+        yield probe(model, name=name, **options)
+
+
+def describe(probed: ProbedModel, needs: Needs, *, count_flops: bool = True) -> Description:
+    """The description of a model with any weights, or of its outline; `needs` asks for region logits."""
+    model, anatomy = probed.model, probed.anatomy
+    refusal = ""
+    try:
+        backbone = probed.backbone(needs)
+    except ValueError as error:
+        refusal = str(error)
+        backbone = probed.backbone(replace(needs, region_logits=()))
     return Description(
-        name=name,
+        name=anatomy.name,
         kind=type(model).__name__,
         parameters=count_parameters(model),
         flops=_flops(backbone) if count_flops else 0,
-        input_spec=spec,
+        input_spec=probed.input_spec,
         classes_of_weights=int(model.pretrained_cfg.get("num_classes", 0)),  # type: ignore[operator, union-attr]
         features=_features(backbone.layout),
         grid=backbone.grid,
-        facts=anatomy.facts,
+        facts=probed.facts,
         mechanism="refused" if refusal else backbone.mechanism,
         whole_image_difference=backbone.whole_image_difference,
         head_batchnorms=len(backbone.head_norms),
@@ -102,6 +96,7 @@ def _features(layout: Layout) -> str:
     return " ".join(parts)
 
 
+Model = TypeVar("Model", bound=nn.Module)
 LARGE = 2**18
 """Parameters with at least so many values share one tensor per shape: 1 MiB in float32. All others are timm's own, so norms,
 biases, LayerScales and small heads are what the architecture makes them."""
@@ -113,8 +108,13 @@ def create_outline(name: str, **kwargs: Any) -> TimmModel:
     What layers do to shapes, grids and regions is that of the plain model; 6.7 billion parameters take 0.5 GiB.
     `count_parameters` counts them. ValueError as in `create_model`.
     """
+    return outlined(lambda: create_model(name, **kwargs))
+
+
+def outlined(make: Callable[[], Model]) -> Model:
+    """What `make` makes, with large parameters that share one tensor of noise per shape, as in `create_outline`."""
     with _Uninitialised():
-        model = create_model(name, **kwargs)
+        model = make()
     drawn: dict[tuple[int, ...], nn.Parameter] = {}
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):

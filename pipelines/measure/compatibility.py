@@ -13,7 +13,7 @@ from typing import Any
 import timm
 import torch
 
-from distill.models.describe import Description, count_parameters, create_outline, describe
+from distill.models.describe import Description, count_parameters, create_outline, describe, probed_with_noise
 from distill.models.input_spec import input_spec_of
 from distill.models.region_logits.layout import TimmModel
 from distill.protocols import Needs
@@ -98,13 +98,15 @@ def describe_affordably(name: str, model: TimmModel, needs: Needs) -> Descriptio
         size = {"img_size": (small.height, small.width)} if fixed.get("fixed_input_size") else {}
         try:
             outline = create_outline(name, num_classes=10, **size)
-            found = describe(outline, name, needs, count_flops=False, input_spec=small)
+            with probed_with_noise(outline, name=name, input_spec=small) as probed:
+                found = describe(probed, needs, count_flops=False)
         except Exception:  # whatever it was about the smaller images, the check at its own size says the rest
             logger.info("%s: not checked at %d px", name, side, exc_info=True)
         else:
             if not found.refusal:
                 return found
-    return describe(model, name, needs, count_flops=False)
+    with probed_with_noise(model, name=name) as probed:
+        return describe(probed, needs, count_flops=False)
 
 
 def read(out: Path) -> list[dict[str, str]]:

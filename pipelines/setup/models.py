@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from distill.models.batchnorm import set_batchnorm
 from distill.models.build import ProbedModel, create_student, create_teacher, probe
 from distill.models.simkd import build_simkd_student
 from distill.models.teacher import FrozenTeacher, bfloat16_usable
-from distill.protocols import Criterion, DataFacts, ModelFacts, Needs
+from distill.protocols import Criterion, DataFacts, Needs
 from distill.recipe import Recipe
 from pipelines.setup.machine import memory_format
 
@@ -33,16 +33,17 @@ class Models(NamedTuple):
 def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torch.device) -> Models:
     """Student, teacher and criteria. Raises ValueError with one line where the pair cannot serve the losses. The order:
 
-    1. both models are made and probed; 2. the criteria, from the facts of both; 3. a backbone each, for what the criteria read,
-    while the models are float32 and eager; 4. the device and the memory format; 5. the teacher's precision.
+    1. both models are made and probed; 2. the criteria, from the facts of both, each checked against both models; 3. a backbone
+    each, for what all criteria read; 4. the device and the memory format; 5. the teacher's precision. Models are looked at
+    while they are float32 and eager.
     """
     check_precision(recipe.teacher.precision, device)
     student = build_student(recipe, num_classes)
     teacher = build_teacher(recipe, num_classes) if recipe.teacher.name != "none" else None
     for name in recipe.loss:
         if LOSSES[name].projects_student:
-            student = projected(recipe, name, student, teacher)
-    criteria = build_criteria(recipe, student.facts, None if teacher is None else teacher.facts, data)
+            student = projected(name, recipe.loss[name], student, teacher)
+    criteria = build_criteria(recipe, student, teacher, data)
     student_needs, teacher_needs = needs_of(criteria)
     ours = set_batchnorm(student.backbone(student_needs), recipe.student.batchnorm)
     chosen = memory_format(recipe)
@@ -74,14 +75,23 @@ def build_student(recipe: Recipe, num_classes: int) -> ProbedModel:
     )
 
 
-def projected(recipe: Recipe, loss: str, student: ProbedModel, teacher: ProbedModel | None) -> ProbedModel:
-    """The student that this loss trains: the recipe's as a body, a projector to the teacher's map, the teacher's classifier."""
-    if teacher is None or teacher.class_map is not None:
+def projected(
+    loss: str,
+    options: Mapping[str, Any],
+    student: ProbedModel,
+    teacher: ProbedModel | None,
+    build: Callable[..., Any] = build_simkd_student,
+) -> ProbedModel:
+    """The student that this loss trains: the recipe's as a body, a projector to the teacher's map, the teacher's classifier.
+
+    RecipeError where the pair has none.
+    """
+    if teacher is None or teacher.class_map is not None or teacher.facts.num_classes < 1:
         raise RecipeError(f"loss.{loss}: its student takes the teacher's classifier; name a teacher of the data's own classes")
     images = {"student_images": student.anatomy.images, "teacher_images": teacher.anatomy.images}
-    factor = recipe.loss[loss].get("factor", signature(LOSSES[loss]).parameters["factor"].default)
+    factor = options.get("factor", signature(LOSSES[loss]).parameters["factor"].default)
     try:
-        model: Any = build_simkd_student(student.model, teacher.model, **images, factor=factor)
+        model = build(student.model, teacher.model, **images, factor=factor)
     except ValueError as error:
         raise RecipeError(f"loss.{loss}: {error}") from None
     name = f"{student.anatomy.name} as simkd_student"
@@ -100,25 +110,50 @@ def build_teacher(recipe: Recipe, num_classes: int) -> ProbedModel:
     )
 
 
-def build_criteria(recipe: Recipe, student: ModelFacts, teacher: ModelFacts | None, data: DataFacts) -> dict[str, Criterion]:
-    """The recipe's losses. Each gets the facts that its constructor names before `*`, and its recipe keys.
-
-    RecipeError where a loss cannot be made of these models, or cannot be computed with mixed images that the recipe asks for.
-    """
-    facts = {"student": student, "teacher": teacher, "data": data}
+def build_criteria(recipe: Recipe, student: ProbedModel, teacher: ProbedModel | None, data: DataFacts) -> dict[str, Criterion]:
+    """The recipe's losses. RecipeError where the pair cannot serve one of them, or where one cannot be computed with the mixed
+    images that the recipe asks for."""
     mixed = [name for name in ("mixup", "cutmix") if getattr(recipe.augment, name)]
     criteria = {}
     for name, entry in recipe.loss.items():
-        wanted = {key: facts[key] for key in run_parameters(LOSSES[name])}
-        try:
-            criteria[name] = LOSSES[name](**wanted, **term_schedule(entry)[1])
-        except ValueError as error:
-            raise RecipeError(f"loss.{name}: {error}") from None
+        criteria[name] = build_criterion(name, term_schedule(entry)[1], student, teacher, data)
         if mixed and not criteria[name].accepts_soft_labels:
             raise RecipeError(
                 f"loss.{name}: needs one class per image, and images mixed by augment.{mixed[0]} have two; drop either"
             )
     return criteria
+
+
+def build_criterion(
+    name: str, options: Mapping[str, Any], student: ProbedModel, teacher: ProbedModel | None, data: DataFacts
+) -> Criterion:
+    """One loss, of the facts that its constructor names before `*` and of its recipe keys.
+
+    RecipeError, with the reason, where it cannot be made of these models or one of them cannot give what it reads.
+    """
+    facts = {"student": student.facts, "teacher": None if teacher is None else teacher.facts, "data": data}
+    try:
+        criterion = LOSSES[name](**{key: facts[key] for key in run_parameters(LOSSES[name])}, **options)
+        student.backbone(criterion.student_needs)
+        if teacher is not None:
+            teacher.backbone(criterion.teacher_needs or Needs())
+    except ValueError as error:
+        raise RecipeError(f"loss.{name}: {error}") from None
+    return criterion
+
+
+def served_losses(
+    student: ProbedModel, teacher: ProbedModel, data: DataFacts, build: Callable[..., Any] = build_simkd_student
+) -> dict[str, Criterion | str]:
+    """Every loss of the table with its default options, as a run makes it; or the reason why a run refuses it."""
+    found: dict[str, Criterion | str] = {}
+    for name, loss in LOSSES.items():
+        try:
+            mine = projected(name, {}, student, teacher, build) if loss.projects_student else student
+            found[name] = build_criterion(name, {}, mine, teacher, data)
+        except RecipeError as error:
+            found[name] = str(error).removeprefix(f"loss.{name}: ")
+    return found
 
 
 def needs_of(criteria: Mapping[str, Criterion]) -> tuple[Needs, Needs]:

@@ -42,11 +42,16 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
 
 
 def evaluate_teacher(recipe: Recipe, run: Run, models: Models, val: ShardIndex) -> dict[str, float]:
-    """The teacher's numbers on the validation shards, fed its own way and in its own precision; empty where nobody asks.
+    """The teacher's numbers on the validation shards, fed its own way and in its own precision; empty where nobody asks, and
+    where it has no classifier that could be right or wrong.
 
     RecipeError where it is not as good as the recipe expects.
     """
     if models.teacher is None or not recipe.teacher.evaluate:
+        return {}
+    if models.teacher.backbone.num_classes < 1:
+        check_unclassified(recipe.teacher)
+        run.reporter.say(f"teacher {recipe.teacher.name}: not evaluated, for it has no classifier")
         return {}
     run.watch(0, "evaluating")
     spec = models.teacher.backbone.input_spec
@@ -59,6 +64,14 @@ def evaluate_teacher(recipe: Recipe, run: Run, models: Models, val: ShardIndex) 
     compared = check_top1(recipe.teacher, found["top1"])
     run.reporter.say(f"teacher {recipe.teacher.name}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}; {compared}")
     return found
+
+
+def check_unclassified(teacher: Teacher) -> None:
+    """RecipeError where the recipe expects a top-1 of a teacher that has no classifier."""
+    if teacher.expected_top1 is not None:
+        raise RecipeError(
+            f"teacher.expected_top1 {teacher.expected_top1}: {teacher.name} has no classifier and no top-1; set it to null"
+        )
 
 
 def check_top1(teacher: Teacher, top1: float) -> str:

@@ -64,19 +64,24 @@ def find_mechanism(model: TimmModel, anatomy: Anatomy, class_tokens: str) -> Fou
 
     class_tokens: the definition for heads that never read the grid, see `mechanisms` and `attend`. The head runs under noise
     meanwhile, so the model must be in float32 and not compiled when this is first called. ValueError with each mechanism's
-    reason where none holds.
+    reason where none holds, which is remembered too.
     """
     if class_tokens not in CLASS_TOKEN_MODES:
         raise ValueError(f"class_tokens {class_tokens!r}: no such definition; choose one of {', '.join(CLASS_TOKEN_MODES)}")
     if class_tokens not in anatomy.found:
         with noisy_head(model, anatomy) as (features, head):
             names = [n for n, module in model.named_modules() if module in head and isinstance(module, _BatchNorm)]
-            if head_reads_grid(model, anatomy, features):
-                factory, difference = _grid_factory(model, anatomy, features, head)
-            else:
-                factory, difference = _class_token_factory(model, anatomy, class_tokens)
-        anatomy.found[class_tokens] = Found(factory, names, difference)
-    found: Found = anatomy.found[class_tokens]
+            try:
+                if head_reads_grid(model, anatomy, features):
+                    factory, difference = _grid_factory(model, anatomy, features, head)
+                else:
+                    factory, difference = _class_token_factory(model, anatomy, class_tokens)
+                anatomy.found[class_tokens] = Found(factory, names, difference)
+            except ValueError as error:
+                anatomy.found[class_tokens] = str(error)
+    found: Found | str = anatomy.found[class_tokens]
+    if isinstance(found, str):
+        raise ValueError(found)
     return found
 
 

@@ -113,7 +113,7 @@ def create_outline(name: str, **kwargs: Any) -> TimmModel:
 
 def outlined(make: Callable[[], Model]) -> Model:
     """What `make` makes, with large parameters that share one tensor of noise per shape, as in `create_outline`."""
-    with _Uninitialised():
+    with Uninitialised():
         model = make()
     drawn: dict[tuple[int, ...], nn.Parameter] = {}
     for module in model.modules():
@@ -127,7 +127,7 @@ def outlined(make: Callable[[], Model]) -> Model:
     return model
 
 
-class _Uninitialised(TorchFunctionMode):
+class Uninitialised(TorchFunctionMode):
     """Large parameters stay as the allocator gave them: memory that nobody writes to is never taken from the system."""
 
     def __torch_function__(

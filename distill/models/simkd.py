@@ -30,7 +30,8 @@ class SimKDStudent(nn.Module):
     """Body, projector and classifier, with the interface of a timm model.
 
     The feature map is the projected one, [B, teacher_channels, h, w]; intermediates are the body's. The classifier is frozen,
-    for it is a teacher's: `reset_classifier` puts a fresh one in its place that trains.
+    for it is a teacher's: `reset_classifier` puts a fresh one in its place that trains. What is left of the body's head is
+    frozen too, for nothing reads it.
 
     body: timm name of the model whose map is projected; further arguments are its own (drop_path_rate, img_size, ...).
     factor: teacher's channels over the projector's inner ones. rectified: end in a ReLU, for a teacher's map without negative
@@ -59,6 +60,7 @@ class SimKDStudent(nn.Module):
         size = body_args.get("img_size") or (height, width)
         blank = torch.zeros(2, in_chans, *((size, size) if isinstance(size, int) else size))
         self.layout = _layout(self.body, blank, body)
+        _freeze_unread(self.body, self.layout, blank)
         self.pool_to = None if pool_to is None else (pool_to[0], pool_to[1])
         self.projector = projector(self.layout.channels, teacher_channels, factor, rectified)
         self.head = ClassifierHead(teacher_channels, num_classes, pool_type=global_pool, drop_rate=drop_rate)
@@ -152,18 +154,22 @@ def build_simkd_student(
     # what timm keeps of how a model was made
     args = {key: value for key, value in getattr(student, "_model_args", {}).items() if key not in OF_THE_HEAD}
     cfg: Any = student.pretrained_cfg
-    built = timm.create_model(
-        "simkd_student",
-        body=cfg["architecture"],
-        teacher_channels=feature_map.shape[1],
-        factor=factor,
-        rectified=bool(feature_map.min() >= 0),
-        pool_to=wanted if wanted != list(grid) else None,
-        num_classes=classifier.out_features,
-        in_chans=student_images.shape[1],
-        drop_rate=getattr(student, "drop_rate", 0.0),
-        **args,
-    )
+    try:
+        built = timm.create_model(
+            "simkd_student",
+            body=cfg["architecture"],
+            teacher_channels=feature_map.shape[1],
+            factor=factor,
+            rectified=bool(feature_map.min() >= 0),
+            pool_to=wanted if wanted != list(grid) else None,
+            num_classes=classifier.out_features,
+            in_chans=student_images.shape[1],
+            drop_rate=getattr(student, "drop_rate", 0.0),
+            **args,
+        )
+    except (AssertionError, TypeError) as error:  # as timm refuses arguments that an architecture cannot have
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{cfg['architecture']} cannot be made without its head ({why}); take another student") from error
     missing, _ = built.body.load_state_dict(student.state_dict(), strict=False)
     if missing:
         raise ValueError(f"{type(student).__name__} without its head has other weights ({missing[0]}); take another student")
@@ -208,6 +214,23 @@ def _layout(model: TimmModel, images: Tensor, name: str) -> Layout:
     if layout.primary is None:
         raise ValueError(f"{name} has no map in what its head reads; simkd projects that map, so take another student")
     return layout
+
+
+def _freeze_unread(body: TimmModel, layout: Layout, images: Tensor) -> None:
+    """Freezes the parameters that the body's map does not depend on (MobileNetV3's last convolution).
+
+    They would never have a gradient, and DDP waits for one from each parameter that trains.
+    """
+    with evaluating(body), torch.enable_grad():
+        waiting, seen = [layout.map_of(body.forward_features(images)).grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    read = {id(node.variable) for node in seen if hasattr(node, "variable")}
+    for parameter in body.parameters():
+        parameter.requires_grad_(id(parameter) in read)
 
 
 def _averaged(feature_map: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from inspect import signature
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torc
     for name in recipe.loss:
         if LOSSES[name].projects_student:
             student = projected(name, recipe.loss[name], student, teacher)
+    student.backbone(Needs())  # raises for what is wrong with the student itself, before a loss is blamed for it
     criteria = build_criteria(recipe, student, teacher, data)
     student_needs, teacher_needs = needs_of(criteria)
     ours = set_batchnorm(student.backbone(student_needs), recipe.student.batchnorm)
@@ -87,7 +89,9 @@ def projected(
     RecipeError where the pair has none.
     """
     if teacher is None or teacher.class_map is not None or teacher.facts.num_classes < 1:
-        raise RecipeError(f"loss.{loss}: its student takes the teacher's classifier; name a teacher of the data's own classes")
+        raise RecipeError(
+            f"loss.{loss}: its student takes the teacher's classifier; name a teacher with one, of the data's classes"
+        )
     images = {"student_images": student.anatomy.images, "teacher_images": teacher.anatomy.images}
     factor = options.get("factor", signature(LOSSES[loss]).parameters["factor"].default)
     try:
@@ -143,14 +147,20 @@ def build_criterion(
 
 
 def served_losses(
-    student: ProbedModel, teacher: ProbedModel, data: DataFacts, build: Callable[..., Any] = build_simkd_student
+    student: ProbedModel,
+    teacher: ProbedModel,
+    data: DataFacts,
+    options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    build: Callable[..., Any] = build_simkd_student,
 ) -> dict[str, Criterion | str]:
-    """Every loss of the table with its default options, as a run makes it; or the reason why a run refuses it."""
+    """Every loss of the table as a run makes it, with its default options where `options` names no others; or the reason why a
+    run refuses it."""
     found: dict[str, Criterion | str] = {}
     for name, loss in LOSSES.items():
         try:
-            mine = projected(name, {}, student, teacher, build) if loss.projects_student else student
-            found[name] = build_criterion(name, {}, mine, teacher, data)
+            chosen = options.get(name, {})
+            mine = projected(name, chosen, student, teacher, build) if loss.projects_student else student
+            found[name] = build_criterion(name, chosen, mine, teacher, data)
         except RecipeError as error:
             found[name] = str(error).removeprefix(f"loss.{name}: ")
     return found

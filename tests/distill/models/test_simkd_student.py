@@ -126,6 +126,33 @@ def test_a_vit_body_is_projected_on_its_token_grid():
     assert student(images).shape == (2, 7)
 
 
+@pytest.mark.parametrize(
+    ("body", "options", "unread"),
+    [
+        ("mobilenetv3_small_050", {}, "conv_head.weight"),
+        ("xcit_nano_12_p16_224", {"img_size": 64}, None),
+        ("cifar_resnet8", {}, None),
+    ],
+)
+def test_all_that_trains_of_it_has_a_gradient_and_what_its_map_never_reads_is_frozen(body, options, unread):
+    plain = timm.create_model(body, num_classes=7, **options)
+    images = torch.randn(4, 3, 64, 64)
+    student = build_simkd_student(plain, teacher(), teacher_images=IMAGES, student_images=images)
+    student(images).square().sum().backward()
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    assert [name for name, p in trained.items() if p.grad is None] == []
+    frozen = {name for name, p in student.body.named_parameters() if not p.requires_grad}
+    assert (unread in frozen) if unread else not frozen
+
+
+def test_a_body_that_cannot_be_made_without_its_head_is_refused():
+    name = "deit_tiny_distilled_patch16_224"
+    images = torch.randn(2, 3, 64, 64)
+    plain = timm.create_model(name, num_classes=7, img_size=64, depth=1)
+    with pytest.raises(ValueError, match=rf"{name} cannot be made without its head \(.*\); take another student"):
+        build_simkd_student(plain, teacher(), teacher_images=IMAGES, student_images=images)
+
+
 def test_it_serves_as_a_backbone_with_stages_of_its_body():
     student = built("cifar_resnet8", teacher())
     needs = Needs(region_logits=(PYRAMID,), stages=(-1, -2))

@@ -248,7 +248,7 @@ def difference_to(row: Row, alone: Row) -> tuple[float, float]:
     """Mean difference of the runs of one seed, and its standard error; NaN for one seed."""
     pairs = [row.summaries[seed]["top1"] - alone.summaries[seed]["top1"] for seed in row.summaries if seed in alone.summaries]
     error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
-    return statistics.mean(pairs), error
+    return round(statistics.mean(pairs), 6) + 0.0, error  # rounding of sums is no difference, and 0 has no sign
 
 
 def verdicts(rows: Sequence[Row], alone: Row) -> Iterator[str]:

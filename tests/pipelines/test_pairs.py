@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from distill.config import RecipeError
 from distill.losses import LOSSES
 from distill.models.describe import count_parameters, create_outline
+from distill.protocols import DataFacts
 from pipelines.measure import compatibility as pairs_matrix
 from pipelines.pairs import main
+from pipelines.setup.models import build_models
+from tests.runs import recipe_of
 
 ROOT = Path(__file__).parents[2]
+READ_LOGITS = {"kd", "dkd", "nkd", "sdd", "msdcrd", "dist", "wkd_logit", "cat_kd", "ctkd", "simkd"}
+"""Losses that read the logits of a teacher or of its regions, or take its classifier."""
 
 
 def pairs(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "pipelines" / "pairs.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def without_weights(reason: str) -> str:
+    """The reason without the number that is of random weights."""
+    return re.sub(r"off by [\d.e+-]+", "off by X", reason)
 
 
 def test_explain_says_what_a_pair_gives_costs_and_can_be_trained_with() -> None:
@@ -41,6 +55,49 @@ def test_explain_says_what_a_pair_gives_costs_and_can_be_trained_with() -> None:
     assert 0 < report["teacher_share_of_step"] < 1
     assert any("resnet34.tv_in1k" in text for text in report["warnings"])
     assert any("inputs differ (224 and 32 px)" in text for text in report["warnings"])
+
+
+@pytest.mark.parametrize("teacher_classes", [10, 0])
+def test_explain_refuses_what_a_run_refuses_in_the_same_words(
+    teacher_classes: int, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A teacher whose head is more than pooling and one linear layer, and the same without its classifier."""
+    name, student = "convnext_atto", "cifar_resnet8"
+    assert main(["explain", name, student, "--num-classes", "10", "--teacher-classes", str(teacher_classes), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    more = ["--teacher", name, *(("--teacher.model_kwargs", "{num_classes: 0}") if teacher_classes == 0 else ())]
+    recipe = recipe_of(digits, tmp_path, *more)
+    data = DataFacts(10, torch.arange(10), 64)
+    said = {}
+    for loss in LOSSES:
+        try:
+            build_models(dataclasses.replace(recipe, loss={loss: {"weight": 1.0}}), 10, data, torch.device("cpu"))
+        except RecipeError as error:
+            said[loss] = without_weights(str(error))
+    told = {loss: how for loss, how in report["losses"].items() if how.startswith("refused: ")}
+    assert {loss: f"loss.{loss}: {without_weights(how.removeprefix('refused: '))}" for loss, how in told.items()} == said
+    if teacher_classes:
+        assert "its logits are no affine function of the map's mean" in said["cat_kd"]
+        assert "simkd needs a teacher of global average pooling and one linear layer" in said["simkd"]
+    else:
+        assert said.keys() == {*READ_LOGITS, "fitnet"}, "fitnet has no convolution between maps of such sizes"
+        assert all("has no classifier" in said[loss] for loss in ("kd", "dkd", "nkd", "sdd", "ctkd"))
+        assert "set categories to labels, or mask_same_category to false" in said["msdcrd"]
+        assert "convnext_atto is taken without a classifier: losses that read its logits are refused" in report["warnings"]
+    served = {loss: how for loss, how in report["losses"].items() if loss not in told}
+    assert all(re.fullmatch("(teacher: [a-z].*; )?student: [a-z].*", how) for how in served.values()), served
+
+
+def test_explain_takes_a_teacher_whose_published_weights_have_no_classifier_without_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["explain", "eva02_tiny_patch14_224", "cifar_resnet8", "--num-classes", "10"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  rkd: teacher: embedding; student: embedding" in lines
+    [line] = [line for line in lines if line.startswith("  kd: ")]
+    assert line.startswith(
+        "  kd: refused: eva02_tiny_patch14_224 has no classifier (num_classes 0) and cannot give logits; take"
+    )
 
 
 def test_billions_of_parameters_are_looked_at_in_little_memory() -> None:

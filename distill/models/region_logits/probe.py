@@ -13,6 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distill.models.anatomy import Anatomy, evaluating
 from distill.models.region_logits.layout import Features, Layout, TimmModel
 
+LOUD = 3.0
+"""Deviation of the noise that shows an activation in a head."""
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest logit, between a model's logits and those of its whole-image region."""
 
@@ -73,27 +75,33 @@ def head_bias_refusal(model: TimmModel, anatomy: Anatomy, trains: bool) -> str:
     if "head_bias" not in anatomy.found:
         with noisy_head(model, anatomy) as (features, head):
             norms = any(isinstance(module, _BatchNorm) for module in head)
-            anatomy.found["head_bias"] = (_head_bias_refusal(model, anatomy.layout, features), norms)
+            anatomy.found["head_bias"] = (_head_bias_refusal(model, anatomy, features), norms)
     refusal, norms = anatomy.found["head_bias"]
     return str(refusal) or ("its head has BatchNorm, which is not affine in training" if norms and trains else "")
 
 
-def _head_bias_refusal(model: TimmModel, layout: Layout, features: Features) -> str:
+def _head_bias_refusal(model: TimmModel, anatomy: Anatomy, features: Features) -> str:
+    layout = anatomy.layout
     if layout.primary is None:
         return "its head reads no map"
     index, part = layout.primary, layout.parts[layout.primary]
     grid = layout.map_of(features)
-    mean = grid.mean((2, 3), keepdim=True).expand_as(grid).contiguous()
+    # an activation is nearly linear at values near 0, and at those of 1e6 that a net with noise on its norms can give
+    loud = LOUD * torch.randn(grid.shape, generator=anatomy.generator).to(grid.device, grid.dtype)
+
+    def mean(grid: Tensor) -> Tensor:
+        return grid.mean((2, 3), keepdim=True).expand_as(grid).contiguous()
 
     def head(grid: Tensor) -> Tensor:
         tensors = [torch.zeros_like(tensor) for tensor in layout.tensors(features)]
         tensors[index] = part.from_map(grid, tensors[index])
         return model.forward_head(layout.features(tensors))
 
-    logits, doubled, empty = head(mean), head(2 * mean), head(0 * mean)
-    if relative_difference(logits, model.forward_head(features)) > TOLERANCE:
+    whole, pooled = [model.forward_head(features), head(loud)], [head(mean(grid)), head(mean(loud))]
+    if any(relative_difference(a, b) > TOLERANCE for a, b in zip(pooled, whole, strict=True)):
         return "its head reads more than the mean of the map"
-    if relative_difference(doubled + empty, 2 * logits) > TOLERANCE:
+    cell = loud[:, :, :1, :1].expand_as(loud).contiguous()  # not the mean, which is quieter the more cells there are
+    if relative_difference(head(2 * cell) + head(0 * cell), 2 * head(cell)) > TOLERANCE:
         return "its logits are no affine function of the map's mean"
     return ""
 

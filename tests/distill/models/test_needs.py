@@ -13,6 +13,7 @@ from torch import nn
 from distill.models.anatomy import examine
 from distill.models.backbone import Backbone
 from distill.models.batchnorm import set_batchnorm
+from distill.models.describe import probed_with_noise
 from distill.protocols import Needs, Regions
 
 VIT = {"depth": 3, "img_size": 64}
@@ -256,6 +257,15 @@ class TestHeadBias:
     ) -> None:
         with pytest.raises(ValueError, match=f"{name} cannot give the bias of its head: .*{why}; take a loss"):
             backbone(name, size, Needs(head_bias=True), **kwargs)
+
+    def test_an_activation_in_the_head_is_seen_whatever_the_size_of_the_maps_values(self) -> None:
+        """Noise on the norms makes them 1e5 and larger here, where a hard swish is one straight line."""
+        torch.manual_seed(0)
+        name = "mobilenetv3_large_100"
+        with probed_with_noise(timm.create_model(name, num_classes=10), name=name) as probed:
+            assert probed.anatomy.features.abs().max() > 1e5
+            with pytest.raises(ValueError, match="its logits are no affine function of the map's mean"):
+                probed.backbone(Needs(head_bias=True))
 
     def test_a_teachers_batchnorm_is_affine(self) -> None:
         torch.manual_seed(0)

@@ -137,7 +137,11 @@ def build_criterion(
     """
     facts = {"student": student.facts, "teacher": None if teacher is None else teacher.facts, "data": data}
     try:
-        criterion = LOSSES[name](**{key: facts[key] for key in run_parameters(LOSSES[name])}, **options)
+        asked = run_parameters(LOSSES[name])
+        if unknown := [key for key in asked if key not in facts]:
+            given = ", ".join(facts)
+            raise ValueError(f"asks the run for {', '.join(unknown)}; a run gives {given}; recipe keys stand after *")
+        criterion = LOSSES[name](**{key: facts[key] for key in asked}, **options)
         student.backbone(criterion.student_needs)
         if teacher is not None:
             teacher.backbone(criterion.teacher_needs or Needs())

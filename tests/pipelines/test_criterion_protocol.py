@@ -49,3 +49,16 @@ def test_a_parameter_without_decay_moves_by_its_gradient_alone(digits: Path, tmp
     assert state["criteria/everything.scale"] == first["criteria/everything.scale"] == 1
     weight, before = (s["criteria/everything.project.weight"] for s in (state, first))
     assert 0.5 * before.norm() < weight.norm() < 0.999 * before.norm()
+
+
+def test_a_loss_that_asks_the_run_for_what_it_does_not_give_is_refused_in_one_line(digits: Path, tmp_path: Path):
+    file = tmp_path / "wants.py"
+    file.write_text(
+        "from distill.losses import LOSSES\nfrom distill.protocols import Criterion\n\n\n"
+        "class Wants(Criterion):\n"
+        "    def __init__(self, num_samples: int, *, a: float = 1.0) -> None:\n        super().__init__()\n\n\n"
+        'LOSSES["wants"] = Wants\n'
+    )
+    asked = ["--import", str(file), "--loss.wants.weight", "1"]
+    job = finished(arguments(digits, tmp_path / "run", *asked), tmp_path / "log", codes=2)
+    assert "loss.wants: asks the run for num_samples; a run gives student, teacher, data" in job.text()

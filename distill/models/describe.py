@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill.models.anatomy import evaluating
 from distill.models.backbone import Backbone
 from distill.models.build import ProbedModel, create_model, probe
 from distill.models.region_logits.layout import Layout, TimmModel
@@ -83,11 +84,14 @@ def _flops(backbone: Backbone) -> int:
     """Floating-point operations of the plain model on one image of its own size."""
     spec = backbone.input_spec
     image = torch.zeros(1, 3, spec.height, spec.width)
-    training = backbone.model.training
-    backbone.model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
+    # the counter looks for the gradient of all that asks for one, and CaiT's class token does so without a graph too
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    with evaluating(backbone.model), FlopCounterMode(display=False) as counter:
         backbone.model(image)
-    backbone.model.train(training)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     return int(counter.get_total_flops())
 
 

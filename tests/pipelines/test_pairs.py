@@ -16,8 +16,9 @@ import torch
 
 from distill.config import RecipeError
 from distill.losses import LOSSES
-from distill.models.describe import count_parameters, create_outline
-from distill.protocols import DataFacts
+from distill.models.describe import count_parameters, create_outline, describe, probed_with_noise
+from distill.models.input_spec import input_spec_of
+from distill.protocols import DataFacts, Needs
 from pipelines.measure import compatibility as pairs_matrix
 from pipelines.pairs import main
 from pipelines.setup.models import build_models
@@ -98,6 +99,15 @@ def test_explain_takes_a_teacher_whose_published_weights_have_no_classifier_with
     assert line.startswith(
         "  kd: refused: eva02_tiny_patch14_224 has no classifier (num_classes 0) and cannot give logits; take"
     )
+
+
+def test_a_class_token_that_a_batch_of_one_image_takes_as_it_is_can_be_counted() -> None:
+    model = create_outline("cait_xxs24_224", num_classes=10, img_size=64, depth=2)
+    with probed_with_noise(
+        model, name="cait", input_spec=dataclasses.replace(input_spec_of(model), height=64, width=64)
+    ) as probed:
+        assert describe(probed, Needs()).flops > 0
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_billions_of_parameters_are_looked_at_in_little_memory() -> None:

@@ -63,6 +63,8 @@ Adapter = Callable[[Case], dict[str, Any]]
 # The indices of the papers' methods (a) and of the ceiling name no noise. Their stored zeros (a scaled copy, a similar figure)
 # are rounding errors of up to 1e-15 in float64 behind weights of up to 50 and 600.
 UNNAMED_NOISE = 1e-14
+ROUNDING = torch.finfo(torch.float64).eps
+"""Least noise of a case: `1 - r` of a correlation near 1 is off by this much where sums have another order (a GPU)."""
 
 
 def cases(folder: Path) -> list[Case]:
@@ -72,10 +74,8 @@ def cases(folder: Path) -> list[Case]:
     if isinstance(listed, dict):  # ceiling: name -> options with a kind
         return [Case(name, entry["kind"], entry, entry, noise=UNNAMED_NOISE) for name, entry in listed.items()]
     # methods/b says its absolute noise, methods/a does not
-    return [
-        Case(entry["id"], entry["method"], entry["hyper"], entry, noise=entry.get("absolute_noise", UNNAMED_NOISE))
-        for entry in listed
-    ]
+    noises = [max(entry.get("absolute_noise", UNNAMED_NOISE), ROUNDING) for entry in listed]
+    return [Case(e["id"], e["method"], e["hyper"], e, noise=noise) for e, noise in zip(listed, noises, strict=True)]
 
 
 def load(case: Case, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checks every golden case of folders with an `index.json`: `python -m tests.golden.check DIR...`.
+"""Checks every golden case of folders with an `index.json`: `python -m tests.golden.check DIR... [--device cuda]`.
 
 Prints the number of cases and the worst error of each method, and every case that it cannot run or that misses; exit code 1
 where there is one of either. Every tensor of a case is an input that the method's adapter reads, an output that it computes,
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.golden import adapters_a, adapters_b
-from tests.golden.case import Adapter, Case, cases, load
+from tests.golden.case import Adapter, Case, Stored, cases, load
 
 ADAPTERS: dict[str, Adapter] = {**adapters_a.ADAPTERS, **adapters_b.ADAPTERS}
 """Method, as the indices call it -> what computes its cases with our code. `names.NAMES` has the parameters' names."""
@@ -77,15 +77,17 @@ def compare(name: str, actual: Any, expected: Tensor, noise: float, method: str 
     return relative, ""
 
 
-def check(case: Case, folder: Path, found: Found) -> None:
-    """Runs one case and adds to what was found; whatever is wrong becomes a problem."""
+def check(case: Case, folder: Path, found: Found, device: str = "cpu") -> None:
+    """Runs one case on a device and adds to what was found; whatever is wrong becomes a problem."""
     found.cases += 1
     if case.method not in ADAPTERS:
         found.problems.append(f"{case.id}: cannot be run, no adapter for method {case.method!r}")
         return
     try:
         load(case, folder)
-        computed = ADAPTERS[case.method](case)
+        case.inputs = Stored({name: tensor.to(device) for name, tensor in case.inputs.tensors.items()})
+        with torch.device(device):  # modules and tensors that the adapters make
+            computed = ADAPTERS[case.method](case)
     except Exception as error:  # whatever it is, the other cases are run
         found.problems.append(f"{case.id}: cannot be run, {type(error).__name__}: {error}")
         return
@@ -101,18 +103,19 @@ def check(case: Case, folder: Path, found: Found) -> None:
         elif name not in case.inputs:
             found.problems.append(f"{case.id}: {name} is computed, and there is no such tensor")
         else:
-            stored = case.inputs.tensors[name]
-            relative, problem = compare(name, computed[name], stored, case.noise, case.method)
+            stored = case.inputs.tensors[name].cpu()
+            given = computed[name].cpu() if isinstance(computed[name], Tensor) else computed[name]
+            relative, problem = compare(name, given, stored, case.noise, case.method)
             dtype = stored.dtype if stored.dtype in RELATIVE else torch.float64
             found.worst[dtype] = max(found.worst.get(dtype, 0.0), relative)
             found.problems += [f"{case.id}: {problem}"] if problem else []
 
 
-def check_folder(folder: Path) -> dict[str, Found]:
-    """What each method of a folder's index came to."""
+def check_folder(folder: Path, device: str = "cpu") -> dict[str, Found]:
+    """What each method of a folder's index came to on a device."""
     results: dict[str, Found] = {}
     for case in cases(folder):
-        check(case, folder, results.setdefault(case.method, Found()))
+        check(case, folder, results.setdefault(case.method, Found()), device)
     return results
 
 
@@ -120,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     """Checks the folders and prints what was found."""
     parser = argparse.ArgumentParser(prog="python -m tests.golden.check", description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a folder with an index.json")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--left-out", action="store_true", help="list stored tensors that are not compared, with the reason")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -128,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         if not (folder / "index.json").is_file():
             print(f"{folder}: has no index.json; give the folder of one", file=sys.stderr)
             return 2
-        results = check_folder(folder)
+        results = check_folder(folder, arguments.device)
         print(f"{folder}: {sum(found.cases for found in results.values())} cases")
         for method, found in results.items():
             worst = ", ".join(f"{error:.1e} in {str(dtype)[6:]}" for dtype, error in found.worst.items())

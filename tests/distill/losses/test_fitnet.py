@@ -49,7 +49,7 @@ def test_a_regressor_that_changes_nothing_leaves_no_loss():
     regressor = FitNetRegressor(5, 5, (4, 4), (4, 4)).double().eval()
     nn.init.dirac_(regressor.conv.weight)
     nn.init.zeros_(regressor.conv.bias)
-    regressor.bn.eps = 0.0
+    regressor.bn.eps = 1e-30  # PyTorch refuses 0 from 2.11 on; beside a variance of 1 this is none
     teacher = rows(3, 5, 4, 4).relu()
     assert fitnet_loss(regressor(teacher), teacher).max() < 1e-30
 

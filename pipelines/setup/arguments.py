@@ -9,6 +9,7 @@ import functools
 import inspect
 import os
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from distill.agreement import EXIT_CODE, Interrupted
 from distill.config import RecipeError, RecipeField, as_dict, load_recipe, loss_options, parse_yaml, recipe_fields
 from distill.recipe import Recipe, TermSchedule
 
+SPEAK_SECONDS = 5.0
+"""How long processes of one launcher wait for the one that says what is wrong; they start within a second of each other."""
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "digits" / "distilled.yaml"
 
 SHORT = {
@@ -135,7 +138,10 @@ def command(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
             return EXIT_CODE
         except RecipeError as error:
             if speaks:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            elif "TORCHELASTIC_RUN_ID" in os.environ:
+                # torchrun ends all others as soon as one ends: the one that speaks may still be importing
+                time.sleep(SPEAK_SECONDS)
             return 2
 
     return main

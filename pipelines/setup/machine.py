@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
+import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import parse_flag_from_env
 
 from distill.config import RecipeError
 from distill.data import order
@@ -19,8 +23,55 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of `mallopt`, from glibc's malloc.h."""
 
 
+CONFIG = Path(__file__).parents[2] / "accelerate_config.yaml"
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Where Linux names the NVIDIA driver that is loaded."""
+
+
+def check_processes(local: int, world: int, gpus: int) -> None:
+    """Raises RecipeError where a launcher's processes cannot each have a GPU of this machine.
+
+    local: its processes on this machine; world: all of them; gpus: those of this machine that PyTorch can use. Accelerate would
+    put two processes on one GPU, which NCCL refuses late; without a GPU each would be rank 0 of 1, alone on the CPU.
+    """
+    if world == 1 or 0 < local <= gpus:
+        return
+    command = shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    if gpus:
+        raise RecipeError(
+            f"{local} processes were started on a machine with {gpus} usable GPU{'s' * (gpus > 1)}; each needs one of its own:"
+            f" accelerate launch --config_file {os.path.relpath(CONFIG)} --num_processes {gpus * (world // local)} {command}"
+        )
+    raise RecipeError(
+        f"{world} processes were started, and {why_no_gpu()}: each would run alone on the CPU. One process: python {command}"
+        f" ; several on the CPU: ACCELERATE_USE_CPU=true torchrun --standalone --nproc-per-node {local} {command}"
+    )
+
+
+def why_no_gpu() -> str:
+    """The likely reason why PyTorch finds no GPU, with the versions that decide it."""
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is not built for CUDA"
+    built = f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no GPU"
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return f"{built} among CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r}"
+    if not DRIVER.is_file():
+        return f"{built}: no NVIDIA driver is loaded"
+    driver = DRIVER.read_text().splitlines()[0].removeprefix("NVRM version: ")
+    return f"{built}: the driver ({' '.join(driver.split())}) may be too old for it"
+
+
+def check_launcher() -> None:
+    """Raises RecipeError where the launcher's processes do not fit this machine's GPUs; see `check_processes`."""
+    if not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        check_processes(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world, torch.accelerator.device_count())
+
+
 def create_accelerator(precision: str, **options: Any) -> Accelerator:
-    """Accelerate in a precision, which is the launcher's for `auto`. RecipeError for one that this machine has not."""
+    """Accelerate in a precision, which is the launcher's for `auto`. RecipeError for one that this machine has not, and for
+    more processes than it has GPUs."""
+    check_launcher()
     try:
         accelerator = Accelerator(mixed_precision=None if precision == "auto" else precision, **options)
     except ValueError as error:
@@ -34,7 +85,7 @@ def create_accelerator(precision: str, **options: Any) -> Accelerator:
 def build_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate with the recipe's precision; processes, nodes and devices are the launcher's business.
 
-    RecipeError for trackers or a precision that this machine has not, and for accumulation that the launcher sets.
+    RecipeError for trackers, processes or a precision that this machine has not, and for accumulation that the launcher sets.
     """
     unknown = [t for t in recipe.report.trackers if t not in {str(a) for a in get_available_trackers()}]
     if unknown:

@@ -127,6 +127,15 @@ class Train:
     global_batch_size: Positive = _doc("images per optimiser step, over all processes and accumulated micro-batches", 256)
     accumulate: Positive = _changeable("micro-batches per optimiser step", 1)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _doc("auto: what the launcher says", "auto")
+    tf32: Literal["none", "convolutions", "all"] = _doc(
+        "float32 on NVIDIA GPUs that is computed in TF32 (10 bits of mantissa); all: matrix products too, those of the losses"
+        " among them",
+        "convolutions",
+    )
+    cudnn_benchmark: bool = _changeable("on a GPU: let cuDNN try its algorithms and take the fastest", True)
+    deterministic: bool = _doc(
+        "on a GPU: algorithms that give the same bits in every run, where PyTorch has them; slower, no cudnn_benchmark", False
+    )
     channels_last: bool = _doc("memory format of models and images, which sum in another order in the other one", True)
     compile: Literal["none", "student", "teacher", "both"] = _doc(
         "models that torch.compile compiles, at the first step: minutes that train.timeout_minutes counts", "none"

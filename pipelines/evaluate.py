@@ -25,10 +25,12 @@ from distill.evaluation import evaluate
 from distill.models.backbone import Backbone
 from distill.models.build import create_teacher
 from distill.protocols import Needs
+from distill.recipe import Train
 from distill.report import say
 from pipelines.setup.arguments import Parser, add_import_option, command, import_files, requests
 from pipelines.setup.data import LOADERS, create_eval_loader
 from pipelines.setup.machine import create_accelerator
+from pipelines.setup.switches import set_switches
 
 EPILOG = """
 examples:
@@ -82,6 +84,7 @@ def main(argv: Sequence[str]) -> None:
     import_files(asked.imports)
     with requests():
         accelerator = create_accelerator(asked.mixed_precision)
+        set_switches(Train(), accelerator.device)  # a recipe's unless it says otherwise
         index = ShardIndex.open(asked.val)
         model = build_model(asked, index.num_classes).to(accelerator.device)
         crop = asked.crop_fraction or model.input_spec.crop_fraction

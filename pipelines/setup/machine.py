@@ -18,6 +18,7 @@ from accelerate.utils import parse_flag_from_env
 from distill.config import RecipeError
 from distill.data import order
 from distill.recipe import Recipe
+from pipelines.setup.switches import set_switches
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of `mallopt`, from glibc's malloc.h."""
@@ -83,7 +84,7 @@ def create_accelerator(precision: str, **options: Any) -> Accelerator:
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """Accelerate with the recipe's precision; processes, nodes and devices are the launcher's business.
+    """Accelerate with the recipe's precision and switches; processes, nodes and devices are the launcher's business.
 
     RecipeError for trackers, processes or a precision that this machine has not, and for accumulation that the launcher sets.
     """
@@ -103,6 +104,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(minutes=2 * recipe.train.timeout_minutes)),
         ],
     )
+    set_switches(recipe.train, accelerator.device)
     if accelerator.gradient_accumulation_steps != 1:
         raise RecipeError(
             f"the launcher sets gradient accumulation to {accelerator.gradient_accumulation_steps}; it belongs to the recipe:"

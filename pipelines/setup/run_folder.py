@@ -25,6 +25,7 @@ from distill.config import RecipeError, as_dict, recipe_fields
 from distill.files import locked, write_atomically
 from distill.recipe import Recipe
 from distill.report import say
+from pipelines.setup.switches import switches
 
 MANIFEST = "manifest.json"
 LOCK_SECONDS = 10.0
@@ -121,6 +122,7 @@ class RunFolder:
             "distributed": accelerator.distributed_type.value,
             "device": name,
             "mixed_precision": accelerator.mixed_precision,
+            "switches": switches(),
             **facts,
         }
         if accelerator.is_main_process:

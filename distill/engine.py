@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from distill.agreement import Interrupted
 from distill.evaluation import evaluate, known_bad_samples
@@ -117,8 +118,8 @@ def train_step(run: Run, batches: list[Batch], logged: bool) -> tuple[dict[str, 
     values: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
         last = number == settings.accumulate - 1
-        for name, value in _forward_backward(run, batch, progress, last, logged).items():
-            values[name] = values.get(name, 0) + value
+        found = _forward_backward(run, batch, progress, last, logged)
+        values = {name: values[name] + value if name in values else value for name, value in found.items()}
     # 4. The norm is that of the summed gradient, so the same on all ranks; clipping comes before the guard judges it.
     values["gradient_norm"] = _clip(run)
     # 5. All ranks make the step, or none does.
@@ -135,7 +136,7 @@ def train_step(run: Run, batches: list[Batch], logged: bool) -> tuple[dict[str, 
 
 def _forward_backward(run: Run, batch: Batch, progress: Progress, last: bool, logged: bool) -> dict[str, Tensor]:
     """Gradients of one micro-batch, added to those of the step, and its share of the step's values."""
-    accelerator, accumulate = run.accelerator, run.settings.accumulate
+    accelerator = run.accelerator
     images, labels = run.transform(batch)
     with torch.no_grad(), accelerator.autocast():  # the teacher is outside of DDP, so nothing else puts it under autocast
         teacher = None if run.teacher is None else run.teacher(images)
@@ -146,8 +147,13 @@ def _forward_backward(run: Run, batch: Batch, progress: Progress, last: bool, lo
         with run.around_backward():
             if run.settings.gradient_shares and logged and last:
                 shares = _gradient_shares(run, losses)
-            accelerator.backward(losses.total / accumulate)
-    return {name: value / accumulate for name, value in _named(losses).items()} | shares
+            accelerator.backward(_share(losses.total, run))
+    return {name: _share(value, run) for name, value in _named(losses).items()} | shares
+
+
+def _share(value: Tensor, run: Run) -> Tensor:
+    """A micro-batch's share of the step's value; of a single one all of it, without a kernel for each of some forty values."""
+    return value / run.settings.accumulate if run.settings.accumulate > 1 else value
 
 
 def _named(losses: Losses) -> dict[str, Tensor]:
@@ -158,8 +164,11 @@ def _named(losses: Losses) -> dict[str, Tensor]:
 def _clip(run: Run) -> Tensor:
     """The gradient's norm before clipping: of the summed gradient, so the same on all ranks."""
     parameters = [p for p in run.distiller.parameters() if p.requires_grad]
-    norm = run.accelerator.clip_grad_norm_(parameters, run.settings.clip_gradient_norm or math.inf)
-    return torch.as_tensor(norm, device=run.accelerator.device).detach()
+    if limit := run.settings.clip_gradient_norm:
+        return torch.as_tensor(run.accelerator.clip_grad_norm_(parameters, limit), device=run.accelerator.device).detach()
+    run.accelerator.unscale_gradients()  # fp16's, as clipping does
+    # PyTorch's clipping would multiply every gradient by 1
+    return get_total_norm([p.grad for p in parameters if p.grad is not None]).detach()
 
 
 def settle(run: Run) -> None:

@@ -47,9 +47,11 @@ class Anatomy:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients inside; afterwards every module's mode and the random number states are as before."""
     modes = {module: module.training for module in model.modules()}
+    # PyTorch would save the states of all visible GPUs, and warn where there are several
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     model.eval()
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad():
             yield
     finally:
         for module, mode in modes.items():

@@ -39,6 +39,7 @@ def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torc
     while they are float32 and eager.
     """
     check_precision(recipe.teacher.precision, device)
+    check_graphs(recipe)
     student = build_student(recipe, num_classes)
     teacher = build_teacher(recipe, num_classes) if recipe.teacher.name != "none" else None
     for name in recipe.loss:
@@ -197,6 +198,19 @@ def check_precision(precision: str, device: torch.device) -> None:
     if precision == "bf16" and not bfloat16_usable(device):
         raise RecipeError(
             f"teacher.precision: 'bf16' needs a device that computes in bfloat16, {device} does not; leave it at auto"
+        )
+
+
+def check_graphs(recipe: Recipe) -> None:
+    """Raises RecipeError where CUDA graphs would be replayed for several micro-batches of one step.
+
+    What the first keeps for its backward pass lies in memory that the second may overwrite: only a step's end is marked.
+    """
+    train = recipe.train
+    if train.compile != "none" and train.compile_mode != "default" and train.accumulate > 1:
+        raise RecipeError(
+            f"train.compile_mode: {train.compile_mode} makes CUDA graphs, which are not tried with train.accumulate"
+            f" {train.accumulate}; say compile_mode default, or accumulate 1"
         )
 
 

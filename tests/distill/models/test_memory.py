@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from distill.models.anatomy import evaluating
 from distill.models.recompute import activation_bytes, set_activation_checkpointing, unchanged_statistics
 from distill.protocols import Needs, Regions
 from tests.distill.models.model_support import backbone
@@ -57,3 +58,10 @@ def test_an_architecture_that_takes_the_request_and_ignores_it_is_refused(monkey
     monkeypatch.setattr(student.model, "set_grad_checkpointing", lambda enable: None, raising=False)
     with pytest.raises(ValueError, match="saves nothing for cifar_resnet8 here"):
         set_activation_checkpointing(student)
+
+
+def test_a_model_on_a_cpu_is_examined_without_a_look_at_any_gpu(monkeypatch: pytest.MonkeyPatch):
+    """The random states of all visible GPUs were saved, for each model, with a warning where there are several."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with evaluating(torch.nn.Linear(2, 2)):
+        assert not torch.is_grad_enabled()

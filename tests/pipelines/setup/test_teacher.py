@@ -9,7 +9,7 @@ from distill.config import RecipeError
 from distill.models.teacher import FrozenTeacher
 from distill.protocols import Needs
 from distill.recipe import Teacher
-from pipelines.setup.models import teacher_stream
+from pipelines.setup.models import check_graphs, teacher_stream
 from pipelines.setup.teacher import check_top1
 from tests.distill.models.model_support import PYRAMID, backbone
 from tests.processes import finished
@@ -65,6 +65,14 @@ def test_two_cuda_graphs_at_once_are_refused(digits: Path, tmp_path: Path):
     with pytest.raises(RecipeError, match=r"train\.overlap_teacher: reduce-overhead .* compile one model"):
         teacher_stream(recipe_of(digits, tmp_path, *graphs, "both"), CPU)
     assert teacher_stream(recipe_of(digits, tmp_path, *graphs, "student"), CPU) is None
+
+
+def test_cuda_graphs_over_several_micro_batches_are_refused(digits: Path, tmp_path: Path):
+    several = ["--train.accumulate", "3", "--train.compile_mode"]
+    with pytest.raises(RecipeError, match=r"train\.compile_mode: max-autotune .* train\.accumulate 3; say .* default"):
+        check_graphs(recipe_of(digits, tmp_path, "--train.compile", "student", *several, "max-autotune"))
+    check_graphs(recipe_of(digits, tmp_path, "--train.compile", "student", *several, "default"))
+    check_graphs(recipe_of(digits, tmp_path, *several, "reduce-overhead"))  # nothing is compiled
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="streams need a GPU")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from datetime import timedelta
 from types import FrameType
 from typing import NamedTuple
 
@@ -34,11 +35,13 @@ class Control:
     a device. A second signal changes nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        """timeout: of an agreement; None: PyTorch's, half an hour."""
         self.received = False
         several = dist.is_initialized() and dist.get_world_size() > 1
-        self._group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if several else None  # type: ignore[assignment]
+        self._group: dist.ProcessGroup | None = None
         if several:
+            self._group = dist.new_group(backend="gloo", timeout=timeout)  # type: ignore[assignment]
             # rank 0 keeps the store through which the others are still connecting: if it ended now, of a request that is
             # refused, theirs would be a connection error
             dist.barrier(self._group)

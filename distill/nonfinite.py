@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from distill.agreement import Control
+
+POLL_SECONDS = 0.0005
+"""Between two questions to the device: 2 % of a step of 25 ms, and no load on the host."""
 
 
 class Suspect(NamedTuple):
@@ -55,11 +59,18 @@ class Guard:
     """
 
     def __init__(
-        self, optimizer: Any, scaler: Any, reduce: Callable[[Tensor], Tensor], statistics: Iterable[Tensor] = ()
+        self,
+        optimizer: Any,
+        scaler: Any,
+        reduce: Callable[[Tensor], Tensor],
+        statistics: Iterable[Tensor] = (),
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:
-        """statistics: buffers that a forward pass moves (BatchNorm's), and that a step which is not made must leave alone."""
+        """statistics: buffers that a forward pass moves (BatchNorm's), and that a step which is not made must leave alone.
+        waiting: called again and again while the host waits for the device; it may raise, to say why nothing will come."""
         self._optimizer = optimizer
         self._scaler = scaler
+        self._waiting = waiting
         self._reduce = reduce
         """Sums a tensor over all processes, on the device."""
         self.deferred = scaler is None and skips_on_device(optimizer)
@@ -78,7 +89,9 @@ class Guard:
         A finite loss with an overflown gradient is the business of fp16's scaler, if there is one: it skips the step itself
         and lowers its scale.
         """
-        total, norm = _judged(values).tolist()
+        judged, copied = _on_its_way_to_the_host(_judged(values))
+        self._wait(copied)
+        total, norm = judged.tolist()
         return not (math.isfinite(total) and (math.isfinite(norm) or self._scaler is not None))
 
     def step(self, suspect: Suspect, control: Control) -> Verdict:
@@ -114,16 +127,25 @@ class Guard:
         pending, self._pending = self._pending, None
         if pending is None:
             return None
-        if pending.copied is not None:
-            pending.copied.synchronize()
+        self._wait(pending.copied)
         return pending.suspect if pending.flag.item() else None
 
+    def _wait(self, copied: torch.cuda.Event | None) -> None:
+        """Returns once the device is there.
 
-def _on_its_way_to_the_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        Where a peer died an all-reduce never ends, and NCCL says nothing of it: so the host asks and does not block. Waking a
+        little late costs nothing, since the next step was launched before.
+        """
+        while copied is not None and not copied.query():
+            self._waiting()
+            time.sleep(POLL_SECONDS)
+
+
+def _on_its_way_to_the_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """A copy in host memory, and what to wait for before it is read."""
-    if flag.device.type != "cuda":
-        return flag, None
-    copy = torch.empty((), pin_memory=True).copy_(flag, non_blocking=True)
+    if tensor.device.type != "cuda":
+        return tensor, None
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
     return copy, copied

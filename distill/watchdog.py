@@ -21,6 +21,10 @@ STORE_SECONDS = 30.0
 """The longest that a heartbeat waits for the store's answer."""
 SILENT = 5.0
 """A process not heard of for this long is taken for gone when somebody asks who is missing."""
+LOST = 15.0
+"""A process not heard of for this long is given up while a step waits for it. Longer than SILENT, because here nothing has
+failed yet: its threads may only be held up."""
+GO_ON = "the last checkpoint is intact and the same command with --resume goes on"
 
 
 class Beat(NamedTuple):
@@ -44,6 +48,10 @@ def describe(rank: int, beat: Beat | None, silent: float) -> str:
         return f"rank {rank}: never heard of"
     heard = f", not heard of for {silent:.0f} s" if silent > SILENT else ""
     return f"rank {rank}: step {beat.step}, {beat.phase} for {beat.age + (silent if silent > SILENT else 0):.0f} s{heard}"
+
+
+def _names(gone: list[int]) -> str:
+    return f"gone: rank {', '.join(map(str, gone))}"
 
 
 class Watchdog:
@@ -125,21 +133,26 @@ class Watchdog:
         known = {r: self._peers.get(r) for r in range(self.world_size) if r != self.rank}
         return [describe(r, k[0] if k else None, now - k[1] if k else 0.0) for r, k in known.items()]
 
-    def _silent(self) -> list[int]:
+    def _silent(self, seconds: float = SILENT) -> list[int]:
         now = time.monotonic()
-        if now - self._answered > SILENT:  # without the rendezvous nobody can be heard; its host is on rank 0's machine
-            return [0]
-        return [r for r, (_, heard) in self._peers.items() if now - heard > SILENT]
+        if self.world_size > 1 and now - self._answered > seconds:
+            return [0]  # without the rendezvous nobody can be heard; its host is on rank 0's machine
+        return [r for r, (_, heard) in list(self._peers.items()) if now - heard > seconds]
 
     def missing(self) -> str:
         """The processes that the others wait for: silent ones, else those that are the least far."""
         if gone := self._silent():
-            return f"gone: rank {', '.join(map(str, gone))}"
+            return _names(gone)
         waiting = {r: beat for r, (beat, _) in self._peers.items()} | {self.rank: Beat(self._step, self._phase, 0, 0)}
         behind = [r for r, b in waiting.items() if b.phase == "waiting for data"] or [
             r for r, b in waiting.items() if b.step == min(w.step for w in waiting.values())
         ]
         return f"behind: rank {', '.join(map(str, sorted(behind)))}"
+
+    def check(self) -> None:
+        """Raises PeerLostError where a process has been silent for so long that nobody need wait for it any more."""
+        if gone := self._silent(LOST):
+            raise PeerLostError(f"step {self._step}, {self._phase}: {_names(gone)}; {GO_ON}")
 
     def explain(self, error: BaseException) -> PeerLostError | None:
         """The error to raise instead of a collective's own, once it is clear that a process fell silent; None if none did."""
@@ -151,7 +164,4 @@ class Watchdog:
         if not self._silent():
             return None
         reason = " ".join(str(error).split())[:160]
-        return PeerLostError(
-            f"step {self._step}, {self._phase}: {self.missing()}; the last checkpoint is intact and the same command with"
-            f" --resume goes on ({type(error).__name__}: {reason})"
-        )
+        return PeerLostError(f"step {self._step}, {self._phase}: {self.missing()}; {GO_ON} ({type(error).__name__}: {reason})")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
-from pipelines.setup.launcher import end_with_launcher
+from pipelines.setup.launcher import end_with_launcher, exit_with
 
 if __name__ == "__main__":
     end_with_launcher()
@@ -40,7 +40,13 @@ from pipelines.measure.timeline import DATA, REST, Communication, Timeline, endl
 from pipelines.setup.arguments import Parser, command, parse, requests
 from pipelines.setup.build import build
 from pipelines.setup.data import Splits, build_splits, check_mixing
-from pipelines.setup.machine import build_accelerator, keep_freed_memory, micro_batch_size
+from pipelines.setup.machine import (
+    build_accelerator,
+    collective_timeout,
+    keep_freed_memory,
+    leave_together,
+    micro_batch_size,
+)
 from pipelines.setup.observers import compile_report
 from pipelines.setup.out_of_memory import memory_explained
 
@@ -128,7 +134,7 @@ class MeasuredRun:
         check_mixing(self.recipe, self.batch)
         with requests():
             self.splits: Splits = build_splits(self.recipe, self.accelerator)
-            self.run, self.models = build(self.recipe, self.accelerator, self.splits, Control())
+            self.run, self.models = build(self.recipe, self.accelerator, self.splits, Control(collective_timeout(self.recipe)))
         self.run.eval_loader.close()
         self.run.distiller.train()
         self.communication = Communication(self.run)
@@ -338,7 +344,8 @@ def main(argv: Sequence[str]) -> None:
             report.write(asked.json)
         if asked.plot is not None:
             plot(report, asked.plot)
+    leave_together(PartialState().wait_for_everyone)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

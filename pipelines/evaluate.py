@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
-from pipelines.setup.launcher import end_with_launcher
+from pipelines.setup.launcher import end_with_launcher, exit_with
 
 if __name__ == "__main__":
     end_with_launcher()
@@ -29,7 +29,7 @@ from distill.recipe import Train
 from distill.report import say
 from pipelines.setup.arguments import Parser, add_import_option, command, import_files, requests
 from pipelines.setup.data import LOADERS, create_eval_loader
-from pipelines.setup.machine import create_accelerator
+from pipelines.setup.machine import create_accelerator, leave_together
 from pipelines.setup.switches import set_switches
 
 EPILOG = """
@@ -101,7 +101,8 @@ def main(argv: Sequence[str]) -> None:
     if asked.json and accelerator.is_main_process:
         facts = {"precision": accelerator.mixed_precision, "image_size": [spec.height, spec.width], "crop_fraction": crop}
         asked.json.write_text(json.dumps({**figures, **facts}, indent=2) + "\n")
+    leave_together(accelerator.wait_for_everyone)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

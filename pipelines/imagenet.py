@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
-from pipelines.setup.launcher import end_with_launcher
+from pipelines.setup.launcher import end_with_launcher, exit_with
 
 if __name__ == "__main__":
     end_with_launcher()
@@ -38,7 +38,13 @@ from distill.watchdog import Watchdog
 from pipelines.setup.arguments import Request, command, parse, requests
 from pipelines.setup.build import build, build_settings, rehearse
 from pipelines.setup.data import Splits, build_splits, check_mixing, eval_spec
-from pipelines.setup.machine import build_accelerator, keep_freed_memory, micro_batch_size
+from pipelines.setup.machine import (
+    build_accelerator,
+    collective_timeout,
+    keep_freed_memory,
+    leave_together,
+    micro_batch_size,
+)
 from pipelines.setup.models import Models
 from pipelines.setup.out_of_memory import memory_explained
 from pipelines.setup.run_folder import RunFolder, digest
@@ -74,8 +80,7 @@ def trained(modules: Iterable[nn.Module]) -> int:
 
 
 def finish(recipe: Recipe, run: Run, models: Models, summary: dict[str, Any], class_names: list[str]) -> None:
-    """Writes the exported student and then summary.json, which says that the run is whole; closes the loaders."""
-    run.checkpoints.close()
+    """Writes the exported student and then summary.json, which says that the run is whole."""
     accelerator, out = run.accelerator, Path(recipe.out)
     if accelerator.is_main_process:
         model = run.unwrapped.plain_student if run.average is None else run.average.module
@@ -86,8 +91,19 @@ def finish(recipe: Recipe, run: Run, models: Models, summary: dict[str, Any], cl
         for tracker in accelerator.trackers:
             tracker.finish()
     accelerator.wait_for_everyone()
-    for loader in (run.train_loader, run.eval_loader):
-        loader.close()
+
+
+@contextmanager
+def closed(run: Run, watchdog: Watchdog) -> Iterator[None]:
+    """Closes the run's writer and loaders however it ends: a checkpoint is written to its end, and what a pipeline still has in
+    flight on a device is over before the interpreter is."""
+    try:
+        yield
+    finally:
+        watchdog.progress(run.counters.step, "ending")
+        run.train_loader.close()
+        run.eval_loader.close()
+        run.checkpoints.close()
 
 
 @contextmanager
@@ -138,25 +154,26 @@ def run_once(recipe: Recipe, folder: RunFolder, splits: Splits, session: Session
     session.watchdog.progress(0, "building")
     # 1. what is wrong with the request is found before the folder says that it holds a run
     with requests():
-        run, models = build(recipe, accelerator, splits, session.control, session.watchdog.progress)
-    contents = {**digests(splits), "teacher": digest(models.teacher)}
-    folder.check(contents)
-    start_trackers(recipe, accelerator)
-    with peers_named(session.watchdog):
-        teacher = evaluate_teacher(recipe, run, models, splits.val)
-        # 2. the manifest comes before the first checkpoint: whatever is found in this folder later says what made it
-        folder.write({"train_samples": splits.train.num_samples, **contents})
-        if folder.resumed:
-            go_on(run)
-        with memory_explained(recipe, run, models):
-            found = fit(run)
-    # 3. the summary comes last: a folder that has one is finished, and one that has none goes on
-    session.watchdog.progress(run.counters.step, "building")
-    found["bad_samples"] = bad_samples(run)
-    sizes = {"student_parameters": trained([models.student]), "loss_parameters": trained(models.criteria.values())}
-    names = {"student": recipe.student.name, "teacher": recipe.teacher.name}
-    summary = {**found, "teacher_top1": teacher.get("top1"), **names, **sizes}
-    finish(recipe, run, models, summary, list(splits.train.class_names))
+        run, models = build(recipe, accelerator, splits, session.control, session.watchdog.progress, session.watchdog.check)
+    with closed(run, session.watchdog):
+        contents = {**digests(splits), "teacher": digest(models.teacher)}
+        folder.check(contents)
+        start_trackers(recipe, accelerator)
+        with peers_named(session.watchdog):
+            teacher = evaluate_teacher(recipe, run, models, splits.val)
+            # 2. the manifest comes before the first checkpoint: whatever is found in this folder later says what made it
+            folder.write({"train_samples": splits.train.num_samples, **contents})
+            if folder.resumed:
+                go_on(run)
+            with memory_explained(recipe, run, models):
+                found = fit(run)
+        # 3. the summary comes last: a folder that has one is finished, and one that has none goes on
+        session.watchdog.progress(run.counters.step, "building")
+        found["bad_samples"] = bad_samples(run)
+        sizes = {"student_parameters": trained([models.student]), "loss_parameters": trained(models.criteria.values())}
+        names = {"student": recipe.student.name, "teacher": recipe.teacher.name}
+        summary = {**found, "teacher_top1": teacher.get("top1"), **names, **sizes}
+        finish(recipe, run, models, summary, list(splits.train.class_names))
     session.say(
         f"{recipe.out}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}, {found['images_per_second']:.0f} images/s"
     )
@@ -196,7 +213,13 @@ def opened_session(recipe: Recipe) -> Iterator[Session]:
     timeout = 60 * recipe.train.timeout_minutes
     watchdog = Watchdog(accelerator.process_index, accelerator.num_processes, timeout).start()
     try:
-        yield Session(accelerator, Control().listen(), watchdog)
+        control = Control(collective_timeout(recipe)).listen()
+        try:
+            yield Session(accelerator, control, watchdog)
+        except Interrupted:
+            leave_together(control.agree)
+            raise
+        leave_together(control.agree)
     finally:
         watchdog.close()
 
@@ -211,4 +234,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

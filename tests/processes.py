@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import resource
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ def _enter(argv: list[str], environment: dict[str, str], log: str, file_limit: i
     import torch
 
     from pipelines.imagenet import main
+    from pipelines.setup.launcher import exit_with
     from tests.runs import fp16_on_cpus
 
     if stall := environment.get("STALL_LOADER"):
@@ -41,9 +41,7 @@ def _enter(argv: list[str], environment: dict[str, str], log: str, file_limit: i
         fp16_on_cpus()
 
     torch.set_num_threads(1)
-    code = main(argv)
-    sys.stdout.flush()
-    sys.exit(code)
+    exit_with(lambda: main(argv))
 
 
 def stall_loader(rank: int, reads: int) -> None:

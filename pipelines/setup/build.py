@@ -89,11 +89,13 @@ def build_distiller(recipe: Recipe, models: Models) -> Distiller:
     return Distiller(models.student, models.criteria, schedules, *join)
 
 
-def build_guard(recipe: Recipe, accelerator: Accelerator, distiller: Distiller, optimizer: Any) -> Guard:
+def build_guard(
+    recipe: Recipe, accelerator: Accelerator, distiller: Distiller, optimizer: Any, waiting: Callable[[], None]
+) -> Guard:
     """The guard of the steps; it keeps BatchNorm's statistics where the recipe lets a run go on after a poisoned step."""
     norms = [module for module in distiller.modules() if isinstance(module, _BatchNorm)] if recipe.train.skip_nonfinite else []
     statistics = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-    return Guard(optimizer, accelerator.scaler, partial(accelerator.reduce, reduction="sum"), statistics)
+    return Guard(optimizer, accelerator.scaler, partial(accelerator.reduce, reduction="sum"), statistics, waiting)
 
 
 def build(
@@ -102,9 +104,11 @@ def build(
     splits: Splits,
     control: Control,
     watch: Callable[[int, str], None] = lambda step, phase: None,
+    waiting: Callable[[], None] = lambda: None,
 ) -> tuple[Run, Models]:
-    """The run that a recipe describes, at step 0; `control` and `watch` as in `Run`. The order of initialisation matters:
+    """The run that a recipe describes, at step 0; `control` and `watch` as in `Run`, `waiting` as in `Guard`.
 
+    The order of initialisation matters:
     1. seed; 2. models and criteria, on the device, with their BatchNorm policy; 3. the average, a copy of the plain
     student before anything wraps it; 4. the optimiser over what is trained; 5. Accelerate wraps both; 6. compilers, which work
     at the first call. Restoring comes after.
@@ -138,7 +142,7 @@ def build(
         classifier=models.student.serving(Needs(), None if average is None else average.module),
         teacher=models.teacher,
         optimizer=prepared_optimizer,
-        guard=build_guard(recipe, accelerator, distiller, prepared_optimizer),
+        guard=build_guard(recipe, accelerator, distiller, prepared_optimizer, waiting),
         learning_rate=learning_rate_schedule(peak=recipe.optim.learning_rate, **dataclasses.asdict(recipe.schedule)),
         train_loader=build_train_loader(recipe, splits, models, accelerator),
         eval_loader=build_eval_loader(recipe, splits.val, spec, accelerator),

@@ -1,11 +1,16 @@
-"""A process that ends with its launcher, from its first moment on. Imports nothing heavy: it comes before the imports."""
+"""The two ends of a command's process: it dies with its launcher, and its exit code is the one that was meant. Imports nothing
+heavy: it comes before the imports."""
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
 
 STARTED_BY_US = "DISTILL_STARTED"
 """Variable that a command of this project sets for the runs it starts."""
@@ -29,3 +34,23 @@ def end_with_launcher() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != launcher:  # it died in between, and nothing will be sent
         sys.exit(1)
+
+
+def exit_with(main: Callable[[], int]) -> NoReturn:
+    """Ends this process with the code that `main` returns, or with 1 and the traceback of what it raises.
+
+    A process group that `main` left behind, because a peer is lost or another error came first, is not torn down: its threads
+    and destructors may wait for a process that is gone, or abort and change the code. The system takes back what it holds.
+    """
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        sys.exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

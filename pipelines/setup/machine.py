@@ -6,12 +6,13 @@ import ctypes
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import parse_flag_from_env
 
@@ -100,8 +101,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             # no static_graph: with accumulation its first step ends in an internal assertion of PyTorch's (a micro-batch
             # under no_sync comes first), and what it saves, the search for unused parameters, is off anyway
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            # longer than the watchdog's time, which says more; this one is the net below it
-            InitProcessGroupKwargs(timeout=timedelta(minutes=2 * recipe.train.timeout_minutes)),
+            InitProcessGroupKwargs(timeout=collective_timeout(recipe)),
         ],
     )
     set_switches(recipe.train, accelerator.device)
@@ -111,6 +111,24 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             " launch without it and say --train.accumulate"
         )
     return accelerator
+
+
+def collective_timeout(recipe: Recipe) -> timedelta:
+    """The longest that a collective waits: longer than the watchdog, which says more; this one is the net below it."""
+    return timedelta(minutes=2 * recipe.train.timeout_minutes)
+
+
+def leave_together(meet: Callable[[], Any]) -> None:
+    """Tears the process groups down, where every process comes here: at a clean end, and at a stop that all agreed on.
+
+    What is left of NCCL when the interpreter ends may hang it, or abort it with another exit code. meet: a collective, so that
+    rank 0, which keeps the store, does not leave before the others; where it fails a process is gone, and all is left as it is.
+    """
+    try:
+        meet()
+    except RuntimeError:
+        return
+    PartialState().destroy_process_group()
 
 
 def keep_freed_memory() -> bool:

@@ -1,13 +1,18 @@
-"""The watchdog's threads end with it."""
+"""The watchdog's threads end with it, and a process that waits learns of one that died."""
 
+import multiprocessing
+import os
 import sys
 import threading
 import time
+from pathlib import Path
 
+import torch
 from torch import distributed
 
 import distill.watchdog
-from tests.processes import CONTEXT
+from distill.nonfinite import Guard, Suspect, _Pending
+from tests.processes import CONTEXT, free_port
 
 
 def beat_and_close() -> None:
@@ -27,3 +32,42 @@ def test_no_thread_of_a_closed_watchdog_is_left():
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+class NeverReady:
+    """The event of an all-reduce on a GPU whose other end is gone."""
+
+    def query(self) -> bool:
+        return False
+
+
+def wait_for_a_step_of_the_dead(rank: int, port: int, said: str, both: "multiprocessing.synchronize.Barrier") -> None:
+    distill.watchdog.PERIOD, distill.watchdog.LOST = 0.05, 2.0
+    store = distributed.TCPStore("127.0.0.1", port, 2, rank == 0)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    watchdog = distill.watchdog.Watchdog(rank, 2, timeout=600, exit=os._exit).start()
+    watchdog.progress(7, "optimiser step")
+    while 1 - rank not in watchdog._peers:
+        time.sleep(0.01)
+    both.wait()
+    if rank == 1:
+        os._exit(0)
+    guard = Guard(torch.optim.SGD([torch.zeros(1)]), None, lambda tensor: tensor, waiting=watchdog.check)
+    guard._pending = _Pending(Suspect(7, {}, []), torch.zeros(()), NeverReady())
+    try:
+        guard.settle()
+    except distill.watchdog.PeerLostError as error:
+        Path(said).write_text(str(error))
+    os._exit(0)
+
+
+def test_a_host_that_waits_for_the_device_learns_which_process_died(tmp_path: Path):
+    """NCCL says nothing of it: the wait was over when the watchdog ended the process, after ten minutes, without a name."""
+    said, both, port = tmp_path / "said", CONTEXT.Barrier(2), free_port()
+    ranks = [CONTEXT.Process(target=wait_for_a_step_of_the_dead, args=(r, port, str(said), both)) for r in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        rank.kill()
+    assert said.read_text().startswith("step 7, optimiser step: gone: rank 1; the last checkpoint is intact")

@@ -17,7 +17,7 @@ from distill.data.augment.parameters import TrainTransform, crop_windows, eval_g
 from distill.data.faults import Quarantine
 from distill.data.order import TrainOrder, eval_batches, eval_samples, micro_batch_rows, micro_batch_size
 from distill.data.reader import BadSample
-from distill.data.stream import Position
+from distill.data.stream import Position, next_position
 from distill.protocols import InputSpec, Interpolation
 from distill.seeds import derive_seed
 
@@ -64,6 +64,10 @@ class Plan(Protocol):
     """The largest batch."""
     batches_per_epoch: int
 
+    def following(self, position: Position) -> Position:
+        """The position that is wanted after this one, for what is made ahead."""
+        ...
+
     def samples(self, position: Position) -> NDArray[np.int64]:
         """int64 [B]: the samples of the batch."""
         ...
@@ -107,6 +111,10 @@ class TrainPlan:
         self.batch_size = micro_batch_size(global_batch_size, accumulate, world_size)
         self.batches_per_epoch = self.order.steps_per_epoch * accumulate
         self._rows = rows
+
+    def following(self, position: Position) -> Position:
+        """The next micro-batch; the first of the next epoch after the last."""
+        return next_position(position, self.batches_per_epoch)
 
     def samples(self, position: Position) -> NDArray[np.int64]:
         """int64 [B]: the samples of this micro-batch."""
@@ -155,6 +163,11 @@ class EvalPlan:
         self.batches_per_epoch = eval_batches(num_samples, batch_size, rank, world_size)
         self._rank = rank
         self._world_size = world_size
+
+    def following(self, position: Position) -> Position:
+        """The next batch, and after the last the first again: every evaluation is of the same epoch, and what is made ahead at
+        the end of one is what the next begins with."""
+        return Position(position.epoch, (position.micro + 1) % self.batches_per_epoch)
 
     def samples(self, position: Position) -> NDArray[np.int64]:
         """int64 [<= B]: the samples of this batch."""

@@ -8,8 +8,10 @@ failed batch, and a thin loop lets a jump keep what is in flight.
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +24,7 @@ from distill.data.dali_graph import IN_FLIGHT, HostBatch, build_pipeline, check_
 from distill.data.loaders import PlannedLoader, Task
 from distill.data.pixels import as_png, decode_as_indexed, png_bytes, transform_window
 from distill.data.reader import BadSample, SampleReader
-from distill.data.stream import Position, PositionStream, next_position
+from distill.data.stream import Position, PositionStream
 from distill.protocols import Batch
 
 logger = logging.getLogger("distill.data")
@@ -31,6 +33,8 @@ AHEAD = 4
 """Batches read ahead of DALI."""
 RECOVERIES = 8
 """Failed runs on one batch before the loader gives up; each finds all culprits that PIL finds."""
+DEVICE_FAULT = re.compile(r"cuda|out of memory|bad_alloc", re.IGNORECASE)
+"""DALI's words for a device or a memory that fails; a single image would then decode, or fail, whatever it is."""
 NO_SAMPLE = -1
 """Stands, with a black pixel, for a batch of evaluation of which nothing is left: DALI takes no empty one."""
 READERS = 4
@@ -46,7 +50,8 @@ class DaliStream:
         self._plan = task.plan
         self._pool = ThreadPoolExecutor(task.num_threads, thread_name_prefix="distill-pixels") if decode_only else None
         self._reader = SampleReader(task.index)
-        self._host = PositionStream(self._read, task.plan.batches_per_epoch, depth=AHEAD, workers=READERS)
+        self._host = PositionStream(self._read, task.plan.following, depth=AHEAD, workers=READERS)
+        # DALI reads the encoded images where they are: a batch stays here until its outputs are there, or its pipeline is gone
         self._in_flight: deque[tuple[Position, HostBatch]] = deque()
         self._pipeline: Any = None
         self._started = False
@@ -58,11 +63,15 @@ class DaliStream:
             self._drain()
         self._fill(position)
         for _ in range(RECOVERIES):
+            failure = None
             try:
                 *outputs, shapes = self._pipeline.share_outputs()
                 check_sizes(shapes, self._in_flight[0][1])
             except RuntimeError as error:
-                self._recover(str(error))
+                failure = str(error)
+            if failure is not None:  # outside of `except`: the error's frames would keep the pipeline that failed
+                outputs = shapes = None
+                self._recover(failure)
                 continue
             _, batch = self._in_flight.popleft()
             made = self._copied(outputs) if self._pool is None else self._transformed(outputs, batch.work, self._pool)
@@ -75,17 +84,18 @@ class DaliStream:
         self._reader.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True)
+        self._pipeline = None  # it ends its runs first, which read what is in flight
         self._in_flight.clear()
-        self._pipeline = None
 
     def _build(self) -> None:
+        self._pipeline = None  # before the new one is made: two would need twice the device's memory
         self._pipeline = build_pipeline(self._plan, self._task.device, self._task.num_threads, self._pool is not None)
         self._started = False
 
     def _fill(self, position: Position) -> None:
         while len(self._in_flight) < IN_FLIGHT:
             if self._in_flight:
-                position = next_position(self._in_flight[-1][0], self._plan.batches_per_epoch)
+                position = self._plan.following(self._in_flight[-1][0])
             batch = self._host.take(position)
             self._in_flight.append((position, batch))
             feed(self._pipeline, self._plan, batch, self._pool is not None)
@@ -100,18 +110,19 @@ class DaliStream:
             self._started = True
 
     def _drain(self) -> None:
-        if not self._started:  # fed, but an error came before the first run: outputs would never come
-            self._in_flight.clear()
-            self._build()
         while self._in_flight:
-            self._in_flight.popleft()
-            try:
-                self._pipeline.share_outputs()
-            except RuntimeError:  # a bad image in a batch that nobody asked for: it is found when somebody does
-                self._in_flight.clear()
+            lost = not self._started  # fed, but an error came before the first run: outputs would never come
+            if not lost:
+                try:
+                    self._pipeline.share_outputs()
+                    self._pipeline.release_outputs()
+                except RuntimeError:  # a bad image in a batch that nobody asked for: it is found when somebody does
+                    lost = True
+            if lost:
                 self._build()
+                self._in_flight.clear()
             else:
-                self._pipeline.release_outputs()
+                self._in_flight.popleft()
 
     def _recover(self, error: str) -> None:
         """After a failed run: the batch at the front without what made it fail, in a new pipeline, with all in flight again.
@@ -119,8 +130,8 @@ class DaliStream:
         A new pipeline, because what DALI promises of one that failed is only that it is invalid.
         """
         (position, batch), *others = self._in_flight
-        self._in_flight.clear()  # before anything is raised: what is in flight is what the pipeline was fed with
         self._build()
+        self._in_flight.clear()  # before anything is raised: what is in flight is what the pipeline was fed with
         repaired = self._repaired(position, batch, error)
         for each in ((position, repaired), *others):
             self._in_flight.append(each)
@@ -137,7 +148,9 @@ class DaliStream:
                 bad = True
         if bad:
             return self._read(position)
-        converted = [dali_decodes(data, self._task.device) for data in batch.encoded]
+        if DEVICE_FAULT.search(error):
+            raise RuntimeError(f"DALI failed, and not by an image: {error}")
+        converted = dali_decodes(batch.encoded, self._task.device)
         if all(converted):
             raise RuntimeError(f"DALI failed on a batch of which it decodes every image: {error}")
         for sample, fine in zip(batch.samples.tolist(), converted, strict=True):
@@ -199,13 +212,17 @@ class DaliLoader(PlannedLoader):
         if decode_only is None:
             decode_only = task.device.type == "cpu"
         self._stream = DaliStream(task, decode_only)
-        # the host's part, too, is done while the batch before is being used
-        batches = task.plan.batches_per_epoch
-        self._ahead = PositionStream(self._stream.take, batches, depth=1, workers=1) if decode_only else None
-        super().__init__(task, self._stream.take if self._ahead is None else self._ahead.take)
+        # On a thread of its own, while the batch before is being used. On a CPU this is the host's part of the work; on a GPU
+        # it is feeding and launching, for which the training thread would stop launching.
+        self._ahead = PositionStream(self._made, task.plan.following, depth=1, workers=1)
+        super().__init__(task, self._ahead.take)
+
+    def _made(self, position: Position) -> Batch:
+        """The batch, made on the loader's stream: which stream is the current one is each thread's own affair."""
+        with nullcontext() if self.copying is None else torch.cuda.stream(self.copying):
+            return self._stream.take(position)
 
     def close(self) -> None:
         """Gives files, threads and device memory back; calling it twice is harmless."""
-        if self._ahead is not None:
-            self._ahead.close()
+        self._ahead.close()
         self._stream.close()

@@ -47,7 +47,9 @@ class PlannedLoader:
         self.quarantine = task.quarantine
         self.task = task
         self._take = take
-        self._copying: torch.cuda.Stream | None = None
+        # one for all epochs: memory is kept by stream
+        self.copying = torch.cuda.Stream(task.device) if task.device.type == "cuda" else None
+        """The stream on which batches come to the device; None on a CPU."""
 
     @property
     def bad_samples(self) -> list[int]:
@@ -72,9 +74,7 @@ class PlannedLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The micro-batches of this epoch from number `start` on."""
         positions = (Position(epoch, micro) for micro in range(start, self.batches_per_epoch))
-        if self._copying is None and self.task.device.type == "cuda":  # one for all epochs: memory is kept by stream
-            self._copying = torch.cuda.Stream(self.task.device)
-        yield from prefetched(map(self._take, positions), self._copying)
+        yield from prefetched(map(self._take, positions), self.copying)
 
     def _identity(self) -> dict[str, Any]:
         return {"index": self.task.index.digest, **self.task.plan.identity}

@@ -50,7 +50,7 @@ class ReferenceLoader(PlannedLoader):
 
     def __init__(self, task: Task) -> None:
         self._pool = ThreadPoolExecutor(task.num_threads, thread_name_prefix="distill-decode")
-        self._stream = PositionStream(self._produce, task.plan.batches_per_epoch, depth=AHEAD, workers=1)
+        self._stream = PositionStream(self._produce, task.plan.following, depth=AHEAD, workers=1)
         super().__init__(task, self._stream.take)
 
     def close(self) -> None:

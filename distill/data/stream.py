@@ -25,16 +25,18 @@ def next_position(position: Position, per_epoch: int) -> Position:
 
 
 class PositionStream(Generic[Item]):
-    """`take(position)` is `produce(position)`, computed ahead for the positions that follow.
+    """`take(position)` is `produce(position)`, computed ahead for the positions that `following` says come next.
 
     `produce` is a pure function of the position and is called from `workers` threads, up to `depth` positions ahead. A jump
     to another position throws away what was produced ahead; no other position costs anything. An exception of `produce`
     comes out of the `take` of its own position.
     """
 
-    def __init__(self, produce: Callable[[Position], Item], per_epoch: int, *, depth: int, workers: int) -> None:
+    def __init__(
+        self, produce: Callable[[Position], Item], following: Callable[[Position], Position], *, depth: int, workers: int
+    ) -> None:
         self._produce = produce
-        self._per_epoch = per_epoch
+        self._following = following
         self._depth = depth
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="distill-data")
         self._ahead: deque[tuple[Position, Future[Item]]] = deque()
@@ -45,7 +47,7 @@ class PositionStream(Generic[Item]):
             self._drop()
             self._submit(position)
         while len(self._ahead) <= self._depth:
-            self._submit(next_position(self._ahead[-1][0], self._per_epoch))
+            self._submit(self._following(self._ahead[-1][0]))
         return self._ahead.popleft()[1].result()
 
     def _submit(self, position: Position) -> None:

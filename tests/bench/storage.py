@@ -23,7 +23,7 @@ from distill.data.dali import AHEAD, READERS
 from distill.data.index import INDEX, RECORD, ShardIndex, ShardInfo, write_split
 from distill.data.order import TrainOrder
 from distill.data.reader import SampleReader
-from distill.data.stream import Position, PositionStream
+from distill.data.stream import Position, PositionStream, next_position
 
 
 def startup(options: argparse.Namespace) -> None:
@@ -102,7 +102,7 @@ def _read_in_order(index: ShardIndex, batch: int, block: int) -> int:
         reader.announce(samples)
         return sum(len(reader.read(sample)) for sample in samples.tolist())
 
-    stream = PositionStream(read_step, order.steps_per_epoch, depth=AHEAD, workers=READERS)
+    stream = PositionStream(read_step, lambda at: next_position(at, order.steps_per_epoch), depth=AHEAD, workers=READERS)
     total = sum(stream.take(Position(0, step)) for step in range(order.steps_per_epoch))
     stream.close()
     reader.close()

@@ -88,8 +88,9 @@ class DaliStream:
         self._in_flight.clear()
 
     def _build(self) -> None:
+        task = self._task
         self._pipeline = None  # before the new one is made: two would need twice the device's memory
-        self._pipeline = build_pipeline(self._plan, self._task.device, self._task.num_threads, self._pool is not None)
+        self._pipeline = build_pipeline(self._plan, task.device, task.num_threads, self._pool is not None, task.decode)
         self._started = False
 
     def _fill(self, position: Position) -> None:
@@ -150,7 +151,7 @@ class DaliStream:
             return self._read(position)
         if DEVICE_FAULT.search(error):
             raise RuntimeError(f"DALI failed, and not by an image: {error}")
-        converted = dali_decodes(batch.encoded, self._task.device)
+        converted = dali_decodes(batch.encoded, self._task.device, self._task.decode)
         if all(converted):
             raise RuntimeError(f"DALI failed on a batch of which it decodes every image: {error}")
         for sample, fine in zip(batch.samples.tolist(), converted, strict=True):

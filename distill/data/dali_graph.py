@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,15 @@ from distill.data.batch_plan import Plan, Work
 IN_FLIGHT = 2
 """Batches inside DALI; its `prefetch_queue_depth`."""
 
+DecodeMode = Literal["whole", "window", "host"]
+"""How a window of an image comes onto the device: `whole` decodes the image there and cuts the window out, `window` decodes no
+more than the window, `host` decodes the window on the CPU and copies it."""
+
+
+def default_mode(device: torch.device) -> DecodeMode:
+    """`window` on a CPU, where it saves work; `whole` on a GPU, where nvJPEG's windows are slow or crash (`decoding.py`)."""
+    return "whole" if device.type == "cuda" else "window"
+
 
 def dali_available() -> bool:
     """Whether DALI is installed here; nothing else in the project needs it."""
@@ -30,6 +39,15 @@ def dali_available() -> bool:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # no `nvidia` namespace at all
         return False
+
+
+def dali_version() -> tuple[str, int] | None:
+    """The installed DALI's version and the CUDA it is built for, as 12986 for 12.9; None where it cannot be imported."""
+    if not dali_available():
+        return None
+    import nvidia.dali
+
+    return nvidia.dali.__version__, int(nvidia.dali.__cuda_version__)
 
 
 @dataclass(frozen=True)
@@ -44,16 +62,28 @@ class HostBatch:
     samples: NDArray[np.int64]
 
 
-def build_pipeline(plan: Plan, device: torch.device, num_threads: int, decode_only: bool) -> Any:
-    """The DALI pipeline: decode a window, and unless `decode_only` resize, slice (black outside), flip, layers -> uint8 HWC
-    each, labels, samples, and the shape that each whole image has by its header.
+def decoded(modules: Any, encoded: Any, start: Any, shape: Any, mode: DecodeMode, device: torch.device) -> Any:
+    """The windows (`start`, `shape`) of the encoded images as RGB on the device, with the CPU's chroma upsampling everywhere.
 
-    On a GPU the decoder is `mixed` with the CPU's chroma upsampling, on the CPU all is CPU. EXIF rotation is not applied.
+    EXIF rotation is not applied.
     """
+    fn, on_gpu = modules.fn, device.type == "cuda"
+    decoder = "mixed" if on_gpu and mode != "host" else "cpu"
+    options = {"output_type": modules.types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
+    if mode == "whole":
+        return fn.slice(fn.decoders.image(encoded, device=decoder, **options), start=start, shape=shape, axes=(0, 1))
+    windows = fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), device=decoder, **options)
+    return windows.gpu() if on_gpu and mode == "host" else windows
+
+
+def build_pipeline(
+    plan: Plan, device: torch.device, num_threads: int, decode_only: bool, mode: DecodeMode | None = None
+) -> Any:
+    """The DALI pipeline: decode a window, and unless `decode_only` resize, slice (black outside), flip, layers -> uint8 HWC
+    each, labels, samples, and the shape that each whole image has by its header. mode: None is `default_mode`."""
     from nvidia.dali import fn, math, pipeline_def, types
 
     modules = SimpleNamespace(fn=fn, math=math, types=types)
-    decoder = "mixed" if device.type == "cuda" else "cpu"
 
     def source(name: str, dtype: Any, ndim: int) -> Any:
         return fn.external_source(name=name, dtype=dtype, ndim=ndim)
@@ -77,16 +107,8 @@ def build_pipeline(plan: Plan, device: torch.device, num_threads: int, decode_on
     def graph() -> Any:
         """Images, labels, samples and shapes of a batch."""
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)  # tens of MB a batch
-        images = fn.decoders.image_slice(
-            encoded,
-            start=source("window_start", types.INT32, 1),
-            shape=source("window_shape", types.INT32, 1),
-            axes=(0, 1),
-            device=decoder,
-            output_type=types.RGB,
-            adjust_orientation=False,
-            jpeg_fancy_upsampling=True,
-        )
+        start, shape = source("window_start", types.INT32, 1), source("window_shape", types.INT32, 1)
+        images = decoded(modules, encoded, start, shape, mode or default_mode(device), device)
         if not decode_only:
             images = transformed(images)
         shapes = fn.peek_image_shape(encoded, adjust_orientation=False)
@@ -134,13 +156,13 @@ def check_sizes(shapes: Any, batch: HostBatch) -> None:
         raise RuntimeError("an image has another size than the index says")
 
 
-def dali_decodes(images: Sequence[NDArray[np.uint8]], device: torch.device) -> list[bool]:
+def dali_decodes(images: Sequence[NDArray[np.uint8]], device: torch.device, mode: DecodeMode | None = None) -> list[bool]:
     """Whether DALI decodes each of these images, uint8 [size], alone. One pipeline serves all up to the next that fails: a
-    pipeline of a GPU takes a tenth of a second and tens of MB."""
+    pipeline of a GPU takes a tenth of a second and tens of MB. mode: None is `default_mode`."""
     pipeline: Any = None
     found = []
     for data in images:
-        pipeline = pipeline or _one_image_pipeline(device)
+        pipeline = pipeline or _one_image_pipeline(device, mode)
         pipeline.feed_input("encoded", [data])
         try:
             pipeline.run()
@@ -150,13 +172,13 @@ def dali_decodes(images: Sequence[NDArray[np.uint8]], device: torch.device) -> l
     return found
 
 
-def _one_image_pipeline(device: torch.device) -> Any:
+def _one_image_pipeline(device: torch.device, mode: DecodeMode | None) -> Any:
     from nvidia.dali import Pipeline, fn, types
 
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=gpu_number(device), prefetch_queue_depth=1)
     with pipeline:
         source = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-        on = "mixed" if device.type == "cuda" else "cpu"
+        on = "mixed" if device.type == "cuda" and mode != "host" else "cpu"
         pipeline.set_outputs(
             fn.decoders.image(source, device=on, adjust_orientation=False),
             fn.peek_image_shape(source, adjust_orientation=False),

@@ -11,6 +11,7 @@ import torch
 
 from distill.data.augment.parameters import TrainTransform
 from distill.data.batch_plan import EvalPlan, Plan, TrainPlan
+from distill.data.dali_graph import DecodeMode
 from distill.data.faults import Quarantine
 from distill.data.index import ShardIndex
 from distill.data.prefetch import prefetched
@@ -31,6 +32,8 @@ class Task:
     device: torch.device
     num_threads: int
     """Threads for decoding and what follows."""
+    decode: DecodeMode | None = None
+    """How DALI decodes; None is its default on the device."""
 
 
 class PlannedLoader:
@@ -95,11 +98,13 @@ def train_task(
     shuffle_block: int = 0,
     max_bad_rate: float = 1e-4,
     fault_report: Path | None = None,
+    decode: DecodeMode | None = None,
 ) -> Task:
     """The training batches of process `rank`: `global_batch_size // (accumulate * world_size)` images of `size` each.
 
-    `max_bad_rate` is the share of the split that may turn out bad; `fault_report` gets a JSON line for each bad sample.
-    Raises ValueError where a shard is not the indexed one, and where the global batch does not divide or is not filled.
+    `max_bad_rate` is the share of the split that may turn out bad; `fault_report` gets a JSON line for each bad sample;
+    `decode` as in `Task`. Raises ValueError where a shard is not the indexed one, and where the global batch does not divide
+    or is not filled.
     """
     index.spot_check()
     plan = TrainPlan(
@@ -113,7 +118,7 @@ def train_task(
         seed=seed,
         shuffle_block=shuffle_block,
     )
-    return Task(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads)
+    return Task(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads, decode)
 
 
 def eval_task(
@@ -127,9 +132,10 @@ def eval_task(
     num_threads: int,
     max_bad_rate: float = 1e-4,
     fault_report: Path | None = None,
+    decode: DecodeMode | None = None,
 ) -> Task:
     """The evaluation batches of process `rank`: every sample of the split once over all ranks, resized and cropped as timm
-    does. `max_bad_rate`, `fault_report` and errors as in `train_task`."""
+    does. `max_bad_rate`, `fault_report`, `decode` and errors as in `train_task`."""
     index.spot_check()
     plan = EvalPlan(index.num_samples, spec=spec, batch_size=batch_size, rank=rank, world_size=world_size)
-    return Task(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads)
+    return Task(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads, decode)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from distill.data.augment.parameters import TrainTransform
 from distill.data.batch_plan import EvalPlan, Plan, TrainPlan
-from distill.data.dali_graph import build_pipeline
+from distill.data.dali_graph import DecodeMode, build_pipeline
 from tests.distill.data.test_loaders import input_spec, needs_dali
 
 
@@ -28,11 +30,12 @@ PLANS = {
 
 @needs_dali
 @pytest.mark.parametrize("decode_only", [False, True])
+@pytest.mark.parametrize("mode", get_args(DecodeMode))
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_the_graph_of_every_kind_of_plan_is_built_for_a_gpu(plan: Plan, decode_only: bool):
+def test_the_graph_of_every_kind_of_plan_is_built_for_a_gpu(plan: Plan, mode: DecodeMode, decode_only: bool):
     """RandAugment and colour jitter ended in a ValueError: the centre of Contrast lay on the GPU, an argument must not."""
     if torch.cuda.is_available():
-        build_pipeline(plan, torch.device("cuda:0"), 1, decode_only)
+        build_pipeline(plan, torch.device("cuda:0"), 1, decode_only, mode)
         return
     with pytest.raises(RuntimeError, match="create a GPU DALI pipeline while CUDA is not available"):
-        build_pipeline(plan, torch.device("cuda:0"), 1, decode_only)
+        build_pipeline(plan, torch.device("cuda:0"), 1, decode_only, mode)

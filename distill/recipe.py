@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, with_config
 
 from distill.batch_transform import ErasingMode
 from distill.data.augment.parameters import Crop, TrainTransform
+from distill.data.decoding import DecodeName
 from distill.data.loaders import LoaderName
 from distill.protocols import Interpolation
 
@@ -42,6 +43,11 @@ class Data:
     val: str = _changeable("folder of validation shards", "data/digits/val")
     prepare: Literal["none", "digits"] = _doc("an embedded data set to prepare beside `train` if it is not there", "none")
     loader: Literal["auto", LoaderName] = _changeable("auto: DALI where it is installed, else torch + PIL", "auto")
+    decode: DecodeName = _changeable(
+        "on a GPU: DALI decodes the whole image, or the window that is wanted, there; or the host does; auto: the first that"
+        " works there",
+        "auto",
+    )
     shuffle_block: Count = _doc(
         "0: every epoch is a shuffle of the whole split; N: for slow disks, blocks of N neighbours in random order, mixed"
         " within 8 of them",

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
@@ -20,6 +21,7 @@ if __name__ == "__main__":
     end_with_launcher()
 
 from distill.config import RecipeError
+from distill.data.decoding import DecodeName
 from distill.data.index import ShardIndex
 from distill.evaluation import evaluate
 from distill.models.backbone import Backbone
@@ -57,6 +59,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--mixed-precision", choices=("auto", "no", "bf16", "fp16"), default="auto", help="auto (default): the launcher's"
     )
     parser.add_argument("--loader", choices=("auto", *LOADERS), default="auto", help="auto (default): DALI if installed")
+    parser.add_argument(
+        "--decode", choices=get_args(DecodeName), default="auto", help="data.decode of a recipe; auto (default): tried first"
+    )
     parser.add_argument("--num-threads", type=int, default=0, metavar="N", help="decoding threads per process")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     asked = parser.parse_args(argv)
@@ -89,7 +94,8 @@ def main(argv: Sequence[str]) -> None:
         model = build_model(asked, index.num_classes).to(accelerator.device)
         crop = asked.crop_fraction or model.input_spec.crop_fraction
         spec = dataclasses.replace(model.input_spec, crop_fraction=crop)
-        loader = create_eval_loader(index, spec, asked.batch_size, accelerator, loader=asked.loader, threads=asked.num_threads)
+        how = {"loader": asked.loader, "decode": asked.decode, "threads": asked.num_threads}
+        loader = create_eval_loader(index, spec, asked.batch_size, accelerator, **how)
     figures = evaluate(model, loader, accelerator)
     loader.close()
     say(

@@ -37,7 +37,7 @@ from distill.run import Run, restore
 from distill.watchdog import Watchdog
 from pipelines.setup.arguments import Request, command, parse, requests
 from pipelines.setup.build import build, build_settings, rehearse
-from pipelines.setup.data import Splits, build_splits, check_mixing, eval_spec
+from pipelines.setup.data import Splits, build_splits, check_mixing, decoding_facts, eval_spec
 from pipelines.setup.machine import (
     build_accelerator,
     collective_timeout,
@@ -162,7 +162,8 @@ def run_once(recipe: Recipe, folder: RunFolder, splits: Splits, session: Session
         with peers_named(session.watchdog):
             teacher = evaluate_teacher(recipe, run, models, splits.val)
             # 2. the manifest comes before the first checkpoint: whatever is found in this folder later says what made it
-            folder.write({"train_samples": splits.train.num_samples, **contents})
+            decoding = decoding_facts(recipe, splits.train, accelerator)
+            folder.write({"train_samples": splits.train.num_samples, "decoding": decoding, **contents})
             if folder.resumed:
                 go_on(run)
             with memory_explained(recipe, run, models):

@@ -43,10 +43,10 @@ def dali_available() -> bool:
 
 def dali_version() -> tuple[str, int] | None:
     """The installed DALI's version and the CUDA it is built for, as 12986 for 12.9; None where it cannot be imported."""
-    if not dali_available():
+    try:
+        import nvidia.dali
+    except ImportError:
         return None
-    import nvidia.dali
-
     return nvidia.dali.__version__, int(nvidia.dali.__cuda_version__)
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from distill.batch_transform import BatchTransform, check_pairs
 from distill.config import RecipeError
 from distill.data.dali import DaliLoader
-from distill.data.dali_graph import dali_available
+from distill.data.dali_graph import DecodeMode, dali_available
+from distill.data.decoding import DecodeName, Decoding, choose_decoding
 from distill.data.index import ShardIndex
 from distill.data.loaders import Task, eval_task, train_task
 from distill.data.order import TrainOrder
@@ -23,6 +27,8 @@ from distill.protocols import DataFacts, InputSpec, Loader
 from distill.recipe import Data, Recipe
 from pipelines.setup.machine import micro_batch_size, num_threads
 from pipelines.setup.models import Models
+
+logger = logging.getLogger("distill.data")
 
 LOADERS: dict[str, Callable[[Task], Loader]] = {"dali": DaliLoader, "reference": ReferenceLoader}
 """Recipe name -> loader; the names are those of `LoaderName`."""
@@ -83,15 +89,55 @@ def eval_spec(recipe: Recipe, model: Backbone) -> InputSpec:
     return spec
 
 
-def create_loader(asked: str, task: Task) -> Loader:
-    """The loader of a task; `auto` is DALI where it is installed. Raises RecipeError for DALI where it is not."""
+def loader_name(asked: str) -> str:
+    """The loader's name in `LOADERS`; `auto` is DALI where it is installed. Raises RecipeError for DALI where it is not."""
     if asked == "dali" and not dali_available():
         raise RecipeError(
-            "data.loader: 'dali', but nvidia.dali cannot be imported; install nvidia-dali-cuda120 or use 'reference'"
+            "data.loader: 'dali', but nvidia.dali cannot be imported; install one of nvidia-dali-cuda120 and"
+            " nvidia-dali-cuda130, that of this machine's CUDA, or use 'reference'"
         )
     if asked == "auto":
-        asked = "dali" if dali_available() else "reference"
-    return LOADERS[asked](task)
+        return "dali" if dali_available() else "reference"
+    return asked
+
+
+_warn_once = cache(logger.warning)
+
+_decodings: dict[DecodeName, Decoding] = {}
+"""What this process knows about decoding: a proof takes seconds, and all its loaders decode in one way."""
+
+
+def find_decoding(asked: DecodeName, index: ShardIndex, accelerator: Accelerator, threads: int) -> Decoding:
+    """How this node's GPUs decode. Its first process finds out, with images of the split, and tells the others; all processes
+    of the run must call this. A warning is said once a node."""
+    if asked not in _decodings:
+        first = accelerator.is_local_main_process
+        found = choose_decoding(asked, index, accelerator.device, num_threads(threads)) if first else None
+        told: list[Decoding] = gather_object([found])
+        _decodings[asked] = told[accelerator.process_index - accelerator.local_process_index]
+        if first and _decodings[asked].warning:
+            logger.warning(_decodings[asked].warning)
+    return _decodings[asked]
+
+
+def decode_mode(loader: str, asked: DecodeName, index: ShardIndex, accelerator: Accelerator, threads: int) -> DecodeMode | None:
+    """The mode of a loader by its recipe name; None for the reference, which decodes by PIL."""
+    if loader_name(loader) == "dali":
+        return find_decoding(asked, index, accelerator, threads).mode
+    if loader == "auto" and accelerator.device.type == "cuda" and accelerator.is_local_main_process:
+        _warn_once(
+            "data.loader: the CPU decodes, by PIL, what was meant for the GPU: nvidia.dali cannot be imported; install one of"
+            " nvidia-dali-cuda120 and nvidia-dali-cuda130, that of this machine's CUDA"
+        )
+    return None
+
+
+def decoding_facts(recipe: Recipe, index: ShardIndex, accelerator: Accelerator) -> dict[str, Any]:
+    """The loader, how it decodes and what was tried before that was known, as plain JSON for a run's manifest."""
+    loader, data = loader_name(recipe.data.loader), recipe.data
+    if loader != "dali":
+        return {"loader": loader}
+    return {"loader": loader, **find_decoding(data.decode, index, accelerator, data.num_threads).facts()}
 
 
 def fault_report(recipe: Recipe, accelerator: Accelerator) -> Path | None:
@@ -118,8 +164,9 @@ def build_train_loader(recipe: Recipe, splits: Splits, models: Models, accelerat
         num_threads=num_threads(recipe.data.num_threads),
         max_bad_rate=recipe.data.max_bad_rate,
         fault_report=fault_report(recipe, accelerator),
+        decode=decode_mode(recipe.data.loader, recipe.data.decode, splits.train, accelerator, recipe.data.num_threads),
     )
-    return create_loader(recipe.data.loader, task)
+    return LOADERS[loader_name(recipe.data.loader)](task)
 
 
 def create_eval_loader(
@@ -129,6 +176,7 @@ def create_eval_loader(
     accelerator: Accelerator,
     *,
     loader: str = Data.loader,
+    decode: DecodeName = Data.decode,
     threads: int = Data.num_threads,
     max_bad_rate: float = Data.max_bad_rate,
     report: Path | None = None,
@@ -145,8 +193,9 @@ def create_eval_loader(
         num_threads=num_threads(threads),
         max_bad_rate=max_bad_rate,
         fault_report=report,
+        decode=decode_mode(loader, decode, index, accelerator, threads),
     )
-    return create_loader(loader, task)
+    return LOADERS[loader_name(loader)](task)
 
 
 def build_eval_loader(recipe: Recipe, index: ShardIndex, spec: InputSpec, accelerator: Accelerator) -> Loader:
@@ -157,6 +206,7 @@ def build_eval_loader(recipe: Recipe, index: ShardIndex, spec: InputSpec, accele
         recipe.train.evaluate_batch_size or micro_batch_size(recipe, accelerator.num_processes),
         accelerator,
         loader=recipe.data.loader,
+        decode=recipe.data.decode,
         threads=recipe.data.num_threads,
         max_bad_rate=recipe.data.max_bad_rate,
         report=fault_report(recipe, accelerator),

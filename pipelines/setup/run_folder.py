@@ -22,6 +22,7 @@ from torch import nn
 import distill
 from distill.checkpoint import FORMAT
 from distill.config import RecipeError, as_dict, recipe_fields
+from distill.data.decoding import library_versions
 from distill.files import locked, write_atomically
 from distill.recipe import Recipe
 from distill.report import say
@@ -191,14 +192,14 @@ def digest(model: nn.Module | None) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch", "timm", "accelerate", "webdataset", "nvidia-dali-cuda120", "safetensors", "numpy", "pillow")
+    names = ("torch", "timm", "accelerate", "webdataset", "safetensors", "numpy", "pillow")
     found = {"python": platform.python_version()}
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
-    return found
+    return {**found, **library_versions()}
 
 
 def _git_commit() -> str:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import distill.models
+from distill.data.dali_graph import dali_available
 from tests.conftest import TRAIN_IMAGES, VAL_IMAGES
 from tests.processes import finished, start
 from tests.runs import ALL_LOSSES, EVERYTHING, FP16, arguments, assert_same_run, last_state, metrics, steps_of
@@ -46,6 +47,9 @@ def test_the_documented_command_trains_teacher_and_student_and_leaves_a_plain_ti
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["world_size"] == 1
     assert manifest["recipe"]["train"]["global_batch_size"] == 24
+    if dali_available():
+        assert manifest["decoding"] == {"loader": "dali", "asked": "auto", "mode": "window", "trials": []}
+        assert {"dali", "dali_cuda", "nvimgcodec", "nvjpeg"} <= manifest["versions"].keys()
     assert list((out / "trackers").rglob("events.out.tfevents*"))
 
     figures = tmp_path / "figures.json"

@@ -139,20 +139,31 @@ def run_child(command: Sequence[str], seconds: float) -> tuple[int, str, str]:
 
 def result_of(mode: DecodeMode, code: int, out: str, err: str, seconds: float) -> DecodeTrial:
     """The trial that a child's exit code and output tell of."""
-    last = (err.strip().splitlines() or [""])[-1][:300]
+    said = last_error(err)
     if code == -signal.SIGKILL:
-        return DecodeTrial(mode, code, error=f"no result within {seconds:g} s, or killed; {last}".rstrip("; "))
+        return DecodeTrial(mode, code, error=f"no result within {seconds:g} s, or killed; {said}".rstrip("; "))
     if code < 0:
-        return DecodeTrial(mode, code, error=f"ended by {signal.Signals(-code).name}; {last}".rstrip("; "))
-    if code > 0:
-        return DecodeTrial(mode, code, error=last or f"exit code {code}")
-    figures = json.loads(out.strip().splitlines()[-1])
+        name = {each.value: each.name for each in signal.Signals}.get(-code, f"signal {-code}")
+        return DecodeTrial(mode, code, error=f"ended by {name}; {said}".rstrip("; "))
+    try:
+        figures = json.loads(out.splitlines()[-1])
+    except (IndexError, ValueError):
+        return DecodeTrial(mode, code, error=said or f"exit code {code} without figures")
+    if code > 0:  # after its figures: DALI was being taken down
+        return DecodeTrial(mode, code, **figures, error=said or f"exit code {code}")
     wrong = figures["max_error"] > MAX_ERROR or figures["mean_error"] > MEAN_ERROR
     error = (
         f"other pixels than PIL's: by up to {figures['max_error']} levels, {figures['mean_error']:.2f} in the mean"
         f" ({MAX_ERROR} and {MEAN_ERROR} are allowed)"
     )
     return DecodeTrial(mode, code, **figures, error=error if wrong else "")
+
+
+def last_error(err: str, length: int = 300) -> str:
+    """What stderr ends with, in one line: from the last exception on, whose text has many lines in DALI; else its last line."""
+    lines = err.strip().splitlines()
+    raised = [number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return " ".join(lines[raised[-1] :] if raised else lines[-1:])[:length]
 
 
 def candidates(versions: Versions) -> tuple[DecodeMode, ...]:
@@ -168,13 +179,16 @@ def candidates(versions: Versions) -> tuple[DecodeMode, ...]:
 def choose_decoding(
     asked: DecodeName, index: ShardIndex, device: torch.device, threads: int, seconds: float = TIME_LIMIT
 ) -> Decoding:
-    """The mode for this split and device. `auto` on a GPU is the first candidate whose trial works; the last one, `host`, is
-    taken whatever its trial says. On a CPU it is `window` for every name, as recipes move between machines."""
+    """The mode for this split and device: on a GPU `auto` is what `proved` finds, and any other name is itself. On a CPU it is
+    `window` for every name, as recipes move between machines. Raises ShardLost."""
     if device.type != "cuda":
         return Decoding(asked, "window")
     if asked != "auto":
         return Decoding(asked, asked, warning=asked_warning(asked, library_versions()))
-    return proved(candidates(library_versions()), proof_images(index), device, threads, seconds)
+    images = proof_images(index)
+    if not images:
+        return Decoding(asked, "host", warning=f"data.decode: {index.folder} has no good image to try; the CPU decodes")
+    return proved(candidates(library_versions()), images, device, threads, seconds)
 
 
 def proved(
@@ -184,18 +198,22 @@ def proved(
     threads: int,
     seconds: float = TIME_LIMIT,
 ) -> Decoding:
-    """The first of these modes whose trial works, the last one where none does, with all trials that were made."""
+    """The first of these modes that works and keeps off the CPU, with all trials that were made. Where none does: the fastest
+    that works, as windows cost a CPU less than whole images; and where none works, the last one."""
     trials: list[DecodeTrial] = []
     for mode in modes:
         trials.append(try_decode(mode, images, device, threads, seconds))
-        if trials[-1].works:
+        if trials[-1].works and not trials[-1].on_the_cpu:
+            chosen = trials[-1]
             break
-    return Decoding("auto", trials[-1].mode, tuple(trials), warning_of(trials))
+    else:
+        working = [trial for trial in trials if trial.works]
+        chosen = max(working, key=lambda trial: trial.images_per_second or 0.0, default=trials[-1])
+    return Decoding("auto", chosen.mode, tuple(trials), warning_of(chosen, trials))
 
 
-def warning_of(trials: Sequence[DecodeTrial]) -> str:
+def warning_of(chosen: DecodeTrial, trials: Sequence[DecodeTrial]) -> str:
     """One line where the CPU decodes what was meant for the GPU, or where a better mode failed; else empty."""
-    chosen = trials[-1]
     failed = [f"{trial.mode}: {trial.error}" for trial in trials if trial.error]
     if not failed and not chosen.on_the_cpu:
         return ""
@@ -224,8 +242,9 @@ def asked_warning(mode: DecodeMode, versions: Versions) -> str:
 def proof_images(index: ShardIndex, count: int = PROOF_IMAGES) -> list[NDArray[np.uint8]]:
     """Encoded images spread over the split, as DALI is fed with them; bad samples are left out. Raises ShardLost."""
     reader, images = SampleReader(index), []
+    samples = np.unique(np.arange(count) * index.num_samples // count) if index.num_samples else np.zeros(0, np.int64)
     try:
-        for sample in np.unique(np.linspace(0, index.num_samples - 1, count).astype(np.int64)).tolist():
+        for sample in samples.tolist():
             try:
                 data = reader.read(sample)
                 decode_as_indexed(data.tobytes(), index.sizes(sample).tolist())

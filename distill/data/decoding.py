@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distill.data.dali_graph import DecodeMode, dali_version
+from distill.data.dali_graph import DecodeMode, dali_parses, dali_version
 from distill.data.index import ShardIndex
-from distill.data.pixels import as_png, decode_as_indexed
-from distill.data.reader import JPEG_MAGIC, BadSample, SampleReader
+from distill.data.pixels import decode_as_indexed, png_bytes
+from distill.data.reader import BadSample, SampleReader
 
 DecodeName = Literal["auto", DecodeMode]
 PROOF_IMAGES = 64
@@ -39,7 +39,6 @@ MAX_ERROR, MEAN_ERROR = 8, 0.5
 in the mean. Chroma that is repeated instead of interpolated gives 31, and 0.7 in the mean (medians of photographs)."""
 ROI_NVJPEG = (13, 2)
 """The first nvJPEG that decodes windows of images with halved chroma; before it, nvImageCodec leaves them to the CPU."""
-PNG_MAGIC = b"\x89PNG"
 
 
 class Versions(dict[str, str]):
@@ -247,10 +246,10 @@ def proof_images(index: ShardIndex, count: int = PROOF_IMAGES) -> list[NDArray[n
         for sample in samples.tolist():
             try:
                 data = reader.read(sample)
-                decode_as_indexed(data.tobytes(), index.sizes(sample).tolist())
+                image = decode_as_indexed(data.tobytes(), size := index.sizes(sample).tolist())
             except BadSample:
                 continue
-            images.append(data if data[:4].tobytes().startswith((JPEG_MAGIC, PNG_MAGIC)) else as_png(data))
+            images.append(data if dali_parses(data, size) else png_bytes(image))
     finally:
         reader.close()
     return images

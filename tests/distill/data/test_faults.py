@@ -215,6 +215,24 @@ def test_what_only_dali_cannot_decode_is_decoded_by_pil(tmp_path):
     other.close()
 
 
+@needs_dali
+@pytest.mark.parametrize("odd", ["GIF", "AVIF", "no scan", "no frame", "half a PNG", "another size than the index says"])
+def test_an_image_that_dali_cannot_parse_does_not_end_the_process(odd, tmp_path):
+    """In a batch of more than 4 images a thread DALI ended by SIGSEGV, whatever its error would have been."""
+    pictures = [picture(200, 240, seed=n) for n in range(54)]
+    images = [encoded(each, quality=90) for each in pictures]
+    images[20] = ODD[odd](pictures[20]) if odd in ODD else BAD[odd](images[20]) if odd in BAD else images[20]
+    sizes = {20: (300, 300)} if odd.startswith("another size") else {}
+    index = raw_split(tmp_path / "split", images, 1, sizes=sizes)
+    good = odd in ODD
+    for first in range(3):  # where in a batch the image lies decides, too
+        loader = train(DaliLoader, index, batch=54, faults={"max_bad_rate": 1.0})
+        (batch,) = loader.epoch(first)
+        assert len(batch.images) == 54
+        assert loader.bad_samples == ([] if good else [20])
+        loader.close()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_shard_truncated_mid_run_fails_with_its_name(kind, tmp_path):
     index = raw_split(tmp_path / "split", [encoded(picture(40, 44, seed=n)) for n in range(48)])

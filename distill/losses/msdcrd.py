@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distill.losses.contrast import Contrast, default_chunk_rows, gather_columns, unit_rows
+from distill.losses.contrast import PRECISIONS, Contrast, Precision, default_chunk_rows, gather_columns, unit_rows
 from distill.losses.inputs import check_pair, check_temperature, teacher_of
 from distill.losses.projector import Projector, build_projector
 from distill.precision import full_precision, full_precision_type, no_autocast
@@ -33,6 +33,7 @@ def contrastive_loss(
     mask_same_category: bool = True,
     gather: bool = False,
     chunk_rows: int | None = None,
+    precision: Precision = "float32",
 ) -> Tensor:
     """The mean over student rows of -log q, q = exp(s.t_own / T) / (exp(s.t_own / T) + sum over negatives of exp(s.t / T)).
 
@@ -40,12 +41,13 @@ def contrastive_loss(
     category (eq. 9-11); all rows but its own when `mask_same_category` is off. `form="eq12"` is eq. 12 as printed, -q without
     the logarithm: its gradient is about N times smaller. The paper has no temperature: 1. `gather` adds the other ranks'
     teacher rows and categories as columns; every rank must bring the same number of rows, and the mean over ranks is the loss
-    of the joined batch. `chunk_rows` bounds memory at O(N D + chunk_rows N) numbers; None chooses.
+    of the joined batch. `chunk_rows` bounds memory at O(N D + chunk_rows N) numbers; None chooses. `precision="tf32"` rounds
+    the operands of both products to 10 bits of mantissa, for the tensor cores of NVIDIA GPUs; sums stay float32.
     Zero vectors have cosine 0 with everything and get no gradient. One category only: exactly 0, with gradient 0.
     Computed in float32 (float64 stays), no gradient to the teacher. Raises ValueError for shapes, types and names that cannot
     be right.
     """
-    loss, _ = contrast(student, teacher, categories, temperature, form, mask_same_category, gather, chunk_rows)
+    loss, _ = contrast(student, teacher, categories, temperature, form, mask_same_category, gather, chunk_rows, precision)
     return loss
 
 
@@ -58,12 +60,13 @@ def contrast(
     mask_same_category: bool = True,
     gather: bool = False,
     chunk_rows: int | None = None,
+    precision: Precision = "float32",
 ) -> tuple[Tensor, Tensor]:
     """`contrastive_loss`, and the mean cosine of student rows with their own teacher rows, detached."""
     check_pair(student, teacher, "contrast", dimensions=2)
     check_categories(categories, len(student))
     check_temperature(temperature)
-    check_form(form, chunk_rows)
+    check_form(form, chunk_rows, precision)
     with no_autocast(student):
         with torch.no_grad():
             columns = unit_rows(full_precision(teacher.detach()))
@@ -84,6 +87,7 @@ def contrast(
             mask_same_category,
             rows,
             want_gradient,
+            precision,
         )
     return loss, cosine
 
@@ -96,8 +100,10 @@ def check_categories(categories: Tensor, rows: int) -> None:
         raise ValueError(f"categories are {categories.dtype}; they must be integers")
 
 
-def check_form(form: str, chunk_rows: int | None) -> None:
-    """Raises ValueError for a form that does not exist and a chunk without rows."""
+def check_form(form: str, chunk_rows: int | None, precision: str) -> None:
+    """Raises ValueError for a form or a precision that does not exist and a chunk without rows."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     if form not in FORMS:
         raise ValueError(f"form {form!r} is unknown; choose one of {', '.join(FORMS)}")
     if chunk_rows is not None and chunk_rows < 1:
@@ -162,6 +168,7 @@ class MSDCRD(Criterion):
             of its regions. A teacher without a classifier takes `labels`, or no mask.
         gather: take negatives from all processes.
         chunk_rows: rows of similarities held at once; None chooses.
+        precision: of the operands of the two products; tf32 is for NVIDIA GPUs: gradients to 2e-5 / temperature of their norm.
         kernel_size: of the attention projector's second convolution; 3 as counted in Table 7, 1 as in the paper's text.
         projector: attention, or one of Table 5's others; none only where both have the same channels.
     """
@@ -181,13 +188,14 @@ class MSDCRD(Criterion):
         categories: Literal["teacher", "labels"] = "teacher",
         gather: bool = False,
         chunk_rows: int | None = None,
+        precision: Precision = "float32",
         kernel_size: int = 3,
         projector: Projector = "attention",
     ) -> None:
         super().__init__()
         self.categories = chosen_categories(categories, mask_same_category, teacher)
         check_temperature(temperature)
-        check_form(form, chunk_rows)
+        check_form(form, chunk_rows, precision)
         self.stages = chosen_stages(stages, min(len(student.stages), len(teacher.stages)))
         self.regions = Regions(tuple(scales), "area", tuple(windows), stride)
         largest = max(windows, default=1)
@@ -202,6 +210,7 @@ class MSDCRD(Criterion):
             mask_same_category=mask_same_category,
             gather=gather,
             chunk_rows=chunk_rows,
+            precision=precision,
         )
         self.projectors = nn.ModuleList(
             build_projector(projector, student.stages[stage].channels, teacher.stages[stage].channels, kernel_size)

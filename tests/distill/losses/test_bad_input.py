@@ -68,6 +68,10 @@ REFUSED = {
     "too few categories": (lambda: contrastive_loss(ROWS, ROWS, CATEGORIES[:3]), r"categories \[3\] must be \[4\]"),
     "float categories": (lambda: contrastive_loss(ROWS, ROWS, CATEGORIES.float()), "categories are torch.float32"),
     "unknown form": (lambda: contrastive_loss(ROWS, ROWS, CATEGORIES, form="exp"), "form 'exp' is unknown"),
+    "unknown precision": (
+        lambda: contrastive_loss(ROWS, ROWS, CATEGORIES, precision="bf16"),
+        "precision 'bf16' is unknown; choose one of float32, tf32",
+    ),
     "no chunk": (lambda: contrastive_loss(ROWS, ROWS, CATEGORIES, chunk_rows=0), "chunk_rows 0 must be at least 1"),
     "contrast's temperature": (lambda: MSDCRD(**FACTS, temperature=0.0), "temperature 0.0 must be positive"),
     "a stage too deep": (lambda: MSDCRD(**FACTS, stages=(-3,)), r"stages \[-3\] must lie in -2..-1"),

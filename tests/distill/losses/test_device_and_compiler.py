@@ -20,6 +20,7 @@ VARIANTS = [
     ("sdd", {"base": "kd", "standardise": True}),
     ("sdd", {"base": "nkd", "rule": "class", "mask_target": False}),
     ("msdcrd", {"chunk_rows": 50}),
+    ("msdcrd", {"precision": "tf32"}),
     ("msdcrd", {"mask_same_category": False, "windows": (3,), "temperature": 0.01}),
 ]
 EACH_VARIANT = pytest.mark.parametrize(("name", "options"), VARIANTS)

@@ -17,7 +17,7 @@ from distill.data.dali import DaliLoader
 from distill.data.dali_graph import HostBatch, build_pipeline, dali_decodes, feed
 from distill.data.stream import Position
 from tests.distill.data.conftest import MakeSplit, picture
-from tests.distill.data.planting import encoded, raw_split
+from tests.distill.data.planting import BAD, encoded, raw_split
 from tests.distill.data.test_loaders import CPU, KINDS, GraphLoader, evaluation, input_spec, needs_dali, same, train
 
 
@@ -58,8 +58,9 @@ def test_encoded_images_are_read_where_they_are():
 def test_what_dali_reads_lives_as_long_as_the_pipeline_that_reads_it(kind, tmp_path: Path):
     """After a failure, a jump and the end: the pipeline goes first, then the encoded images of its runs in flight."""
     images = [encoded(picture(40, 44, seed=n), quality=90) for n in range(48)]
-    images[17] = encoded(picture(40, 44, seed=100), "GIF")  # DALI decodes none
-    loader = train(kind, raw_split(tmp_path / "split", images))
+    for number in (3, 17):  # DALI's parser takes it, its decoder does not
+        images[number] = BAD["damaged PNG"](images[number])
+    loader = train(kind, raw_split(tmp_path / "split", images), faults={"max_bad_rate": 1.0})
     stream = loader._stream
     ended: list[bool] = []
 
@@ -69,9 +70,9 @@ def test_what_dali_reads_lives_as_long_as_the_pipeline_that_reads_it(kind, tmp_p
 
     build = stream._build
     stream._build = lambda: (watch(), build())
-    batches = [batch for epoch in range(2) for batch in loader.epoch(epoch)]
-    assert len(ended) >= 2, "the image of each epoch ended a pipeline"
-    assert same([next(loader.epoch(1, 2))], [batches[6]])
+    batches = list(loader.epoch(0))
+    assert len(ended) >= 1, "an image ended a pipeline"
+    assert same([next(loader.epoch(0, 2))], [batches[2]])
     loader._ahead.close()
     watch()
     loader.close()
@@ -84,7 +85,7 @@ def test_images_are_tried_by_one_pipeline_until_one_fails(monkeypatch: pytest.Mo
     """A pipeline for each took a tenth of a second on a GPU, half a minute for a batch."""
     images = [encoded(picture(40, 44, seed=n), "GIF" if n in (3, 4) else "JPEG") for n in range(8)]
     make, made = distill.data.dali_graph._one_image_pipeline, Counter()
-    monkeypatch.setattr(distill.data.dali_graph, "_one_image_pipeline", lambda device: (made.update("1"), make(device))[1])
+    monkeypatch.setattr(distill.data.dali_graph, "_one_image_pipeline", lambda *options: (made.update("1"), make(*options))[1])
     assert dali_decodes([np.frombuffer(data, np.uint8) for data in images], CPU) == [n not in (3, 4) for n in range(8)]
     assert made.total() == 3
 

@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "distill.optim": LEAVES,
     "distill.batch_transform": LEAVES,
     "distill.agreement": set(),
+    "distill.average": set(),
     "distill.nonfinite": {"distill.agreement"},
     "distill.watchdog": set(),
     "distill.evaluation": LEAVES | {"distill.agreement", "distill.metrics", "distill.batch_transform"},

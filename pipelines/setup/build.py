@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.utils import ModelEmaV3
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill.agreement import Control
+from distill.average import Average
 from distill.checkpoint import Checkpoints
 from distill.config import term_schedule
 from distill.distiller import Distiller
@@ -119,7 +119,7 @@ def build(
     if recipe.train.overlap_teacher and accelerator.device.type != "cuda":
         say(accelerator, "train.overlap_teacher: no effect here, it needs a GPU")
     ema = recipe.ema
-    average = ModelEmaV3(models.student.model, decay=ema.decay, use_warmup=ema.warmup) if ema.enabled else None
+    average = Average(models.student.model, ema.decay, ema.warmup) if ema.enabled else None
     distiller = build_distiller(recipe, models)
     optimizer = build_optimizer(recipe, distiller)
     prepared, prepared_optimizer = accelerator.prepare(distiller, optimizer)

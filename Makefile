@@ -9,7 +9,7 @@ DIGITS := runs/digits
 export PYTHONUNBUFFERED := 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup run compare-methods test test-compile lint format typecheck chaos bench bench-losses bench-methods clean clean-demo
+.PHONY: help setup run doctor compare-methods test test-compile lint format typecheck chaos bench bench-losses bench-methods clean clean-demo
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ run: $(READY)  ## the demonstration: shards, teacher, student alone, student dis
 	  --teacher-weights $(DIGITS)/teacher/student
 	@echo
 	@$(BIN)/python pipelines/compare.py $(DIGITS)/teacher $(DIGITS)/baseline $(DIGITS)/distilled
+
+doctor: $(READY)  ## a minute: what this machine has and lacks (docs/doctor.md)
+	$(BIN)/python pipelines/doctor.py
 
 # docs/methods.md has the table; the same command goes on where it stopped
 compare-methods: $(READY)  ## half an hour: every method on the digits pair, three seeds, one table

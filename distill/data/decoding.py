@@ -114,22 +114,24 @@ def try_decode(
 
 
 def run_child(command: Sequence[str], seconds: float) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command that can import this package; SIGKILL ends it after `seconds`."""
+    """Exit code, stdout and stderr of a command that can import this package; SIGKILL ends it, and all that it started, after
+    `seconds`."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         # files, not pipes: a child that the driver keeps from dying would keep pipes open too
-        child = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, "PYTHONPATH": path})
+        environment = {**os.environ, "PYTHONPATH": path}
+        child = subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
         try:
             code = child.wait(seconds)
         except subprocess.TimeoutExpired:
-            child.kill()
+            os.killpg(child.pid, signal.SIGKILL)
             try:
                 code = child.wait(10)
             except subprocess.TimeoutExpired:  # inside a system call that does not end
                 code = -signal.SIGKILL
         except BaseException:  # an interrupted parent leaves no child behind
-            child.kill()
+            os.killpg(child.pid, signal.SIGKILL)
             raise
         out.seek(0)
         err.seek(0)

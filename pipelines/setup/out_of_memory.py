@@ -51,9 +51,10 @@ def memory_explained(recipe: Recipe, run: Run, models: Models) -> Iterator[None]
 
 
 def capacity_of(device: torch.device) -> int:
-    """Bytes of the device's memory."""
+    """Bytes of the device's memory that this process may take."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+        total = torch.cuda.get_device_properties(device).total_memory
+        return int(total * torch.cuda.get_per_process_memory_fraction(device))
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -15,7 +15,7 @@ from distill.data.dali_graph import dali_available
 from distill.data.index import ShardIndex
 from distill.protocols import InputSpec
 from pipelines.setup import data
-from pipelines.setup.data import create_eval_loader, find_decoding
+from pipelines.setup.data import create_eval_loader, decode_mode, find_decoding
 
 ROOT = Path(__file__).parents[3]
 SPEC = InputSpec(32, 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear", 1.0)
@@ -79,7 +79,7 @@ def test_on_a_gpu_without_dali_one_line_says_that_the_cpu_decodes(accelerator, d
     data._warn_once.cache_clear()
     index = ShardIndex.open(digits / "val")
     for _ in range(2):
-        create_eval_loader(index, SPEC, 8, as_on_a_gpu(accelerator), threads=1).close()
+        assert decode_mode("auto", "auto", index, as_on_a_gpu(accelerator), 1) is None
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["data.loader"]
     assert "the CPU decodes" in caplog.text
 

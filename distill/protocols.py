@@ -139,6 +139,9 @@ class ModelFacts:
     """D, the numbers of an image's embedding; 0 where the model has a classifier that is not one linear layer."""
     preactivation_norms: tuple[Affine | None, ...] = ()
     """The normalisation that each stage's pre-activation comes from; None where there is none."""
+    classifier: Tensor | None = None
+    """The weight [num_classes, D] of the linear layer that gives the logits, in the order of the data's classes, detached, on
+    the CPU; None where `embedding` is 0 or there is no classifier."""
 
 
 class DataFacts(NamedTuple):

@@ -86,8 +86,9 @@ def explain(teacher_name: str, student_name: str, num_classes: int, teacher_clas
 
 
 def as_values(model: Description) -> dict[str, Any]:
-    """The description as plain values, without the tensors of its normalisation layers."""
-    return dataclasses.asdict(dataclasses.replace(model, facts=dataclasses.replace(model.facts, preactivation_norms=())))
+    """The description as plain values, without the tensors of its layers."""
+    facts = dataclasses.replace(model.facts, preactivation_norms=(), classifier=None)
+    return dataclasses.asdict(dataclasses.replace(model, facts=facts))
 
 
 def losses_of(teacher: ProbedModel, student: ProbedModel) -> dict[str, Criterion | str]:

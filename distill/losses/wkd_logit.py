@@ -16,6 +16,8 @@ from distill.protocols import Criterion, ModelFacts, ModelOutput, Needs, Target
 
 FLOOR = 1e-8
 """Added to costs and to what scalings are divided by: it bounds these where no mass arrives, and belongs to the method."""
+CLASSIFIER = "classifier"
+"""Says that distances between classes are those of the teacher's classifier."""
 
 
 def wkd_logit_loss(
@@ -114,12 +116,15 @@ class WKDLogit(Criterion):
     Defined for every pair with the same three or more classes. The released runs: weight 30 for ResNet-34 -> ResNet-18, 25 with
     sharpening 2 for ResNet-50 -> MobileNetV1, constant from the start or until `decay_start_epoch` and then to `final_weight:
     0` by `decay: cosine`. Without `distances` all classes are equally far from each other, which on ImageNet differs from the
-    released matrices by 1.3 percent: the control that a gain of class relations has to beat.
+    released matrices by 1.3 percent: the control that a gain of class relations has to beat. `classifier` needs no file and
+    takes the teacher's own relations; no released run uses it, so its weight and sharpening are yours to find.
 
     Args:
         student: facts of the student; only the number of its classes is looked at.
-        teacher: facts of the teacher, likewise.
-        distances: a safetensors file with `distance`, float [K, K] in the order of the data's classes, as of `cka_distances`.
+        teacher: facts of the teacher, likewise; and its classifier, where distances come from that.
+        distances: between classes. None: all are 1. `classifier`: 1 - cosine of the rows of the teacher's last linear layer.
+            Anything else: a safetensors file with `distance`, float [K, K] in the order of the data's classes, as of
+            `cka_distances`.
         temperature: of both softmaxes; 2 on ImageNet, 6 to 8 on CIFAR-100.
         entropy: of the transport; the released key `SINKHORN.LAMBDA`.
         iterations: rounds of Sinkhorn's algorithm.
@@ -149,9 +154,9 @@ class WKDLogit(Criterion):
         if iterations < 1:
             raise ValueError(f"iterations {iterations} must be at least 1")
         self.loss = partial(wkd_logit_loss, temperature=temperature, entropy=entropy, iterations=iterations)
-        cost = transport_cost(class_distances(distances, student.num_classes), sharpening)
+        cost = transport_cost(class_distances(distances, teacher), sharpening)
         _check_classes(student.num_classes, cost)
-        # the file makes it anew: no state
+        # the file or the teacher makes it anew: no state
         self.register_buffer("cost", cost.float(), persistent=False)
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
@@ -160,13 +165,22 @@ class WKDLogit(Criterion):
         return self.loss(student.logits, teacher.logits, target.labels, self.cost).mean(), {}
 
 
-def class_distances(path: str | None, classes: int) -> Tensor:
-    """The distances of a file, or 1 between any two classes; raises ValueError for a file that has none."""
-    if path is None:
-        return 1 - torch.eye(classes, dtype=torch.float64)
-    if not Path(path).is_file():
-        raise ValueError(f"distances {path!r} is no file; make one of cka_distances or classifier_distances, or leave it out")
-    tensors = load_file(path)
+def class_distances(source: str | None, teacher: ModelFacts) -> Tensor:
+    """The distances that `source` says, [K, K]: 1 between any two classes for None, those of the teacher's classifier for
+    `classifier`, those of a file for its path. ValueError where the teacher or the file has none.
+    """
+    if source is None:
+        return 1 - torch.eye(teacher.num_classes, dtype=torch.float64)
+    if source == CLASSIFIER:
+        if teacher.classifier is None:
+            raise ValueError(
+                "distances 'classifier' needs a teacher whose logits come from one linear layer, and this one has none; "
+                "give a file, or leave distances out"
+            )
+        return classifier_distances(teacher.classifier)
+    if not Path(source).is_file():
+        raise ValueError(f"distances {source!r} is no file; say classifier, make a file of cka_distances, or leave it out")
+    tensors = load_file(source)
     if "distance" not in tensors or not tensors["distance"].isfinite().all():
-        raise ValueError(f"distances {path!r} holds {sorted(tensors)}; it must hold `distance`, finite numbers [K, K]")
+        raise ValueError(f"distances {source!r} holds {sorted(tensors)}; it must hold `distance`, finite numbers [K, K]")
     return tensors["distance"]

@@ -86,6 +86,7 @@ def examine(model: TimmModel, spec: InputSpec, name: str = "") -> Anatomy:
         blocks=tuple(MapShape(*each.shape[1:]) for each in maps),
         embedding=classifier.width,
         preactivation_norms=tuple(each.norm for each in preactivations),
+        classifier=classifier.weight(model),
     )
     return Anatomy(name, spec, layout, facts, indices, features, images, stand_in, generator, classifier, preactivations)
 

@@ -48,9 +48,11 @@ class ProbedModel:
     @property
     def facts(self) -> ModelFacts:
         """What losses are told of it; its classes are those of the data."""
+        facts = self.anatomy.facts
         if self.class_map is None:
-            return self.anatomy.facts
-        return replace(self.anatomy.facts, num_classes=len(self.class_map))
+            return facts
+        weight = None if facts.classifier is None else facts.classifier[list(self.class_map)]
+        return replace(facts, num_classes=len(self.class_map), classifier=weight)
 
     @property
     def input_spec(self) -> InputSpec:

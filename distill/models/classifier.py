@@ -6,6 +6,7 @@ A model without a classifier has no such layer: its head itself gives the embedd
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,13 @@ class Classifier:
     """Numbers of an embedding; 0 where there is none."""
     refusal: str = ""
     """Why there is no embedding; empty where there is one."""
+
+    def weight(self, model: nn.Module) -> Tensor | None:
+        """A copy of its weight [K, D] on the CPU; None where there is no such layer."""
+        if not self.name:
+            return None
+        layer: Any = model.get_submodule(self.name)
+        return layer.weight.detach().flatten(1).cpu().clone()
 
     def tap(self) -> Tap:
         """A tap on the embedding; no copy, for a linear layer does not write into what it reads."""

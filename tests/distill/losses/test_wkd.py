@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 
 from distill.losses.wkd_feature import BottleneckProjector, WKDFeature, moments, wkd_feature_loss
 from distill.losses.wkd_logit import FLOOR, WKDLogit, cka_distances, classifier_distances, transport_cost, wkd_logit_loss
+from distill.models.build import create_teacher
 from distill.protocols import MapShape, ModelFacts, ModelOutput, Needs, Target
 
 STUDENT, TEACHER, LABELS = 2 * rows(4, 7), 2 * rows(4, 7, seed=1), torch.tensor([0, 6, 3, 3])
@@ -103,11 +106,24 @@ def test_distances_come_from_a_file(tmp_path):
     assert criterion(student, teacher, Target(labels))[0] == expected.mean()
     with pytest.raises(ValueError, match=r"distances of the classes are \[6, 6\]; of 4 classes they must be \[4, 4\]"):
         WKDLogit(ModelFacts(4, ()), ModelFacts(4, ()), distances=str(tmp_path / "d.safetensors"))
-    with pytest.raises(ValueError, match="is no file; make one of cka_distances or classifier_distances"):
+    with pytest.raises(ValueError, match="is no file; say classifier, make a file of cka_distances, or leave it out"):
         made("wkd_logit", distances=str(tmp_path / "none"))
     save_file({"distances": distances}, tmp_path / "e.safetensors")
     with pytest.raises(ValueError, match=r"holds \['distances'\]; it must hold `distance`"):
         made("wkd_logit", distances=str(tmp_path / "e.safetensors"))
+
+
+def test_distances_come_from_the_teachers_classifier_without_a_file():
+    teacher = create_teacher("cifar_resnet8", weights="random", num_classes=6)
+    weight = teacher.model.get_classifier().weight
+    criterion = WKDLogit(FACTS["student"], teacher.facts, distances="classifier")
+    assert torch.equal(criterion.cost, transport_cost(classifier_distances(weight)).float())
+    assert not torch.equal(criterion.cost, made("wkd_logit").cost)
+    some = replace(teacher, class_map=(4, 0, 2))  # a teacher of more classes, of which the data have three in another order
+    criterion = WKDLogit(ModelFacts(3, ()), some.facts, distances="classifier")
+    assert torch.equal(criterion.cost, transport_cost(classifier_distances(weight[[4, 0, 2]])).float())
+    with pytest.raises(ValueError, match=r"'classifier' needs a teacher whose .* one linear layer, .* give a file"):
+        WKDLogit(ModelFacts(6, ()), ModelFacts(6, ()), distances="classifier")
 
 
 def test_two_classes_are_refused():

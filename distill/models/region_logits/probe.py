@@ -45,6 +45,17 @@ def with_noise(anatomy: Anatomy, features: Features, cells: Tensor | None) -> Fe
     return layout.features(noisy)
 
 
+def loud_features(anatomy: Anatomy) -> Features:
+    """Features of loud noise alone."""
+    layout = anatomy.layout
+    return layout.features([loud_like(tensor, anatomy.generator) for tensor in layout.tensors(anatomy.features)])
+
+
+def loud_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal noise of deviation `LOUD`, whatever the tensor's values are."""
+    return LOUD * torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+
+
 def noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Normal noise of the tensor's own spread, at least 0.1."""
     noise = torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
@@ -87,7 +98,7 @@ def _head_bias_refusal(model: TimmModel, anatomy: Anatomy, features: Features) -
     index, part = layout.primary, layout.parts[layout.primary]
     grid = layout.map_of(features)
     # an activation is nearly linear at values near 0, and at those of 1e6 that a net with noise on its norms can give
-    loud = LOUD * torch.randn(grid.shape, generator=anatomy.generator).to(grid.device, grid.dtype)
+    loud = loud_like(grid, anatomy.generator)
 
     def mean(grid: Tensor) -> Tensor:
         return grid.mean((2, 3), keepdim=True).expand_as(grid).contiguous()

@@ -59,6 +59,16 @@ def test_every_kind_is_recognised_and_leaves_the_model_its_own_logits(
     torch.testing.assert_close(output.region_features[PYRAMID][:, 0], mean, rtol=1e-4, atol=1e-5)
 
 
+def test_an_activation_before_the_pool_is_seen_though_the_fresh_maps_values_do_not_reach_its_bend() -> None:
+    torch.manual_seed(0)
+    model = stirred(timm.create_model("resnet10t", num_classes=10))
+    model.global_pool = nn.Sequential(nn.Hardtanh(-4, 4), model.global_pool)
+    anatomy = examine(model, spec(64))
+    assert anatomy.features.abs().max() < 4
+    served = Backbone(model, anatomy, EVERYTHING).eval()
+    assert served.mechanism == "split"  # behind the activation; the mean of a map is not what the pool would give of it
+
+
 @pytest.mark.parametrize(("name", "size", "kwargs", "mechanism", "form", "prefix"), KINDS)
 def test_a_training_student_is_not_disturbed_and_learns_from_its_regions(
     name: str, size: int, kwargs: dict, mechanism: str, form: str, prefix: int

@@ -59,6 +59,8 @@ class SemCKD(Criterion):
     A pair's distance is the mean squared difference of the teacher's map and the student's behind a regressor (conv1x1 - BN -
     ReLU - conv3x3 - BN - ReLU - conv1x1, 2 C_t inside); the larger grid is averaged adaptively. Any numbers of stages, channels
     and grids; one pair is plain regression, its attention 1. Weight 400 on CIFAR-100, 50 on ImageNet, with KD 1 beside it.
+    Nothing normalises the squares, so the weight counts times the mean square of the teacher's maps, and up to T times more
+    once the attention has settled on one stage. A loss that explodes after some steps wants a smaller learning rate or weight.
 
     The embeddings read rows of the B x B inner products, so the micro-batch is a part of the architecture: B is that of one
     process, ranks and accumulation change the result, and a batch of another size is refused (released code skips the step).

@@ -6,12 +6,15 @@ Both versions of a case run in turn in one process, forward and backward; the me
 of the process, which on a busy machine say more than the clock; on a GPU the clock, with the device synchronised.
 Peak extra memory is measured apart. On a CPU each version of a case runs once in a process of its own, after a run of a
 tiny case has loaded what is loaded once: the resident set's high-water mark (VmHWM, reset before) less the resident set
-before, so that every byte the process really touched counts, freed ones too. On a GPU it is torch.cuda.max_memory_allocated
-less what was allocated before.
+before. There freed blocks go back to the system at once, and the figure is the peak of what was alive together: where the
+allocator keeps them, it depends on the holes that earlier work has left. Seconds are taken the other way round, as a training
+takes them: freed memory is kept, and getting it again page by page does not count. On a GPU memory is
+torch.cuda.max_memory_allocated less what was allocated before.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -22,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +52,7 @@ from distill.losses.wkd_logit import transport_cost, wkd_logit_loss
 from distill.regions import pool, pooling_matrix
 from pipelines.measure.memory import CLEAR_PEAK, clear_peak, read_held, read_peak
 from pipelines.setup.arguments import Parser, command
+from pipelines.setup.machine import M_MMAP_THRESHOLD, keep_freed_memory
 from tests.distill.losses import references
 
 CLASSES = 1000
@@ -346,6 +351,8 @@ def seconds_of(versions: Versions, budget: float, device: torch.device) -> tuple
 def peak_extra_bytes(case: Case, version: str, device: torch.device, threads: int) -> int | None:
     """Peak memory of one forward and backward beyond what was held before it; None where the system does not tell."""
     torch.set_num_threads(threads)
+    if device.type == "cpu":
+        _give_freed_memory_back()
     warm = make(Case(case.loss, 2, min(case.width, 8)), device)
     run_once(getattr(warm, version), warm.leaf)
     versions = make(case, device)
@@ -360,8 +367,17 @@ def peak_extra_bytes(case: Case, version: str, device: torch.device, threads: in
     return read_peak(device) - before
 
 
+def _give_freed_memory_back() -> None:
+    """Lets glibc give every block of 64 KiB or more back to the system when it is freed, and all that it holds free now."""
+    with suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, 2**16)
+        library.malloc_trim(0)
+
+
 def measure(case: Case, device: torch.device, threads: int, budget: float) -> Figures:
     """Time in this process, memory in processes of their own."""
+    keep_freed_memory()
     versions = make(case, device)
     values = [run_once(loss, versions.leaf) for loss in versions[:2]]
     difference = abs(values[0] - values[1]) / abs(values[1])

@@ -70,3 +70,9 @@ def test_a_contrast_of_5376_rows_takes_at_most_a_fifth_of_the_full_matrix_versio
     assert ours is not None
     assert reference > 5376 * 5376 * 4  # the measurement sees the matrix at least once
     assert 5 * ours <= reference
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a process's memory")
+def test_memory_is_what_was_alive_together_whatever_the_process_has_freed_before():
+    logits = 64 * 21 * 1000 * 4  # of the student and the teacher; the loss keeps a gradient and hands on another
+    assert _in_own_process(Case("sdd over dkd", 64), "ours", 1) == pytest.approx(2 * logits, rel=0.1)

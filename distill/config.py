@@ -183,7 +183,7 @@ def combinations(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
         if alone and getattr(losses[name], "teacher_needs", True) is not None:
             yield f"loss.{name}: needs a teacher, but teacher.name is 'none'; name one with --teacher, or drop this loss"
     if not recipe.loss:
-        yield "loss: no loss is left; give at least cross_entropy"
+        yield "loss: no loss is left; give at least one"
     if recipe.schedule.name == "step" and not recipe.schedule.decay_epochs:
         yield "schedule.decay_epochs: empty, but schedule.name is 'step'; give the epochs, such as [30, 60, 90]"
     if recipe.schedule.name != "step" and recipe.schedule.decay_epochs:

@@ -6,9 +6,9 @@ D numbers of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -220,9 +220,13 @@ class Criterion(nn.Module):
     """None for a criterion that never looks at the teacher."""
     accepts_soft_labels: bool = True
     """Whether it can be computed with mixed images, whose labels are float [B, K]."""
-    projects_student: bool = False
-    """Whether it trains another student than the recipe's: that one's body, a projector to the teacher's map, which its option
-    `factor` narrows, and the teacher's classifier. The run builds it before the losses are made."""
+    build_student: ClassVar[Callable[..., nn.Module] | None] = None
+    """A static method of a loss that trains another student than the recipe's; None: it trains the recipe's.
+
+    `build_student(student, teacher, student_images=..., teacher_images=..., **options)` makes that student, a timm model, from
+    the recipe's student and the teacher. The images are noise of each model's input size, [N, C, H, W]; the options are all
+    recipe keys of the loss. It is called before the losses are made, and only where the teacher has a classifier of the data's
+    classes. It raises ValueError for models that it cannot be made of."""
     no_weight_decay: frozenset[str] = frozenset()
     """Names of its parameters that the optimiser does not decay."""
 

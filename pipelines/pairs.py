@@ -12,7 +12,6 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ import torch
 
 from distill.models.build import ProbedModel, published_without_classifier
 from distill.models.describe import Description, Uninitialised, create_outline, describe, outlined, probed_with_noise
-from distill.models.simkd import build_simkd_student
 from distill.protocols import Criterion, DataFacts, Needs, Regions
 from pipelines.measure.compatibility import check_all
 from pipelines.setup.arguments import Parser, add_import_option, command, import_files, requests
@@ -96,9 +94,8 @@ def losses_of(teacher: ProbedModel, student: ProbedModel) -> dict[str, Criterion
     classes = student.facts.num_classes
     # an image of each class stands for the data; the papers' batch, for some losses are made for its size
     data = DataFacts(classes, torch.arange(classes), micro_batch=64)
-    build = lambda *pair, **more: outlined(partial(build_simkd_student, *pair, **more))  # noqa: E731
     with Uninitialised():  # nobody runs the losses: regressors to a teacher's 3,000 channels would take gigabytes
-        return served_losses(student, teacher, data, build=build)
+        return served_losses(student, teacher, data, build=outlined)
 
 
 def how(criterion: Criterion | str, teacher: Description, student: Description) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
 
 from distill.losses.inputs import teacher_of
 from distill.losses.maps import smaller_grid, to_grid
@@ -40,7 +42,13 @@ class SimKD(Criterion):
             published, 4 and 8 are cheaper.
     """
 
-    projects_student = True
+    @staticmethod
+    def build_student(student: Any, teacher: Any, *, student_images: Tensor, teacher_images: Tensor, factor: int) -> nn.Module:
+        """The student's body, a projector to the teacher's map, and the teacher's classifier: a `SimKDStudent`."""
+        from distill.models.simkd import build_simkd_student  # brings timm, which takes 2 s and no other loss needs
+
+        images = {"student_images": student_images, "teacher_images": teacher_images}
+        return build_simkd_student(student, teacher, **images, factor=factor)
 
     def __init__(self, student: ModelFacts, teacher: ModelFacts, *, factor: int = 2) -> None:
         super().__init__()

@@ -284,7 +284,7 @@ def _check_classifier(needs: Needs, anatomy: Anatomy) -> None:
     if wanted and anatomy.facts.num_classes < 1:
         raise ValueError(
             f"{anatomy.name} has no classifier (num_classes 0) and cannot give {wanted}; take a loss that reads feature maps "
-            "or embeddings, such as fitnet, sp or rkd, or weights with a classifier"
+            "or embeddings (pipelines/pairs.py explain names them), or weights with a classifier"
         )
 
 

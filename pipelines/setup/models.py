@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from inspect import signature
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -11,12 +11,11 @@ import torch
 from timm.models import is_model_pretrained
 from torch import nn
 
-from distill.config import RecipeError, run_parameters, term_schedule
+from distill.config import RecipeError, loss_options, run_parameters, term_schedule
 from distill.losses import LOSSES
 from distill.models.backbone import Backbone
 from distill.models.batchnorm import set_batchnorm
 from distill.models.build import ProbedModel, create_student, create_teacher, probe
-from distill.models.simkd import build_simkd_student
 from distill.models.teacher import FrozenTeacher, bfloat16_usable
 from distill.protocols import Criterion, DataFacts, Needs
 from distill.recipe import Recipe
@@ -42,9 +41,8 @@ def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torc
     check_graphs(recipe)
     student = build_student(recipe, num_classes)
     teacher = build_teacher(recipe, num_classes) if recipe.teacher.name != "none" else None
-    for name in recipe.loss:
-        if LOSSES[name].projects_student:
-            student = projected(name, recipe.loss[name], student, teacher)
+    for name, entry in recipe.loss.items():
+        student = student_of(name, term_schedule(entry)[1], student, teacher)
     student.backbone(Needs())  # raises for what is wrong with the student itself, before a loss is blamed for it
     criteria = build_criteria(recipe, student, teacher, data)
     student_needs, teacher_needs = needs_of(criteria)
@@ -78,28 +76,31 @@ def build_student(recipe: Recipe, num_classes: int) -> ProbedModel:
     )
 
 
-def projected(
+def student_of(
     loss: str,
     options: Mapping[str, Any],
     student: ProbedModel,
     teacher: ProbedModel | None,
-    build: Callable[..., Any] = build_simkd_student,
+    build: Callable[[Callable[[], Any]], Any] = lambda make: make(),
 ) -> ProbedModel:
-    """The student that this loss trains: the recipe's as a body, a projector to the teacher's map, the teacher's classifier.
+    """The student that this loss trains: the recipe's, or the one that the loss builds from it and the teacher.
 
-    RecipeError where the pair has none.
+    `build` calls what makes the model, as `outlined` does. RecipeError where the loss cannot build its student.
     """
+    build_student = LOSSES[loss].build_student
+    if build_student is None:
+        return student
     if teacher is None or teacher.class_map is not None or teacher.facts.num_classes < 1:
         raise RecipeError(
             f"loss.{loss}: its student takes the teacher's classifier; name a teacher with one, of the data's classes"
         )
     images = {"student_images": student.anatomy.images, "teacher_images": teacher.anatomy.images}
-    factor = options.get("factor", signature(LOSSES[loss]).parameters["factor"].default)
+    defaults = {key: default for key, (_, default) in loss_options(LOSSES[loss]).items()}
     try:
-        model = build(student.model, teacher.model, **images, factor=factor)
+        model = build(partial(build_student, student.model, teacher.model, **images, **{**defaults, **options}))
     except ValueError as error:
         raise RecipeError(f"loss.{loss}: {error}") from None
-    name = f"{student.anatomy.name} as simkd_student"
+    name = f"{student.anatomy.name} as {type(model).__name__}"
     return probe(model, name=name, input_spec=student.input_spec, class_tokens=student.class_tokens)
 
 
@@ -156,15 +157,15 @@ def served_losses(
     teacher: ProbedModel,
     data: DataFacts,
     options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
-    build: Callable[..., Any] = build_simkd_student,
+    build: Callable[[Callable[[], Any]], Any] = lambda make: make(),
 ) -> dict[str, Criterion | str]:
     """Every loss of the table as a run makes it, with its default options where `options` names no others; or the reason why a
-    run refuses it."""
+    run refuses it. `build` as in `student_of`."""
     found: dict[str, Criterion | str] = {}
-    for name, loss in LOSSES.items():
+    for name in LOSSES:
         try:
             chosen = options.get(name, {})
-            mine = projected(name, chosen, student, teacher, build) if loss.projects_student else student
+            mine = student_of(name, chosen, student, teacher, build)
             found[name] = build_criterion(name, chosen, mine, teacher, data)
         except RecipeError as error:
             found[name] = str(error).removeprefix(f"loss.{name}: ")

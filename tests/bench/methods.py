@@ -103,7 +103,7 @@ def leaves(output: ModelOutput) -> ModelOutput:
 
 def made(name: str, student: ModelFacts, teacher: ModelFacts, data: DataFacts) -> Criterion:
     """The loss with its default options."""
-    if LOSSES[name].projects_student:
+    if LOSSES[name].build_student is not None:
         student = teacher
     facts = {"student": student, "teacher": teacher, "data": data}
     criterion = LOSSES[name](**{key: facts[key] for key in run_parameters(LOSSES[name])})
@@ -125,7 +125,7 @@ def build(pair: Pair, names: Sequence[str]) -> tuple[Callable[[], None], dict[st
     mine = backbone(student, mine_needs)(images)
     methods = {}
     for name, criterion in criteria.items():
-        projector = projector_of(student, teacher) if criterion.projects_student else None
+        projector = projector_of(student, teacher) if criterion.build_student is not None else None
         methods[name] = Method(criterion, projector, leaves(mine), theirs, target)
     plain = backbone(student, Needs()), backbone(teacher, Needs())
 

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,8 @@ from distill.losses import LOSSES
 from distill.models.build import ProbedModel, create_student, probe
 from distill.models.describe import create_outline, outlined
 from distill.models.input_spec import input_spec_of
-from distill.models.simkd import build_simkd_student
 from distill.protocols import Batch, Criterion, DataFacts, Progress, Target
-from pipelines.setup.models import needs_of, projected, served_losses
+from pipelines.setup.models import needs_of, served_losses, student_of
 from shards.prepare import main as prepare
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "../shared/data/imagenet_sample.tar"
@@ -261,9 +260,15 @@ def test_the_pair_trains_with_every_loss_that_serves_it_and_the_others_are_refus
     teacher = probe(model, name=teacher_name, input_spec=own, frozen=True)
     batches = two_batches(photographs, max(teacher_side, student_side))
     assert len(batches) == 2
-    build = cache(build_simkd_student)
-    with suppress(RecipeError):  # whoever refuses it, says so again below; this student trains, so it is made in full
-        projected("simkd", {}, student, teacher, build)
+    built: dict[Callable, nn.Module] = {}
+
+    def build(make: partial) -> nn.Module:  # by the method that makes it: a loss's own student is made once
+        return built[make.func] if make.func in built else built.setdefault(make.func, make())
+
+    builders = [name for name, loss in LOSSES.items() if loss.build_student is not None]
+    for name in builders:
+        with suppress(RecipeError):  # whoever refuses it, says so again below; this student trains, so it is made in full
+            student_of(name, {}, student, teacher, build)
     found = losses_of(student, teacher, DataFacts(IMAGES, torch.from_numpy(photographs.labels), BATCH), build)
     reasons = {name: each for name, each in found.items() if isinstance(each, str)}
     assert reasons.keys() == refused.keys(), reasons
@@ -272,7 +277,7 @@ def test_the_pair_trains_with_every_loss_that_serves_it_and_the_others_are_refus
     served = {name: each for name, each in found.items() if isinstance(each, Criterion)}
     if sum(p.numel() for p in served["semckd"].parameters()) > TOO_LARGE:
         del served["semckd"]  # not trained here: its step takes up to half a minute; ten pairs show that it trains
-    alone = {name: served.pop(name) for name in list(served) if LOSSES[name].projects_student}
+    alone = {name: served.pop(name) for name in builders if name in served}
     train(student, teacher, served, batches)
     for name, criterion in alone.items():
-        train(projected(name, {}, student, teacher, build), teacher, {name: criterion}, batches)
+        train(student_of(name, {}, student, teacher, build), teacher, {name: criterion}, batches)

@@ -1,14 +1,12 @@
 """A recipe read from YAML and command-line overrides, strictly.
 
 pydantic validates the whole tree in one go, so that every unknown key, wrong type and value out of range is reported together.
-The options of a loss are the parameters of its class: a new loss needs no change here.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import json
 import re
 import typing
@@ -17,9 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic import TypeAdapter, ValidationError
 
 from distill.data.order import micro_batch_size
+from distill.loss_options import TERM_OPTIONS, loss_adapter, loss_options
 from distill.recipe import Recipe, TermSchedule
 
 
@@ -63,31 +62,6 @@ for _tag, (_first, _pattern) in _SCALARS.items():
 def parse_yaml(text: str) -> Any:
     """Plain data from YAML text; no tag can construct an object."""
     return yaml.load(text, Loader=_Loader)
-
-
-def loss_options(cls: type) -> dict[str, tuple[Any, Any]]:
-    """Recipe keys of a loss class: name -> (annotation, default or ...). They are its constructor's keyword-only parameters:
-    those before `*` come from the run."""
-    hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
-    return {
-        p.name: (hints[p.name], ... if p.default is p.empty else p.default)
-        for p in inspect.signature(cls).parameters.values()
-        if p.kind is p.KEYWORD_ONLY
-    }
-
-
-def run_parameters(cls: type) -> list[str]:
-    """The constructor parameters of a loss class that come from the run: those before `*`."""
-    return [p.name for p in inspect.signature(cls).parameters.values() if p.kind is not p.KEYWORD_ONLY]
-
-
-def _loss_adapter(cls: type) -> TypeAdapter:
-    fields: dict[str, Any] = dict(loss_options(cls))
-    for f in dataclasses.fields(TermSchedule):
-        fields[f.name] = (typing.get_type_hints(TermSchedule, include_extras=True)[f.name], f.default)
-    return TypeAdapter(
-        create_model(cls.__name__, __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields)
-    )
 
 
 class RecipeField(NamedTuple):
@@ -167,9 +141,9 @@ def _resolve_losses(section: Mapping[str, Any], losses: Mapping[str, type]) -> t
         if name not in losses:
             problems.append(f"loss.{name}: unknown key, {_nearest(name, list(losses))}")
         elif isinstance(options, dict):  # another type was reported with the rest of the tree
-            names = [*loss_options(losses[name]), *(f.name for f in dataclasses.fields(TermSchedule))]
+            names = [*loss_options(losses[name]), *TERM_OPTIONS]
             entry, found = _validate(
-                _loss_adapter(losses[name]), options, f"loss.{name}", lambda path, n=names: n if not path else []
+                loss_adapter(losses[name]), options, f"loss.{name}", lambda path, n=names: n if not path else []
             )
             problems += found
             resolved[name] = {} if found else entry.model_dump()
@@ -248,8 +222,7 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
 
 def term_schedule(options: Mapping[str, Any]) -> tuple[TermSchedule, dict[str, Any]]:
     """An entry of the `loss` section split into its term's schedule and the options of its loss."""
-    names = {f.name for f in dataclasses.fields(TermSchedule)}
     return (
-        TermSchedule(**{k: v for k, v in options.items() if k in names}),
-        {k: v for k, v in options.items() if k not in names},
+        TermSchedule(**{k: v for k, v in options.items() if k in TERM_OPTIONS}),
+        {k: v for k, v in options.items() if k not in TERM_OPTIONS},
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from distill.optim import Schedule
-from distill.protocols import Criterion, Losses, ModelOutput, Target
+from distill.protocols import Criterion, LossError, Losses, ModelOutput, Target
 
 
 class Distiller(nn.Module):
@@ -49,7 +49,7 @@ class Distiller(nn.Module):
         terms: dict[str, Tensor] = {}
         statistics: dict[str, Tensor] = {}
         for name, criterion in self.criteria.items():
-            terms[name], found = criterion(output, teacher, target)
+            terms[name], found = _checked(name, criterion(output, teacher, target))
             statistics |= {f"{name}/{key}": value for key, value in found.items()}
         weighted = [self.weights[name](target.progress) * term for name, term in terms.items()]
         total = weighted[0]
@@ -70,3 +70,18 @@ class Distiller(nn.Module):
     def trained_state(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint keeps: the plain student, and the criteria's parameters and state, apart."""
         return {"student": self.plain_student.state_dict(), "criteria": self.criteria.state_dict()}
+
+
+def _checked(name: str, given: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a loss gave, if it is what the protocol says. Only types and shapes are looked at: that waits for no device."""
+    if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], dict)):
+        raise LossError(f"loss.{name}: forward gave {_named(given)}; it must give (loss, dictionary of statistics)")
+    loss, statistics = given
+    for what, value in (("the loss", loss), *((f"statistic {key}", value) for key, value in statistics.items())):
+        if not isinstance(value, Tensor) or value.dim() > 0:
+            raise LossError(f"loss.{name}: forward gave {_named(value)} as {what}; it must be a tensor of no dimension")
+    return loss, statistics
+
+
+def _named(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -203,6 +203,10 @@ class Gathered(NamedTuple):
     """Whether the loss is set to gather them; without, each process keeps to its own."""
 
 
+class LossError(ValueError):
+    """A loss gave something else than its protocol says. The commands report it as a wrong request."""
+
+
 class Criterion(nn.Module):
     """The base of every loss: what it reads, and what the run has to know of it. A subclass gives the needs and `forward`.
 
@@ -229,6 +233,9 @@ class Criterion(nn.Module):
     classes. It raises ValueError for models that it cannot be made of."""
     no_weight_decay: frozenset[str] = frozenset()
     """Names of its parameters that the optimiser does not decay."""
+
+    def __init__(self) -> None:  # without it the signature of a loss that has no constructor would be nn.Module's
+        super().__init__()
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, a float32 scalar whatever autocast says, without a gradient to the teacher; and detached statistics."""

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from distill.config import loss_options
+from distill.loss_options import loss_options
 from distill.models.build import probe
 from distill.protocols import Target
 

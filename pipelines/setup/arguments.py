@@ -19,7 +19,9 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 
 from distill.agreement import EXIT_CODE, Interrupted
-from distill.config import RecipeError, RecipeField, as_dict, load_recipe, loss_options, parse_yaml, recipe_fields
+from distill.config import RecipeError, RecipeField, as_dict, load_recipe, parse_yaml, recipe_fields
+from distill.loss_options import check_loss, loss_options
+from distill.protocols import LossError
 from distill.recipe import Recipe, TermSchedule
 
 SPEAK_SECONDS = 5.0
@@ -100,12 +102,17 @@ def add_import_option(parser: argparse.ArgumentParser) -> None:
 
 
 def import_files(files: Sequence[Path]) -> None:
-    """Runs the user's files. Raises RecipeError for one that cannot be run."""
+    """Runs the user's files. Raises RecipeError for one that cannot be run, or that adds a loss that no run could use."""
+    if not files:
+        return
+    from distill.losses import LOSSES
     from distill.models.build import import_models  # timm takes 2 s, which `compare.py` and every --help need not wait
 
     with requests():
         for file in files:
             import_models(file)
+        for name, loss in LOSSES.items():
+            check_loss(name, loss)
 
 
 @contextmanager
@@ -122,8 +129,9 @@ def requests() -> Iterator[None]:
 def command(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
     """A command's `main`: it calls `run` with the command line (sys.argv where nobody gives one) and returns the exit code.
 
-    0, or what `run` returns; 2 for a wrong request (RecipeError), after one line that says what is wrong; 75 for a run that was
-    asked to stop and has saved (Interrupted). Any other exception passes: Python prints it and exits with 1.
+    0, or what `run` returns; 2 for a wrong request (RecipeError, or LossError of a user's own loss), after one line that says
+    what is wrong; 75 for a run that was asked to stop and has saved (Interrupted). Any other exception passes: Python prints it
+    and exits with 1.
     """
 
     @functools.wraps(run)
@@ -136,7 +144,7 @@ def command(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
             if speaks:
                 print(interruption)
             return EXIT_CODE
-        except RecipeError as error:
+        except (RecipeError, LossError) as error:
             if speaks:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             elif "TORCHELASTIC_RUN_ID" in os.environ:

@@ -11,7 +11,8 @@ import torch
 from timm.models import is_model_pretrained
 from torch import nn
 
-from distill.config import RecipeError, loss_options, run_parameters, term_schedule
+from distill.config import RecipeError, term_schedule
+from distill.loss_options import loss_options, run_parameters
 from distill.losses import LOSSES
 from distill.models.backbone import Backbone
 from distill.models.batchnorm import set_batchnorm
@@ -139,11 +140,7 @@ def build_criterion(
     """
     facts = {"student": student.facts, "teacher": None if teacher is None else teacher.facts, "data": data}
     try:
-        asked = run_parameters(LOSSES[name])
-        if unknown := [key for key in asked if key not in facts]:
-            given = ", ".join(facts)
-            raise ValueError(f"asks the run for {', '.join(unknown)}; a run gives {given}; recipe keys stand after *")
-        criterion = LOSSES[name](**{key: facts[key] for key in asked}, **options)
+        criterion = LOSSES[name](**{key: facts[key] for key in run_parameters(LOSSES[name])}, **options)
         student.backbone(criterion.student_needs)
         if teacher is not None:
             teacher.backbone(criterion.teacher_needs or Needs())

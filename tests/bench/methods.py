@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.config import run_parameters
+from distill.loss_options import run_parameters
 from distill.losses import LOSSES
 from distill.models.build import ProbedModel, create_student, create_teacher
 from distill.models.simkd import build_simkd_student

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill.config import run_parameters
+from distill.loss_options import run_parameters
 from distill.losses import LOSSES
 from distill.models.build import ProbedModel, create_student, create_teacher
 from distill.protocols import Criterion, DataFacts, Target

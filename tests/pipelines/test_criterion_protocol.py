@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.processes import finished, start
@@ -51,14 +52,32 @@ def test_a_parameter_without_decay_moves_by_its_gradient_alone(digits: Path, tmp
     assert 0.5 * before.norm() < weight.norm() < 0.999 * before.norm()
 
 
-def test_a_loss_that_asks_the_run_for_what_it_does_not_give_is_refused_in_one_line(digits: Path, tmp_path: Path):
-    file = tmp_path / "wants.py"
-    file.write_text(
+def wrong_loss(path: Path, constructor: str, gives: str) -> list[str]:
+    """Options that import a loss with this constructor and this result."""
+    path.write_text(
         "from distill.losses import LOSSES\nfrom distill.protocols import Criterion\n\n\n"
-        "class Wants(Criterion):\n"
-        "    def __init__(self, num_samples: int, *, a: float = 1.0) -> None:\n        super().__init__()\n\n\n"
-        'LOSSES["wants"] = Wants\n'
+        "class Wrong(Criterion):\n"
+        f"    def __init__({constructor}) -> None:\n        super().__init__()\n\n"
+        f"    def forward(self, student, teacher, target):\n        return {gives}\n\n\n"
+        'LOSSES["wrong"] = Wrong\n'
     )
-    asked = ["--import", str(file), "--loss.wants.weight", "1"]
+    return ["--import", str(path), "--loss.wrong.weight", "1"]
+
+
+@pytest.mark.parametrize(
+    ("constructor", "gives", "expected"),
+    [
+        ("self, num_samples: int", "0", "loss.wrong: asks the run for num_samples; a run gives student, teacher, data"),
+        ("self, *, alpha=1.0", "0", "loss.wrong: option alpha: without a type; annotate it"),
+        (
+            "self",
+            "student.logits.mean()",
+            "loss.wrong: forward gave a tensor []; it must give (loss, dictionary of statistics)",
+        ),
+    ],
+)
+def test_a_wrong_loss_is_refused_in_one_line(constructor: str, gives: str, expected: str, digits: Path, tmp_path: Path):
+    asked = wrong_loss(tmp_path / "wrong.py", constructor, gives)
     job = finished(arguments(digits, tmp_path / "run", *asked), tmp_path / "log", codes=2)
-    assert "loss.wants: asks the run for num_samples; a run gives student, teacher, data" in job.text()
+    assert f"error: {expected}" in job.text()
+    assert "Traceback" not in job.text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.config import run_parameters
+from distill.loss_options import run_parameters
 from distill.losses import LOSSES
 from distill.protocols import Criterion, DataFacts, MapShape, ModelFacts, ModelOutput, Needs
 from distill.regions import pool, region_matrix

@@ -156,6 +156,9 @@ def combinations(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
     for name in recipe.loss:
         if alone and getattr(losses[name], "teacher_needs", True) is not None:
             yield f"loss.{name}: needs a teacher, but teacher.name is 'none'; name one with --teacher, or drop this loss"
+    builders = [name for name in recipe.loss if getattr(losses[name], "build_student", None) is not None]
+    for name in builders[1:]:
+        yield f"loss.{name}: trains a student of its own, and so does loss.{builders[0]}; drop either"
     if not recipe.loss:
         yield "loss: no loss is left; give at least one"
     if recipe.schedule.name == "step" and not recipe.schedule.decay_epochs:
@@ -183,12 +186,15 @@ def merge(base: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str,
     return {**base, head: merge(inner if isinstance(inner, dict) else {}, rest, value)}
 
 
-def load_recipe(path: Path | None, overrides: Mapping[str, Any], losses: Mapping[str, type]) -> Recipe:
+def load_recipe(
+    path: Path | None, overrides: Mapping[str, Any], losses: Mapping[str, type], others: Sequence[str] = ()
+) -> Recipe:
     """The checked recipe of a YAML file and `section.field -> value` overrides.
 
-    Raises RecipeError that lists every problem with the nearest valid name, before anything is built.
+    Raises RecipeError that lists every problem with the nearest valid name, before anything is built: first the `others` that
+    the caller found, then unknown keys and wrong values. Combinations are looked at once all of these are right.
     """
-    title = str(path) if path else "the command line"
+    title = " and ".join([*([str(path)] if path else []), *(["the command line"] if overrides or others else [])])
     data: Any = {}
     if path is not None:
         if not path.is_file():
@@ -201,7 +207,8 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any], losses: Mapping
             raise RecipeError(f"{path}: holds a {type(data).__name__}; a recipe is a mapping of sections")
     for key, value in overrides.items():
         data = merge(data, key.split("."), value)
-    recipe, problems = _validate(TypeAdapter(Recipe), data, "", _recipe_names)
+    recipe, found = _validate(TypeAdapter(Recipe), data, "", _recipe_names)
+    problems = [*others, *found]
     section = data.get("loss", Recipe().loss)
     if isinstance(section, dict):
         resolved, found = _resolve_losses(section, losses)
@@ -209,9 +216,10 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any], losses: Mapping
     if not problems:
         recipe = dataclasses.replace(recipe, loss=resolved)
         problems = list(combinations(recipe, losses))
+    if len(problems) == 1:
+        raise RecipeError(problems[0] if others else f"{title}: {problems[0]}")
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise RecipeError("\n".join([f"{count} in {title}", *(f"  {p}" for p in problems)]))
+        raise RecipeError("\n".join([f"{len(problems)} problems in {title}", *(f"  {p}" for p in problems)]))
     return recipe
 
 

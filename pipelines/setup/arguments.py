@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import functools
-import inspect
 import os
 import sys
+import textwrap
 import time
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +18,8 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 
 from distill.agreement import EXIT_CODE, Interrupted
-from distill.config import RecipeError, RecipeField, as_dict, load_recipe, parse_yaml, recipe_fields
-from distill.loss_options import check_loss, loss_options
+from distill.config import RecipeError, as_dict, load_recipe, parse_yaml, recipe_fields
+from distill.loss_options import TERM_OPTIONS, check_loss, loss_options, option_descriptions, summary
 from distill.protocols import LossError
 from distill.recipe import Recipe, TermSchedule
 
@@ -48,6 +47,7 @@ examples:
 
 values are YAML; `--loss.NAME null` drops a loss of the recipe, `--loss.NAME.weight W` adds one.
 exit codes: 0 done, 1 the run failed, 2 the request was wrong, 75 stopped on request and saved (go on with --resume).
+accelerate launch and torchrun turn each of these but 0 into 1; python pipelines/imagenet.py (one process) does not.
 """
 
 
@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         """The values of all options. Raises RecipeError for what is no option."""
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            raise RecipeError(_unknown(unknown, list(_options(self))))
+            raise RecipeError("; ".join(_unknown(unknown, self)))
         return known
 
     def error(self, message: str) -> NoReturn:
@@ -78,14 +78,15 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
                 yield from _options(command)
 
 
-def _unknown(arguments: Sequence[str], options: Sequence[str]) -> str:
-    problems = []
+def _unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """A line for each argument that is no option of the parser, with the nearest one."""
+    problems, options = [], list(_options(parser))
     for argument in arguments:
         if argument.startswith("--"):
             name = argument.split("=")[0]
             close = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
             problems.append(f"{name}: unknown option" + (f", did you mean {close[0]}?" if close else "; see --help"))
-    return "; ".join(problems or [f"{arguments[0]}: not expected here; see --help"])
+    return problems or [f"{argument}: not expected here; see --help" for argument in arguments[:1]]
 
 
 def add_import_option(parser: argparse.ArgumentParser) -> None:
@@ -166,16 +167,29 @@ def _type_name(annotation: Any) -> str:
     return str(annotation).replace("typing.", "") if typing.get_origin(annotation) else annotation.__name__
 
 
-def _loss_fields(losses: Mapping[str, type]) -> list[RecipeField]:
-    found = []
+def _add_option(group: Any, key: str, text: str, metavar: str = "VALUE") -> None:
+    group.add_argument(f"--{key}", dest=key, metavar=metavar, default=argparse.SUPPRESS, help=text)
+
+
+def _described(text: str, kind: Any, default: Any) -> str:
+    value = "required" if default is ... else f"default {default}"
+    return f"{text} [{_type_name(kind)}, {value}]".lstrip().replace("%", "%%")
+
+
+def _add_losses(parser: argparse.ArgumentParser, losses: Mapping[str, type]) -> None:
+    """Adds each loss's options. Those that all losses have are shown once, under NAME."""
+    every = parser.add_argument_group("loss.NAME", "options of every loss, beside its own")
+    _add_option(every, "loss.NAME", "drop it", "null")
+    hints = typing.get_type_hints(TermSchedule)
+    for option, f in TERM_OPTIONS.items():
+        _add_option(every, f"loss.NAME.{option}", _described(f.metadata["doc"], hints[option], f.default))
     for name, cls in losses.items():
-        first_line = (inspect.getdoc(cls) or "").split("\n")[0]
-        for number, (option, (kind, default)) in enumerate(loss_options(cls).items()):
-            found.append(RecipeField(f"loss.{name}.{option}", kind, default, first_line if number == 0 else "", False))
-        schedule = typing.get_type_hints(TermSchedule)
-        for f in dataclasses.fields(TermSchedule):
-            found.append(RecipeField(f"loss.{name}.{f.name}", schedule[f.name], f.default, "", False))
-    return found
+        group = parser.add_argument_group(f"loss.{name}", textwrap.fill(summary(cls), 100))
+        texts = option_descriptions(cls)
+        for option, (kind, default) in loss_options(cls).items():
+            _add_option(group, f"loss.{name}.{option}", _described(texts.get(option, ""), kind, default))
+        for key in (f"loss.{name}", *(f"loss.{name}.{option}" for option in TERM_OPTIONS)):
+            _add_option(group, key, argparse.SUPPRESS)
 
 
 def make_parser(losses: Mapping[str, type]) -> Parser:
@@ -201,41 +215,45 @@ def make_parser(losses: Mapping[str, type]) -> Parser:
     )
     parser.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
     groups: dict[str, Any] = {}
-    for key, kind, default, text, _ in [*recipe_fields(), *_loss_fields(losses)]:
+    for key, kind, default, text, _ in recipe_fields():
         if f"--{key}" in SHORT:
             continue
         section = ".".join(key.split(".")[:-1]) or "run"
         group = groups.setdefault(section, parser.add_argument_group(section))
-        shown = f"{text + ' ' if text else ''}[{_type_name(kind)}, default {default}]".replace("%", "%%")
-        group.add_argument(f"--{key}", dest=key, metavar="VALUE", default=argparse.SUPPRESS, help=shown)
-    for name in losses:
-        groups[f"loss.{name}"].add_argument(
-            f"--loss.{name}", dest=f"loss.{name}", metavar="null", default=argparse.SUPPRESS, help="drop it"
-        )
+        _add_option(group, key, _described(text, kind, default))
+    _add_losses(parser, losses)
     return parser
 
 
-def _value(key: str, text: str) -> Any:
-    try:
-        return parse_yaml(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"--{key}: {text!r} is not a YAML value; a list is written as [1, 2]") from None
+def _values(given: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """The values of the recipe's options, and a line for each that cannot be read."""
+    texts = {field.key for field in recipe_fields() if field.kind is str}  # a folder named 2026 is no number
+    values: dict[str, Any] = {}
+    problems = []
+    for key, text in given.items():
+        try:
+            values[key] = text if key in texts else parse_yaml(text)
+        except yaml.YAMLError:
+            problems.append(f"--{key}: {text!r} is not a YAML value; a list is written as [1, 2]")
+    return values, problems
 
 
 def parse(argv: Sequence[str], losses: Mapping[str, type]) -> Request:
     """The request of a command line, whose `--import` files are run first: a loss of theirs has options here.
 
-    Raises RecipeError; prints and exits 0 for --help and --print_config.
+    Raises RecipeError that lists all unknown options, unreadable values and problems of the recipe together. Prints and exits 0
+    for --help and --print_config.
     """
     files = Parser(add_help=False)
     add_import_option(files)
     import_files(files.parse_known_args(argv)[0].imports)
-    given = vars(make_parser(losses).parse_args(argv))
+    parser = make_parser(losses)
+    known, unknown = parser.parse_known_args(argv)
+    given = vars(known)
     recipe_path, resume, print_config = given.pop("recipe"), given.pop("resume"), given.pop("print_config")
     del given["imports"]
-    texts = {field.key for field in recipe_fields() if field.kind is str}  # a folder named 2026 is no number
-    overrides = {key: value if key in texts else _value(key, value) for key, value in given.items()}
-    recipe = load_recipe(recipe_path or DEFAULT_RECIPE, overrides, losses)
+    overrides, unreadable = _values(given)
+    recipe = load_recipe(recipe_path or DEFAULT_RECIPE, overrides, losses, [*_unknown(unknown, parser), *unreadable])
     if print_config:
         yaml.safe_dump(as_dict(recipe), sys.stdout, sort_keys=False)
         raise SystemExit(0)

@@ -118,16 +118,22 @@ def build_teacher(recipe: Recipe, num_classes: int) -> ProbedModel:
 
 
 def build_criteria(recipe: Recipe, student: ProbedModel, teacher: ProbedModel | None, data: DataFacts) -> dict[str, Criterion]:
-    """The recipe's losses. RecipeError where the pair cannot serve one of them, or where one cannot be computed with the mixed
-    images that the recipe asks for."""
+    """The recipe's losses. RecipeError, with a line for each loss that the pair cannot serve, or that cannot be computed with
+    the mixed images that the recipe asks for."""
     mixed = [name for name in ("mixup", "cutmix") if getattr(recipe.augment, name)]
-    criteria = {}
+    criteria, problems = {}, []
     for name, entry in recipe.loss.items():
-        criteria[name] = build_criterion(name, term_schedule(entry)[1], student, teacher, data)
+        try:
+            criteria[name] = build_criterion(name, term_schedule(entry)[1], student, teacher, data)
+        except RecipeError as error:
+            problems.append(str(error))
+            continue
         if mixed and not criteria[name].accepts_soft_labels:
-            raise RecipeError(
+            problems.append(
                 f"loss.{name}: needs one class per image, and images mixed by augment.{mixed[0]} have two; drop either"
             )
+    if problems:
+        raise RecipeError("\n".join(problems))
     return criteria
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from distill.config import RecipeError, as_dict, load_recipe, parse_yaml
+from distill.loss_options import loss_options, option_descriptions, summary
 from distill.losses import LOSSES
 from pipelines.setup.arguments import DEFAULT_RECIPE, parse
 
@@ -60,6 +61,12 @@ def test_all_problems_are_reported_together_with_the_nearest_name():
 )
 def test_a_wrong_value_or_combination_is_named_with_its_rule(overrides: dict, expected: str):
     assert expected in problems(overrides)
+
+
+def test_two_losses_that_build_their_own_student_are_refused():
+    losses = {**LOSSES, "other": LOSSES["simkd"]}
+    with pytest.raises(RecipeError, match=r"loss\.other: trains a student of its own, and so does loss\.simkd; drop either"):
+        load_recipe(DEFAULT_RECIPE, {"loss.simkd": {}, "loss.other": {}}, losses)
 
 
 def test_impossible_combinations_are_reported_together():
@@ -127,6 +134,15 @@ def test_an_unknown_option_is_refused_with_the_nearest(argument: str):
         parse([argument, "3"], LOSSES)
 
 
+def test_unknown_options_unreadable_values_and_wrong_ones_are_reported_together():
+    with pytest.raises(RecipeError) as caught:
+        parse(["--train.epoch", "3", "--optim.momentum", "[1", "--train.epochs", "0", "--loss.sdd.scales", "x"], LOSSES)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"4 problems in {DEFAULT_RECIPE} and the command line"
+    expected = ("--train.epoch: unknown option", "--optim.momentum: '[1' is not", "train.epochs: 0: ", 'loss.sdd.scales: "x": ')
+    assert all(line.strip().startswith(words) for line, words in zip(lines[1:], expected, strict=True))
+
+
 def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path):
     import yaml
 
@@ -142,8 +158,24 @@ def test_help_shows_every_section_and_a_command(capsys: pytest.CaptureFixture):
     said = capsys.readouterr().out
     assert caught.value.code == 0
     assert "accelerate launch pipelines/imagenet.py" in said
-    for text in ("--teacher ", "--train.epochs", "--loss.sdd.scales", "--loss.msdcrd.weight"):
+    for text in ("--teacher ", "--train.epochs", "--loss.sdd.scales", "--loss.NAME.weight"):
         assert text in said
+
+
+def test_help_describes_every_loss_and_every_option_of_it(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        parse(["--help"], LOSSES)
+    said = "".join(capsys.readouterr().out.split())  # without the line breaks, which also come behind hyphens
+    expected = [
+        "--loss.NAME.start_epoch VALUE weight is 0 before this epoch [",
+        "loss.rkd: Relational knowledge distillation (Park et al., CVPR 2019) on what",
+        "--loss.rkd.angle_weight VALUE of the angles between three images. [float, default ",
+    ]
+    for name, loss in LOSSES.items():
+        texts = option_descriptions(loss)
+        expected.append(f"loss.{name}: {summary(loss)}")
+        expected += [f"--loss.{name}.{option} VALUE {texts[option]} [" for option in loss_options(loss)]
+    assert [text for text in expected if "".join(text.split()) not in said] == []
 
 
 def test_print_config_prints_what_would_run(capsys: pytest.CaptureFixture):

@@ -46,13 +46,13 @@ class BatchTransform:
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
-        channels_last: bool = True,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        mix_probability: float = 1.0,
-        cutmix_share: float = 0.5,
-        erasing: float = 0.0,
-        erasing_mode: ErasingMode = "pixel",
+        channels_last: bool,
+        mixup: float,
+        cutmix: float,
+        mix_probability: float,
+        cutmix_share: float,
+        erasing: float,
+        erasing_mode: ErasingMode,
     ) -> None:
         # not above: the recipe takes `ErasingMode` from here, and commands that need no model would wait a second for timm
         from timm.data import Mixup

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from distill.config import RecipeError, as_dict, load_recipe, parse_yaml
+from distill.data.augment.parameters import TrainTransform
 from distill.loss_options import loss_options, option_descriptions, summary
 from distill.losses import LOSSES
+from distill.recipe import Augment
 from pipelines.setup.arguments import DEFAULT_RECIPE, parse
 
 RECIPES = sorted((Path(__file__).parents[2] / "pipelines" / "recipes").rglob("*.yaml"))
@@ -61,6 +63,10 @@ def test_all_problems_are_reported_together_with_the_nearest_name():
 )
 def test_a_wrong_value_or_combination_is_named_with_its_rule(overrides: dict, expected: str):
     assert expected in problems(overrides)
+
+
+def test_what_is_done_to_an_image_has_one_home_of_its_defaults():
+    assert Augment().of_each_image() == TrainTransform()
 
 
 def test_two_losses_that_build_their_own_student_are_refused():

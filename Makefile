@@ -1,4 +1,5 @@
-# Two commands: `make run` (the demonstration) and `make test`. Both set up what they need into .venv. `make help` lists the rest.
+# Two commands: `make run` (the demonstration) and `make test`. Both set up what they need into .venv. `make help` lists
+# the rest.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,8 @@ DIGITS := runs/digits
 export PYTHONUNBUFFERED := 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup run doctor compare-methods test test-compile lint format typecheck chaos bench bench-losses bench-methods clean clean-demo
+.PHONY: help setup run doctor compare-methods test test-compile lint format typecheck chaos bench bench-losses bench-methods \
+  clean clean-demo
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,9 +20,11 @@ setup: $(READY)  ## install what requirements.lock names into .venv
 
 # uv resolves and installs in half a minute what pip takes minutes for; where it cannot be had, pip does
 $(READY): requirements.lock
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; say make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; say make PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	{ $(BIN)/python -m pip install --quiet uv && $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --requirement requirements.lock; } \
+	{ $(BIN)/python -m pip install --quiet uv \
+	    && $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --requirement requirements.lock; } \
 	  || $(BIN)/python -m pip install --requirement requirements.lock
 	touch $(READY)
 

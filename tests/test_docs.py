@@ -18,8 +18,14 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
-    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "compatibility.md"),  # that one is generated
+    *sorted((ROOT / "docs").glob("*.md")),
 ]
+TEXTS = [
+    *PAGES,
+    *(ROOT / name for name in ("Makefile", "CITATION.cff", "accelerate_config.yaml", "pyproject.toml")),
+    *sorted((ROOT / "pipelines").rglob("*.yaml")),
+]
+"""What people read that is no Python."""
 COLUMNS = 120
 BLOCK = re.compile(r"^```.*?^```$|(?:^ {4}[^\n]*\n)+", re.MULTILINE | re.DOTALL)
 """A block of code: between fences, or indented."""
@@ -45,15 +51,15 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@EACH_PAGE
-def test_lines_fit_into_a_diff(page: Path):
-    long = [line for line in prose(page).split("\n") if len(line) > COLUMNS and not line.startswith("|")]
-    assert not long
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: str(text.relative_to(ROOT)))
+def test_lines_fit_into_a_diff(text: Path):
+    assert not [line for line in text.read_text().split("\n") if len(line) > COLUMNS]
 
 
 @EACH_PAGE
 def test_links_lead_somewhere(page: Path):
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+    for target in re.findall(r"\]\(([^)\s]+)\)|^\[\w+\]: (\S+)$", prose(page), re.MULTILINE):
+        target = "".join(target)  # in the sentence, or below it
         path, _, anchor = target.partition("#")
         there = (page.parent / path).resolve() if path else page
         assert there.exists(), f"{target}: no such file"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import logging
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ EXPENSIVE = 1e13
 """Parameters times pixels above which an architecture is checked on smaller images: some five seconds of one core."""
 SMALLER = (112, 224)
 """Pixels a side of those, the first that works: whole patches of 14 and 16, the second also whole cells of 32."""
+COLUMNS = 120
+"""Longest line of the page, as in all docs."""
 
 FIELDS = (
     "name", "class", "parameters_M", "input", "features", "grid", "stage_channels", "head_batchnorms", "mechanism",
@@ -158,7 +161,7 @@ def as_page(rows: list[dict[str, str]], total: int) -> str:
     lines = [
         "# Compatibility with timm's architectures",
         "",
-        f"timm {timm.__version__}. {summary(rows, total)}.",
+        *textwrap.wrap(f"timm {timm.__version__}. {summary(rows, total)}.", COLUMNS),
         "Written by `python pipelines/pairs.py matrix --page`; one line per class, form of the features and mechanism.",
         *about_smaller(rows),
         "",
@@ -169,5 +172,6 @@ def as_page(rows: list[dict[str, str]], total: int) -> str:
         worst = max(float(row["whole_image_difference"] or 0) for row in members)
         lines.append(f"| {kind} | {features} | {mechanism} | {len(members)} | {worst:.0e} | {members[0]['name']} |")
     refused = [row for row in rows if row["mechanism"] in ("refused", "failed")]
-    lines += ["", "## Refused", ""] + [f"- `{row['name']}`: {row['reason']}" for row in refused]
+    reasons = (f"- `{row['name']}`: {row['reason']}" for row in refused)
+    lines += ["", "## Refused", "", *(textwrap.fill(reason, COLUMNS, subsequent_indent="  ") for reason in reasons)]
     return "\n".join(lines) + "\n"

@@ -9,7 +9,8 @@ import pytest
 import timm
 import torch
 
-from distill.loss_options import loss_options
+from distill.loss_options import check_loss, loss_options
+from distill.losses import LOSSES
 from distill.models.build import probe
 from distill.protocols import Target
 
@@ -96,12 +97,20 @@ def test_commands_exist(page: Path):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}: no such target"
 
 
+def test_every_loss_stands_in_the_tables():
+    losses, methods = ((ROOT / "docs" / name).read_text() for name in ("losses.md", "methods.md"))
+    assert [name for name, cls in LOSSES.items() if f"`{name}`" not in losses or f"`{cls.__name__}`" not in losses] == []
+    assert [name for name in LOSSES if f"`{name}`" not in methods and name != "cross_entropy"] == []
+    assert f"takes {len(LOSSES)} names" in losses
+
+
 def test_the_loss_that_the_page_adds_is_one_that_trains(tmp_path: Path):
     example = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "losses.md").read_text(), re.MULTILINE | re.DOTALL)[0]
     file = tmp_path / "embedding_hint.py"
     file.write_text(example)
     hint = runpy.run_path(str(file))["EmbeddingHint"]
     assert loss_options(hint) == {"bias": (bool, True)}
+    check_loss("embedding_hint", hint)
     student = probe(timm.create_model("cifar_resnet8", num_classes=10))
     teacher = probe(timm.create_model("cifar_resnet20", num_classes=10), frozen=True)
     criterion = hint(student.facts, teacher.facts)

@@ -1,14 +1,19 @@
 """What can rot in README and docs: lines, links, and the files, names and commands that they mention."""
 
 import importlib
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 
+from distill.data.index import ShardIndex
 from distill.loss_options import check_loss, loss_options
 from distill.losses import LOSSES
 from distill.models.build import probe
@@ -97,6 +102,30 @@ def test_commands_exist(page: Path):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}: no such target"
 
 
+def example(page: str) -> str:
+    """The first Python example of a page."""
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)[0]
+
+
+def test_the_command_that_the_page_adds_works_and_refuses_in_one_line(digits: Path, tmp_path: Path):
+    file = tmp_path / "pipelines" / "classes.py"
+    file.parent.mkdir()
+    file.write_text(example("CONTRIBUTING.md"))
+
+    def run(*argv: str) -> subprocess.CompletedProcess:
+        # where the file would lie, it finds the checkout by itself
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run([sys.executable, file, *argv], capture_output=True, text=True, env=environment)
+
+    counts = np.bincount(ShardIndex.open(digits / "train").labels)
+    assert run(str(digits / "train")).stdout.splitlines() == [f"{name}: {count}" for name, count in enumerate(counts)]
+    for argv, said in ((["nowhere"], "error: nowhere"), (["x", "--split"], "error: --split: unknown option")):
+        refused = run(*argv)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(said)
+        assert len(refused.stderr.splitlines()) == 1
+
+
 def test_every_loss_stands_in_the_tables():
     losses, methods = ((ROOT / "docs" / name).read_text() for name in ("losses.md", "methods.md"))
     assert [name for name, cls in LOSSES.items() if f"`{name}`" not in losses or f"`{cls.__name__}`" not in losses] == []
@@ -105,9 +134,8 @@ def test_every_loss_stands_in_the_tables():
 
 
 def test_the_loss_that_the_page_adds_is_one_that_trains(tmp_path: Path):
-    example = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "losses.md").read_text(), re.MULTILINE | re.DOTALL)[0]
     file = tmp_path / "embedding_hint.py"
-    file.write_text(example)
+    file.write_text(example("docs/losses.md"))
     hint = runpy.run_path(str(file))["EmbeddingHint"]
     assert loss_options(hint) == {"bias": (bool, True)}
     check_loss("embedding_hint", hint)

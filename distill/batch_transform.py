@@ -1,4 +1,4 @@
-"""From a loader's bytes to what the models see: pixels in [0, 1], timm's Mixup/CutMix and RandomErasing on the device batch.
+"""The way from a loader's bytes to what the models see: pixels in [0, 1], timm's Mixup, CutMix and RandomErasing.
 
 One view for both models: each backbone normalises for itself afterwards, so teacher and student see the same mixed pixels.
 """

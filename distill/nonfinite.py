@@ -25,13 +25,13 @@ class Suspect(NamedTuple):
     """The sample ids of each of its micro-batches."""
 
 
-class Verdict(NamedTuple):
+class Outcome(NamedTuple):
     """What became of a step."""
 
     made: bool
     """False where it was held back; a `deferred` guard does not know yet and says True."""
     held_back: Suspect | None
-    """This step, or with a `deferred` guard the one before it, where it was poisoned."""
+    """The poisoned step that was not made; None where there is none. A `deferred` guard gives the step before this one."""
     stop: bool
     """Whether any process was asked to stop."""
 
@@ -94,17 +94,17 @@ class Guard:
         total, norm = judged.tolist()
         return not (math.isfinite(total) and (math.isfinite(norm) or self._scaler is not None))
 
-    def step(self, suspect: Suspect, control: Control) -> Verdict:
+    def step(self, suspect: Suspect, control: Control) -> Outcome:
         """Makes the optimiser's step unless it is poisoned on any process. A collective."""
         if self.deferred:
             before = self._step_on_device(suspect)
-            return Verdict(True, before, control.agree().stop)
+            return Outcome(True, before, control.agree().stop)
         stop, poisoned = control.agree(poisoned=self.is_poisoned(suspect.values))
         if not poisoned:
             self._optimizer.step()
         elif self._statistics:
             torch._foreach_copy_(self._statistics, self._before)
-        return Verdict(not poisoned, suspect if poisoned else None, stop)
+        return Outcome(not poisoned, suspect if poisoned else None, stop)
 
     def _step_on_device(self, suspect: Suspect) -> Suspect | None:
         """The step before this one, if that was poisoned."""

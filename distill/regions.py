@@ -204,7 +204,7 @@ def _(
 
 
 def scale_slices(scales: Sequence[int]) -> dict[int, slice]:
-    """Where the regions of each scale lie along the region axis."""
+    """The place of each scale's regions along the region axis."""
     ends = [0]
     for scale in scales:
         ends.append(ends[-1] + scale * scale)

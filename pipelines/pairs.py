@@ -1,4 +1,4 @@
-"""Which pairs of timm models can be distilled, and how: `explain` one pair, or check every architecture with `matrix`.
+"""Says which pairs of timm models can be distilled, and how: `explain` one pair, or check every architecture with `matrix`.
 
 python pipelines/pairs.py explain resnet34.tv_in1k resnet18
 python pipelines/pairs.py matrix --pattern 'resnet*' --out compatibility.csv

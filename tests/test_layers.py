@@ -61,7 +61,7 @@ the whole string."""
 CLASSES = re.compile(rf"(?<![A-Z])(?:{'|'.join(cls.__name__ for cls in LOSSES.values())})(?=$|[A-Z][a-z])")
 """A loss's class, alone or as a part of a longer name."""
 MAY_NAME_A_LOSS = {"distill.recipe", "distill.models", "distill.models.simkd"}
-"""Beside the losses: the default recipe, the student that a loss builds, and the package that registers it with timm."""
+"""The default recipe, the student that a loss builds, and the package that registers it with timm; beside the losses."""
 
 
 def module_name(path: Path) -> str:

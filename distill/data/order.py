@@ -1,4 +1,4 @@
-"""Which samples each step sees: pure functions of (seed, epoch, step), independent of the number of processes.
+"""The samples that each step sees: pure functions of (seed, epoch, step), independent of the number of processes.
 
 Every random stream of the project's data path starts from `derive_seed`; the numbers come from Philox' raw 64-bit output,
 whose values numpy guarantees across versions (its distributions are not guaranteed), so an order outlives an upgrade.

@@ -17,7 +17,7 @@ Shape = Literal["cosine", "linear"]
 
 
 def curriculum(epoch: int, loops: int, shape: Shape = "cosine") -> float:
-    """How much of the temperature's gradient is taken in this epoch, counted from 1: 0 at epoch 0, rising over `loops` epochs.
+    """The share of the temperature's gradient that this epoch, counted from 1, takes: 0 at epoch 0, rising over `loops` epochs.
 
     `cosine` is (1 - cos(pi min(e, E) / E)) / 2, which ends at 1. `linear` is min(e, E - 1) / E: the released code stops one
     epoch short. Source: zhengli97/CTKD 7d52524, `models/temp_global.py`, where it is negative; the sign is in

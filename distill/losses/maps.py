@@ -1,4 +1,4 @@
-"""Which maps of a model a loss reads, how those of two models are paired, and how they are brought to one grid."""
+"""The maps of a model that a loss reads, the pairs of two models' maps, and the way to one grid."""
 
 from __future__ import annotations
 

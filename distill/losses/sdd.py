@@ -63,7 +63,7 @@ def sdd_loss(
 
 
 def region_reliability(teacher_regions: Tensor, temperature: float = 4.0, floor: float = 0.2, power: float = 1.0) -> Tensor:
-    """How sure the teacher is of each region: [B, R, K] -> [B, R], from `floor` to 1, without a gradient.
+    """The teacher's confidence in each region: [B, R, K] -> [B, R], from `floor` to 1, without a gradient.
 
     c = (largest softmax at the temperature - 1 / K) / (1 - 1 / K); floor + (1 - floor) c^power. The largest class counts, not
     the label. Source: Cherxy/RSM-SDD a70c86c. It is not normalised, so it makes the loss smaller: by more than half at T 4.
@@ -124,7 +124,7 @@ def region_losses(
 
 
 def complementary(teacher_regions: Tensor, labels: Tensor, rule: str) -> Tensor:
-    """Which regions are complementary, bool [B, R]: the global region, which comes first, never is.
+    """A mask of the complementary regions, bool [B, R]. The global region, which comes first, is never one of them.
 
     teacher_regions [B, R, K]; labels int [B] for the `label` rule, not read by `class`. The student plays no part.
 

@@ -20,7 +20,7 @@ from distill.protocols import Criterion, DataFacts, MapShape, ModelFacts, ModelO
 FACTOR = 4
 """Images of the batch for one number of an embedding."""
 SMALLEST_BATCH = 2 * FACTOR
-"""Of fewer, an embedding has one number, its unit vector is 1 or -1, and the attention cannot learn."""
+"""Images that a batch must have. With fewer, an embedding is one number, and its unit vector is 1 or -1 whatever it is."""
 SMALLEST_NORM = 1e-6
 """Shorter embeddings have no direction; the released code divides 0 by 0."""
 

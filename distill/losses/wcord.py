@@ -82,8 +82,9 @@ def spectral_norm(weight: Tensor) -> Tensor:
 class WCoRD(Criterion):
     """Wasserstein contrastive distillation (Chen et al., CVPR 2021), reconstructed: no code was released to compare with.
 
-    The sum of a global part over `crd`'s memory and a local part within this process's batch. Defined where `crd` is; its cost,
-    memory and state are `crd`'s. Weights 0.8 and 0.05 are from memory of the paper, unverified.
+    It is the sum of a global part over `crd`'s memory and a local part within this process's batch. It is defined for the
+    models that `crd` is defined for, and it costs and keeps as much. The weights 0.8 and 0.05 are those that we remember of the
+    paper; they were not verified.
 
     Args:
         student: facts of the student, which must have an embedding.

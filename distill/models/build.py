@@ -289,7 +289,7 @@ def _classes_of(name: str) -> int:
 
 
 def _classes_of_weights(name: str, weights: str) -> int:
-    """How many classes the weights of a teacher are for, whatever the data have."""
+    """The number of classes that a teacher's weights are for, whatever the data have."""
     check_name(name)
     if Path(weights).is_dir():
         return int(read_config(weights).get("num_classes", 0))

@@ -1,4 +1,4 @@
-"""Where a model's embedding is: its last linear layer, found by watching its head run, reads it.
+"""The place of a model's embedding: what its last linear layer reads, found by watching its head run.
 
 A model without a classifier has no such layer: its head itself gives the embedding.
 """

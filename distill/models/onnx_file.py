@@ -19,7 +19,7 @@ TOLERANCE = 1e-4
 
 
 class Agreement(NamedTuple):
-    """How the ONNX file compares with the PyTorch model on the images it was checked on."""
+    """A comparison of the ONNX file with the PyTorch model, on the images that it was checked on."""
 
     largest_difference: float
     """Absolute, over all images and classes."""

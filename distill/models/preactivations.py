@@ -1,4 +1,4 @@
-"""Where the map of a stage comes from: the activation that ends it, found by watching one forward pass of the model."""
+"""The activation that ends a stage, found by watching one forward pass of the model."""
 
 from __future__ import annotations
 
@@ -95,12 +95,14 @@ class Trace:
 
 
 def find_preactivation(trace: Trace, stage_map: Tensor) -> Preactivation:
-    """The way to the pre-activation of a stage, given its map as the traced pass gave it.
+    """The way to the pre-activation of a stage, given its map as the traced pass gave it. There are three cases:
 
-    1. The last module that gave the map is an activation: what it reads. A max pooling may follow it. 2. The map is what a
-    block adds up, and a BatchNorm and an activation read it next (pre-activation nets): what that BatchNorm gives, as the
-    published code takes it. 3. Else the map itself: no activation ends the stage. It is refused where an activation that is no
-    module, or is shared, does.
+    1. An activation gave the map, and a max pooling may have followed. The pre-activation is what the activation read.
+    2. A block's sum gave the map, and a BatchNorm and an activation read it next (pre-activation nets). The pre-activation is
+       what that BatchNorm gives, as in the published code.
+    3. No activation ends the stage. The pre-activation is the map itself.
+
+    It is refused where the activation that ends the stage is no module, or is a module that is used more than once.
     """
     own = trace.number(stage_map)
     pooled = [call for call in trace.calls if call.gave == own and isinstance(call.module, nn.MaxPool2d)]

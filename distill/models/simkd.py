@@ -23,7 +23,8 @@ OF_THE_INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct", "fixed
 OF_THE_HEAD = ("num_classes", "global_pool", "drop_rate", "in_chans", "pretrained")
 """Arguments that the body does not take over from a model with a head."""
 LARGEST_DIFFERENCE = 1e-4
-"""Of a teacher's logits from its classifier on the mean of its map, relative: rounding, not another head."""
+"""The largest relative difference, taken for rounding, of a teacher's logits from its classifier on the mean of its map. A
+larger one means that the head does something else."""
 
 
 class SimKDStudent(nn.Module):
@@ -208,7 +209,7 @@ def _seen(model: TimmModel, layout: Layout, images: Tensor) -> Tensor:
 
 
 def _layout(model: TimmModel, images: Tensor, name: str) -> Layout:
-    """Where the model keeps its map, found by one pass; ValueError where its features hold none."""
+    """The layout of the model's features, found by one pass. ValueError where they hold no map."""
     with evaluating(model):
         layout = find_layout(model, *model.forward_intermediates(images, output_fmt="NCHW"))
     if layout.primary is None:

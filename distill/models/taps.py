@@ -45,7 +45,7 @@ class Tap(nn.Module):
 
 @contextmanager
 def tapped(model: nn.Module, taps: Sequence[Tap]) -> Iterator[None]:
-    """Inside the block the taps stand in the model; afterwards it is as it was."""
+    """A block in which the taps stand in the model; afterwards it is as it was."""
     places = []
     for tap in taps:
         parent_name, _, name = tap.name.rpartition(".")

@@ -82,7 +82,7 @@ class Step:
 
     ms: float
     images_per_second: float
-    """Over all processes."""
+    """The images of all processes."""
     steps: int
     all_ms: list[float]
     """Every measured step, in order."""

@@ -35,7 +35,7 @@ class MemoryEstimate(NamedTuple):
     image: int
     """What the student keeps of an image for the backward pass, in float32."""
     checkpointed: int | None
-    """The same with activation checkpointing; None where it cannot be had, or is on."""
+    """What it would keep with activation checkpointing; None where the model has none, or where it is on already."""
 
 
 @contextmanager

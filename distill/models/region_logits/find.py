@@ -57,7 +57,7 @@ class Found:
     head_norms: list[str]
     """Names of the BatchNorms inside the model's head."""
     difference: float | None
-    """Between the model's logits and the whole-image region's, relative; None for a definition that is not of the region."""
+    """The relative one of the whole-image region's logits from the model's; None for a definition that is not of the region."""
 
 
 def find_mechanism(model: TimmModel, anatomy: Anatomy, class_tokens: str) -> Found:

@@ -1,4 +1,4 @@
-"""BatchNorm inside a head while the head runs a second time, on regions: what it normalises by, and that it keeps nothing."""
+"""The BatchNorm of a head that runs a second time, on regions: it normalises by other statistics, and keeps none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ the spread of a handful of images blows their logits up."""
 
 
 def training_batchnorms(norms: Sequence[nn.Module]) -> list[_BatchNorm]:
-    """Those that normalise with the batch now and keep running statistics; frozen or evaluating ones need no care."""
+    """The BatchNorms that now normalise by the batch and change their running statistics. Frozen ones do neither."""
     return [n for n in norms if isinstance(n, _BatchNorm) and n.training and n.running_mean is not None]
 
 
@@ -28,7 +28,7 @@ def snapshot(norms: Sequence[_BatchNorm]) -> list[Statistics]:
 
 
 def region_statistics(norms: Sequence[_BatchNorm], before: Sequence[Statistics], rows: int) -> list[Statistics]:
-    """What regions are normalised by: the statistics of the batch that moved the running ones since `before`.
+    """The statistics that regions are normalised by: those of the batch that moved the running ones since `before`.
 
     They are old + (new - old) / momentum, detached. rows: values per channel that the batch had on this process. Running
     variances are unbiased, n / (n - 1); normalising uses the biased one, so that factor is divided out. Below `FEW_ROWS`,
@@ -48,7 +48,7 @@ def region_statistics(norms: Sequence[_BatchNorm], before: Sequence[Statistics],
 
 @contextmanager
 def normalised_by(norms: Sequence[_BatchNorm], statistics: Sequence[Statistics]) -> Iterator[None]:
-    """Inside the block these BatchNorms use the given statistics and keep no new ones.
+    """A block in which these BatchNorms use the given statistics and keep no new ones.
 
     A second update of the running statistics, by the larger variance of regions, would falsify evaluation in silence. The
     buffers are swapped, not overwritten: autograd may hold the running ones for the backward of another call.

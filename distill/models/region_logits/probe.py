@@ -129,7 +129,7 @@ class Verdict:
     """What a check of a mechanism found."""
 
     difference: float
-    """Between the model's logits and those of the whole-image region, relative to the largest logit."""
+    """The largest difference of the whole-image region's logits from the model's, relative to the largest logit."""
     reason: str | None
     """Why the mechanism is wrong for the model; None where it holds."""
 
@@ -181,7 +181,7 @@ def recorded_modules(model: nn.Module) -> Iterator[set[nn.Module]]:
 
 @contextmanager
 def perturbed(modules: Sequence[nn.Module], generator: torch.Generator) -> Iterator[None]:
-    """Inside the block the parameters and statistics of `modules` carry noise, so that zero-initialised layers hide nothing."""
+    """A block in which the parameters and statistics of `modules` carry noise: zero-initialised layers then hide nothing."""
     tensors = {
         id(t): t
         for m in modules

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from distill.losses.inputs import check_embeddings, check_temperature, embedding_of, teacher_of
-from distill.losses.memory import Memory, sample_ids_of, unit
+from distill.losses.memory_bank import MemoryBank, sample_ids_of, unit
 from distill.precision import full_precision_type, no_autocast
 from distill.protocols import Criterion, DataFacts, Gathered, ModelFacts, ModelOutput, Needs, Target
 
@@ -75,7 +75,7 @@ class CRD(Criterion):
         check_embeddings("crd", student=student, teacher=teacher)
         check_temperature(temperature)
         self.temperature = temperature
-        self.memory = Memory((student.embedding, teacher.embedding), data, embedding, negatives, momentum, mode)
+        self.memory = MemoryBank((student.embedding, teacher.embedding), data, embedding, negatives, momentum, mode)
         self._rows = 0
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:

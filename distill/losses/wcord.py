@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.losses.inputs import check_embeddings, check_rows, check_temperature, check_weights, embedding_of, teacher_of
-from distill.losses.memory import Memory, sample_ids_of, unit
+from distill.losses.memory_bank import MemoryBank, sample_ids_of, unit
 from distill.precision import full_precision, full_precision_type, no_autocast
 from distill.protocols import Criterion, DataFacts, Gathered, ModelFacts, ModelOutput, Needs, Target
 
@@ -129,7 +129,7 @@ class WCoRD(Criterion):
             raise ValueError(f"entropy {entropy} must be positive and finite, iterations {iterations} at least 1")
         self.global_weight, self.local_weight = global_weight, local_weight
         self.temperature, self.entropy, self.iterations = temperature, entropy, iterations
-        self.memory = Memory((student.embedding, teacher.embedding), data, embedding, negatives, momentum, mode)
+        self.memory = MemoryBank((student.embedding, teacher.embedding), data, embedding, negatives, momentum, mode)
         self._rows = 0
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:

@@ -39,7 +39,7 @@ from distill.losses.at import at_loss
 from distill.losses.crd import crd_row_loss
 from distill.losses.dist_kd import dist_loss
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
-from distill.losses.memory import crd_scores
+from distill.losses.memory_bank import crd_scores
 from distill.losses.msdcrd import contrastive_loss
 from distill.losses.pkt import pkt_loss
 from distill.losses.reviewkd import hierarchical_loss

@@ -14,7 +14,7 @@ from relations import rows
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from distill.losses.crd import CRD, crd_row_loss
-from distill.losses.memory import Memory, Visit, crd_scores, updated_rows
+from distill.losses.memory_bank import MemoryBank, Visit, crd_scores, updated_rows
 from distill.protocols import DataFacts, ModelFacts, ModelOutput, Target
 
 IDS = torch.tensor([3, 17, 0, 39])
@@ -63,7 +63,7 @@ def test_banks_begin_as_noise_of_length_1():
 
 def test_negatives_are_of_other_classes_all_of_them_and_evenly():
     labels = torch.tensor([0] * 5 + [2] * 30 + [1] * 2 + [0] * 3)  # ragged and out of order
-    memory = Memory((4, 4), DataFacts(40, labels, 4), 5, 20000, 0.5, "exact")
+    memory = MemoryBank((4, 4), DataFacts(40, labels, 4), 5, 20000, 0.5, "exact")
     ids = torch.tensor([0, 20, 36, 39])
     drawn = memory.draw(ids, torch.Generator().manual_seed(0))
     assert torch.equal(drawn[:, 0], ids)
@@ -78,7 +78,7 @@ def test_negatives_are_of_other_classes_all_of_them_and_evenly():
 
 def test_a_relaxed_positive_is_any_sample_of_the_class():
     labels = torch.tensor([0] * 5 + [1] * 30 + [0] * 5)
-    memory = Memory((4, 4), DataFacts(40, labels, 4), 5, 1, 0.5, "relax")
+    memory = MemoryBank((4, 4), DataFacts(40, labels, 4), 5, 1, 0.5, "relax")
     generator = torch.Generator().manual_seed(0)
     positives = torch.cat([memory.draw(torch.tensor([2, 7]), generator)[:, 0] for _ in range(300)]).view(300, 2)
     assert set(positives[:, 0].tolist()) == {0, 1, 2, 3, 4, 35, 36, 37, 38, 39}
@@ -185,7 +185,7 @@ def test_an_embedding_of_length_0_gets_no_gradient_and_stays_finite():
 
 
 def test_of_a_sample_that_comes_twice_the_last_visit_counts_and_the_last_finite_one():
-    memory = Memory((4, 4), DATA, 5, 3, 0.5, "exact").double()
+    memory = MemoryBank((4, 4), DATA, 5, 3, 0.5, "exact").double()
     old, new = memory.bank_student.clone(), embeddings(4, 5)
     new[3] = torch.nan
     ids = torch.tensor([7, 7, 2, 7])

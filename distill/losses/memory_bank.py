@@ -31,7 +31,7 @@ class Visit(NamedTuple):
     """[N, 2]: the mean over a sample's positive and negatives of exp(cosine / T), of the student's and the teacher's side."""
 
 
-class Memory(nn.Module):
+class MemoryBank(nn.Module):
     """Two trained linear layers to a common width D, two banks [n, D], and the draw of positives and negatives.
 
     Buffers: `bank_student` and `bank_teacher`, which begin as uniform noise of +-sqrt(3 / D); `normalisers` [2], a constant for

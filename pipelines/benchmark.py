@@ -33,8 +33,8 @@ from distill.losses import LOSSES
 from distill.protocols import Batch
 from distill.recipe import Recipe
 from pipelines.measure.ceiling import Alone, loader_rate, measure_machine, measure_network
-from pipelines.measure.memory import Arrivals, MemoryLine, memory_use
-from pipelines.measure.report import FORMAT, MODELS, Ceiling, MemoryUse, Part, Report, Setting, Step, Traffic, WarmUp
+from pipelines.measure.memory import Arrivals, MemoryTimeline, memory_use
+from pipelines.measure.report import FORMAT, MODELS, Ceiling, MemoryUse, Report, Setting, Step, StepPart, Traffic, WarmUp
 from pipelines.measure.show import as_text, bottleneck, plot
 from pipelines.measure.timeline import DATA, REST, Communication, Timeline, endless, make_steps, marked
 from pipelines.setup.arguments import Parser, command, parse, requests
@@ -45,7 +45,7 @@ from pipelines.setup.machine import (
     collective_timeout,
     keep_freed_memory,
     leave_together,
-    micro_batch_size,
+    micro_batch_of,
 )
 from pipelines.setup.observers import compile_report
 from pipelines.setup.out_of_memory import memory_explained
@@ -130,7 +130,7 @@ class MeasuredRun:
     def __init__(self, asked: Asked, out: str) -> None:
         self.asked, self.recipe = asked, measurable(asked.recipe, out)
         self.accelerator = build_accelerator(self.recipe)
-        self.batch = micro_batch_size(self.recipe, self.accelerator.num_processes)
+        self.batch = micro_batch_of(self.recipe, self.accelerator.num_processes)
         check_mixing(self.recipe, self.batch)
         with requests():
             self.splits: Splits = build_splits(self.recipe, self.accelerator)
@@ -172,7 +172,7 @@ class MeasuredRun:
 
     def memory_and_traffic(self) -> tuple[MemoryUse, Traffic]:
         """The memory and the traffic of a step, seen in two steps that are not measured."""
-        line = MemoryLine(self.run)
+        line = MemoryTimeline(self.run)
         with marked(self.run, line, self.communication), torch.autograd.graph.saved_tensors_hooks(line.pack, lambda t: t):
             make_steps(self.run, self.stream, 1, self.line)
         memory = memory_use(self.run, line)
@@ -235,11 +235,11 @@ def middle(steps: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(step.get(name, 0.0) for step in kept) / len(kept) for name in names}
 
 
-def parts_of(steps: dict[str, float], alone: dict[str, float]) -> list[Part]:
+def parts_of(steps: dict[str, float], alone: dict[str, float]) -> list[StepPart]:
     """The parts in order of appearance; the rest comes last."""
     total = sum(steps.values())
     names = [name for name in steps if name != REST] + [REST]
-    return [Part(n, steps.get(n, 0.0), steps.get(n, 0.0) / total, alone.get(n) if n in MODELS else None) for n in names]
+    return [StepPart(n, steps.get(n, 0.0), steps.get(n, 0.0) / total, alone.get(n) if n in MODELS else None) for n in names]
 
 
 def ratio(turn: Round) -> float:

@@ -43,7 +43,7 @@ from pipelines.setup.machine import (
     collective_timeout,
     keep_freed_memory,
     leave_together,
-    micro_batch_size,
+    micro_batch_of,
 )
 from pipelines.setup.models import Models
 from pipelines.setup.out_of_memory import memory_explained
@@ -140,7 +140,7 @@ def digests(splits: Splits) -> dict[str, Any]:
 
 def open_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
     """The recipe's shards. Raises RecipeError where they cannot serve it on this number of processes."""
-    check_mixing(recipe, micro_batch_size(recipe, accelerator.num_processes))
+    check_mixing(recipe, micro_batch_of(recipe, accelerator.num_processes))
     with requests():
         return build_splits(recipe, accelerator)
 

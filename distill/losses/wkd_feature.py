@@ -89,7 +89,7 @@ class BottleneckProjector(nn.Module):
         return self.bn(self.conv3(self.conv2(self.conv1(feature_map)))).relu()
 
 
-def build_projector(kind: Projector, student: MapShape, teacher: MapShape) -> nn.Module:
+def build_map_projector(kind: Projector, student: MapShape, teacher: MapShape) -> nn.Module:
     """What brings the student's map to the teacher's channels; raises ValueError for an unknown or impossible one."""
     if kind not in PROJECTORS:
         raise ValueError(f"projector {kind!r} is unknown; choose one of {', '.join(PROJECTORS)}")
@@ -144,7 +144,7 @@ class WKDFeature(Criterion):
         self.student_needs, self.teacher_needs = self.student_map.needs, self.teacher_map.needs
         (mine,), (theirs,) = self.student_map.shapes, self.teacher_map.shapes
         self.grid, self.mean_weight = grid, mean_weight
-        self.projector = build_projector(projector, mine, theirs)
+        self.projector = build_map_projector(projector, mine, theirs)
         for each in (theirs,) if projector == "convolution" else (mine, theirs):
             check_cells(each.height, each.width, grid)
 

@@ -20,8 +20,8 @@ CLEAR_PEAK = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 
 
-class MemoryLine:
-    """A line of memory in place of time: what autograd saves in each part, and the highest mark seen in it."""
+class MemoryTimeline:
+    """Memory along the parts of a step, as `Timeline` has time: what autograd saves in each, and the highest mark seen."""
 
     def __init__(self, run: Run) -> None:
         self._device = run.accelerator.device
@@ -80,7 +80,7 @@ def _status(field: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
 
 
-def memory_use(run: Run, line: MemoryLine) -> MemoryUse:
+def memory_use(run: Run, line: MemoryTimeline) -> MemoryUse:
     """The memory of a step that ran with `marked(run, line)` and autograd's `line.pack`."""
     distiller, optimizer = run.unwrapped, run.optimizer
     trained = [p for p in distiller.parameters() if p.requires_grad]

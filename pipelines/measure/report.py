@@ -65,7 +65,7 @@ class WarmUp:
 
 @with_config(_STRICT)
 @dataclass(frozen=True)
-class Part:
+class StepPart:
     """One part of the step: the mean over the middle half of the measured steps, so that parts sum to the step."""
 
     name: str
@@ -159,7 +159,7 @@ class Report:
     setting: Setting
     warm_up: WarmUp
     step: Step
-    parts: list[Part]
+    parts: list[StepPart]
     ceiling: Ceiling
     memory: MemoryUse
     traffic: Traffic

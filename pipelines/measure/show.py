@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.measure.report import MODELS, Ceiling, Part, Report, Setting, WarmUp
+from pipelines.measure.report import MODELS, Ceiling, Report, Setting, StepPart, WarmUp
 from pipelines.measure.tables import table
 from pipelines.measure.timeline import ALL_REDUCE, AVERAGE, DATA, REST, TEACHER, TRANSFORM
 
 
-def bottleneck(report_parts: list[Part], setting: Setting, ceiling: Ceiling) -> str:
+def bottleneck(report_parts: list[StepPart], setting: Setting, ceiling: Ceiling) -> str:
     """The sentence on what costs most beside the models' own work, with the option that would help."""
     total = sum(part.ms for part in report_parts)
     shares = {part.name: part.ms / total for part in report_parts}

@@ -25,7 +25,7 @@ from distill.data.reference import ReferenceLoader
 from distill.models.backbone import Backbone
 from distill.protocols import DataFacts, InputSpec, Loader
 from distill.recipe import Data, Recipe
-from pipelines.setup.machine import micro_batch_size, num_threads
+from pipelines.setup.machine import micro_batch_of, num_threads
 from pipelines.setup.models import Models
 
 logger = logging.getLogger("distill.data")
@@ -67,7 +67,7 @@ def train_order(recipe: Recipe, num_samples: int) -> TrainOrder:
 
 def data_facts(recipe: Recipe, train: ShardIndex, world_size: int) -> DataFacts:
     """The facts of the training split that criteria may be made from."""
-    return DataFacts(train.num_samples, torch.from_numpy(train.labels), micro_batch_size(recipe, world_size))
+    return DataFacts(train.num_samples, torch.from_numpy(train.labels), micro_batch_of(recipe, world_size))
 
 
 def check_mixing(recipe: Recipe, micro_batch: int) -> None:
@@ -203,7 +203,7 @@ def build_eval_loader(recipe: Recipe, index: ShardIndex, spec: InputSpec, accele
     return create_eval_loader(
         index,
         spec,
-        recipe.train.evaluate_batch_size or micro_batch_size(recipe, accelerator.num_processes),
+        recipe.train.evaluate_batch_size or micro_batch_of(recipe, accelerator.num_processes),
         accelerator,
         loader=recipe.data.loader,
         decode=recipe.data.decode,

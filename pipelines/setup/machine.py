@@ -154,8 +154,8 @@ def memory_format(recipe: Recipe) -> torch.memory_format:
     return torch.channels_last if recipe.train.channels_last else torch.contiguous_format
 
 
-def micro_batch_size(recipe: Recipe, world_size: int) -> int:
-    """Images per process and micro-batch. Raises RecipeError with the numbers where the global batch does not divide."""
+def micro_batch_of(recipe: Recipe, world_size: int) -> int:
+    """Images per process and micro-batch of a recipe. Raises RecipeError where the global batch does not divide."""
     try:
         return order.micro_batch_size(recipe.train.global_batch_size, recipe.train.accumulate, world_size)
     except ValueError as error:

@@ -16,7 +16,7 @@ from distill.models.backbone import Backbone
 from distill.models.recompute import activation_bytes, set_activation_checkpointing
 from distill.recipe import Recipe
 from distill.run import Run
-from pipelines.setup.machine import micro_batch_size
+from pipelines.setup.machine import micro_batch_of
 from pipelines.setup.models import Models
 
 USABLE = 0.9
@@ -87,7 +87,7 @@ def _bytes_of(tensors: list[nn.Parameter]) -> int:
 
 def advise(recipe: Recipe, processes: int, found: MemoryEstimate, capacity: int, precision: str) -> str:
     """The estimate in one line, and each single change that makes it fit, in the order of what it costs."""
-    batch = micro_batch_size(recipe, processes)
+    batch = micro_batch_of(recipe, processes)
     half = precision in ("bf16", "fp16")
     image = found.image // 2 if half else found.image
     need = found.fixed + batch * image

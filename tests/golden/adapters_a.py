@@ -23,7 +23,7 @@ from distill.losses.rkd import rkd_angle_loss, rkd_distance_loss
 from distill.losses.sdd import complementary, region_reliability, sdd_loss
 from distill.losses.sp import sdsp_loss, sp_loss
 from distill.losses.wcord import WCoRD, sinkhorn_plan, wcord_local_loss
-from distill.losses.wkd_feature import BottleneckProjector, build_projector, moments, wkd_feature_loss
+from distill.losses.wkd_feature import BottleneckProjector, build_map_projector, moments, wkd_feature_loss
 from distill.losses.wkd_logit import FLOOR, cka_distances, classifier_distances, sinkhorn, transport_cost, wkd_logit_loss
 from distill.optim import weight_schedule
 from distill.protocols import DataFacts, MapShape, ModelFacts, Progress, Regions
@@ -270,7 +270,7 @@ def wkd_f(case: Case) -> dict[str, Any]:
     if options["projector"] == "bottleneck":
         projector: nn.Module = BottleneckProjector(student.shape[1], teacher.shape[1], options["hidden"])
     else:
-        projector = build_projector("convolution" if options["projector"] else "none", *shapes)
+        projector = build_map_projector("convolution" if options["projector"] else "none", *shapes)
     projector = projector.to(student.dtype)
     stored = {name: case.inputs[name] for name in case.inputs if name.startswith("projector.")}
     load_parameters(projector, "wkd_f", stored)

@@ -14,7 +14,7 @@ from torch import nn
 import distill.models  # noqa: F401 (registers the CIFAR architectures)
 from distill.config import RecipeError
 from pipelines.benchmark import main, middle
-from pipelines.measure.report import Part, Report
+from pipelines.measure.report import Report, StepPart
 from pipelines.measure.show import as_text, bottleneck
 from pipelines.measure.timeline import (
     ALL_REDUCE,
@@ -163,12 +163,12 @@ def test_the_middle_half_of_the_steps_is_what_counts():
     assert middle(steps) == {"a": (1 + 2 + 3 + 4) / 4, "b": 1.0}
 
 
-def with_parts(report: Report, **more: float) -> list[Part]:
+def with_parts(report: Report, **more: float) -> list[StepPart]:
     """Models that take 100 ms as they do alone, and more."""
     models = {TEACHER: 20.0, FORWARD: 25.0, BACKWARD: 50.0, OPTIMISER: 5.0}
     total = sum(models.values()) + sum(more.values())
-    parts = [Part(name, ms, ms / total, ms) for name, ms in models.items()]
-    return parts + [Part(name.replace("_", " "), ms, ms / total, None) for name, ms in more.items()]
+    parts = [StepPart(name, ms, ms / total, ms) for name, ms in models.items()]
+    return parts + [StepPart(name.replace("_", " "), ms, ms / total, None) for name, ms in more.items()]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_the_bottleneck_is_one_sentence_with_an_option(report: Report, more: dic
 
 def test_where_only_the_models_cost_the_next_unused_option_is_named(report: Report):
     """One after the other, until none is left; the teacher is the largest part."""
-    teacher, student = Part(TEACHER, 60.0, 0.6, 60.0), Part(FORWARD, 40.0, 0.4, 40.0)
+    teacher, student = StepPart(TEACHER, 60.0, 0.6, 60.0), StepPart(FORWARD, 40.0, 0.4, 40.0)
     used: dict = {"precision": "no", "compiled": "none", "teacher_precision": "auto", "on_gpu": True}
     train = {**report.setting.recipe["train"], "overlap_teacher": False}
     steps = [

@@ -10,7 +10,7 @@ import timm
 
 import distill.models  # noqa: F401 (registers the CIFAR architectures)
 from distill.protocols import Gathered
-from pipelines.measure.report import Ceiling, MemoryUse, Part, Report, Setting, Step, Traffic, WarmUp
+from pipelines.measure.report import Ceiling, MemoryUse, Report, Setting, Step, StepPart, Traffic, WarmUp
 from pipelines.measure.timeline import ALL_REDUCE, BACKWARD, FORWARD, REST, TEACHER
 from pipelines.scale import Cluster, buckets, main, predict, sent_bytes
 from tests.measured import arguments, measured
@@ -112,7 +112,7 @@ def a_report(**changes: Any) -> Report:
         ),
         warm_up=WarmUp(3, 1.0, 500.0, None, ""),
         step=Step(100.0, 640.0, 20, [100.0] * 20, 100.0, None),
-        parts=[Part(name, ms, ms / 100, None) for name, ms in parts.items()],
+        parts=[StepPart(name, ms, ms / 100, None) for name, ms in parts.items()],
         ceiling=Ceiling(90.0, 1.1, [1.1], 6400.0, 1000.0, 20.0, 100.0, 50.0, {TEACHER: 7.0}, None, None),
         memory=MemoryUse(10 * 2**30, BACKWARD, {"saved by student forward": 8 * 2**30, "gradients": 2**30}),
         traffic=traffic,

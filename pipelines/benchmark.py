@@ -45,6 +45,7 @@ from pipelines.setup.machine import (
     collective_timeout,
     keep_freed_memory,
     leave_together,
+    meet,
     micro_batch_of,
 )
 from pipelines.setup.observers import compile_report
@@ -212,7 +213,7 @@ def measure_rounds(bench: MeasuredRun, alone: Alone) -> list[Round]:
     bench.line.cut()
     for number in range(asked.rounds):
         count = len(range(number, asked.steps, asked.rounds))
-        bench.accelerator.wait_for_everyone()
+        meet()
         if asked.data == "shards" or bench.line.device.type == "cuda":
             bench.steps(SETTLE)
         steps = bench.steps(count, marks=True)
@@ -344,7 +345,7 @@ def main(argv: Sequence[str]) -> None:
             report.write(asked.json)
         if asked.plot is not None:
             plot(report, asked.plot)
-    leave_together(PartialState().wait_for_everyone)
+    leave_together(meet)
 
 
 if __name__ == "__main__":

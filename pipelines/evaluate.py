@@ -31,7 +31,7 @@ from distill.recipe import Train
 from distill.report import say
 from pipelines.setup.arguments import Parser, add_import_option, command, import_files, requests
 from pipelines.setup.data import LOADERS, create_eval_loader
-from pipelines.setup.machine import create_accelerator, leave_together
+from pipelines.setup.machine import create_accelerator, leave_together, meet
 from pipelines.setup.switches import set_switches
 
 EPILOG = """
@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
     if asked.json and accelerator.is_main_process:
         facts = {"precision": accelerator.mixed_precision, "image_size": [spec.height, spec.width], "crop_fraction": crop}
         asked.json.write_text(json.dumps({**figures, **facts}, indent=2) + "\n")
-    leave_together(accelerator.wait_for_everyone)
+    leave_together(meet)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from pipelines.setup.machine import (
     collective_timeout,
     keep_freed_memory,
     leave_together,
+    meet,
     micro_batch_of,
 )
 from pipelines.setup.models import Models
@@ -90,7 +91,7 @@ def finish(recipe: Recipe, run: Run, models: Models, summary: dict[str, Any], cl
         run.reporter.write_json("summary.json", summary)
         for tracker in accelerator.trackers:
             tracker.finish()
-    accelerator.wait_for_everyone()
+    meet()
 
 
 @contextmanager

@@ -118,6 +118,17 @@ def collective_timeout(recipe: Recipe) -> timedelta:
     return timedelta(minutes=2 * recipe.train.timeout_minutes)
 
 
+def meet() -> None:
+    """Waits until every process has come here.
+
+    Accelerate's own names a GPU for it, for processes of a CPU too: two of them on a machine with one GPU ended in "invalid
+    device ordinal".
+    """
+    state = PartialState()
+    if state.num_processes > 1:
+        torch.distributed.barrier(device_ids=[state.device.index] if state.device.type == "cuda" else None)
+
+
 def leave_together(meet: Callable[[], Any]) -> None:
     """Tears the process groups down, where every process comes here: at a clean end, and at a stop that all agreed on.
 

@@ -44,7 +44,7 @@ def host(place: Place) -> Iterator[Finding]:
     yield judged("cores", not quota or quota >= usable, text, remedy, "WARN")
     per_gpu = usable / max(1, torch.cuda.device_count())
     if torch.cuda.is_available():
-        yield at_least("cores per GPU", per_gpu, 6, "", "feeding a fast GPU takes about 6", digits=1)
+        yield at_least("cores per GPU", per_gpu, 6, "cores", "feeding a fast GPU takes about 6", digits=1)
     available = meminfo("MemAvailable") / 2**20
     yield at_least("memory available", available, MEMORY_GIB, "GiB", "close other programs", digits=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -5,7 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+from pipelines.benchmark import arguments
+from pipelines.checks import runs
 from pipelines.checks.finding import at_least, at_most, judged
 from pipelines.checks.place import Place
 from pipelines.checks.sections import SECTIONS
@@ -74,7 +77,17 @@ def test_a_wrong_request_is_one_line(argv: list[str], line: str, capsys: pytest.
     assert told.startswith(line)
 
 
+LEDGERS = yaml.safe_load((Path(runs.__file__).parent / "ledgers.yaml").read_text())
+
+
+@pytest.mark.parametrize("setting", LEDGERS, ids=lambda setting: setting["name"])
+def test_what_a_gpu_is_asked_to_measure_can_be_asked(setting: dict):
+    asked = arguments([*Place("t", "v", "o", "s").options(setting["recipe"]), *setting["options"]])
+    assert asked.data in ("memory", "shards")
+    assert asked.recipe.teacher.weights == "random"
+
+
 def test_a_figure_stands_beside_its_limit():
     assert at_least("rate", 9.0, 10.0, "MB/s", "a faster disk").line() == "WARN  rate: 9 MB/s (at least 10); a faster disk"
-    assert at_most("loss", 0.5, 0.5, "", digits=1).line() == "PASS  loss: 0.5  (at most 0.5)"
+    assert at_most("loss", 0.5, 0.5, "of x", digits=1).line() == "PASS  loss: 0.5 of x (at most 0.5)"
     assert judged("x", False, "no", "do").line() == "FAIL  x: no; do"

@@ -10,8 +10,8 @@ DIGITS := runs/digits
 export PYTHONUNBUFFERED := 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup run doctor compare-methods test test-compile lint format typecheck chaos bench bench-losses bench-methods \
-  clean clean-demo
+.PHONY: help setup run doctor compare-methods test test-compile lint format typecheck chaos bench bench-losses \
+  bench-methods clean clean-demo
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -6,7 +6,6 @@ pydantic validates the whole tree in one go, so that every unknown key, wrong ty
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import typing
@@ -17,13 +16,14 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from distill.command_line import RequestError, nearest
 from distill.data.order import micro_batch_size
 from distill.loss_options import TERM_OPTIONS, loss_adapter, loss_options
 from distill.recipe import Recipe, TermSchedule
 
 
-class RecipeError(ValueError):
-    """A request that cannot be served as it was made; the message names each problem and its remedy."""
+class RecipeError(RequestError):
+    """A recipe that cannot be served; the message names each problem and its remedy."""
 
 
 _SCALARS = {
@@ -87,8 +87,8 @@ def recipe_fields(section: type = Recipe, prefix: str = "") -> Iterator[RecipeFi
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(names))}"
+    close = nearest(name, names)
+    return f"did you mean {close!r}?" if close else f"allowed: {', '.join(sorted(names))}"
 
 
 def _at(tree: Any, path: Sequence[Any]) -> Any:

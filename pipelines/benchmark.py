@@ -28,6 +28,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from distill.agreement import Control
+from distill.command_line import Parser, command, requests
 from distill.config import RecipeError, as_dict
 from distill.losses import LOSSES
 from distill.protocols import Batch
@@ -37,7 +38,7 @@ from pipelines.measure.memory import Arrivals, MemoryTimeline, memory_use
 from pipelines.measure.report import FORMAT, MODELS, Ceiling, MemoryUse, Report, Setting, Step, StepPart, Traffic, WarmUp
 from pipelines.measure.show import as_text, bottleneck, plot
 from pipelines.measure.timeline import DATA, REST, Communication, Timeline, endless, make_steps, marked
-from pipelines.setup.arguments import Parser, command, parse, requests
+from pipelines.setup.arguments import parse
 from pipelines.setup.build import build
 from pipelines.setup.data import Splits, build_splits, check_mixing
 from pipelines.setup.machine import (

@@ -10,9 +10,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
+from distill.command_line import Parser, command
 from distill.config import RecipeError
 from pipelines.measure.tables import table
-from pipelines.setup.arguments import Parser, command
 
 
 def row(folder: Path, summary: dict[str, Any]) -> list[str]:

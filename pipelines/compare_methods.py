@@ -31,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 import yaml
 
 from distill.agreement import Control, Interrupted
+from distill.command_line import Parser, command
 from distill.config import RecipeError, as_dict, load_recipe, parse_yaml
 from distill.files import write_atomically
 from distill.losses import LOSSES
 from distill.recipe import Recipe
-from pipelines.setup.arguments import Parser, add_import_option, command, parse
+from pipelines.setup.arguments import add_import_option, parse
 from pipelines.setup.launcher import STARTED_BY_US
 from pipelines.setup.run_folder import MANIFEST
 from pipelines.setup.teacher import losses_without_teacher, teacher_recipe

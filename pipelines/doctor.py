@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 import torch
 
 import distill
+from distill.command_line import Parser, command, requests
 from distill.config import RecipeError
 from distill.data.decoding import last_error, run_child
 from distill.data.index import ShardIndex
 from pipelines.checks.finding import Finding
 from pipelines.checks.place import Place, make_shards
 from pipelines.checks.sections import SECTIONS, Section
-from pipelines.setup.arguments import Parser, command, requests
 
 EPILOG = """
 examples:

@@ -20,6 +20,7 @@ from pipelines.setup.launcher import end_with_launcher, exit_with
 if __name__ == "__main__":
     end_with_launcher()
 
+from distill.command_line import Parser, command, requests
 from distill.config import RecipeError
 from distill.data.decoding import DecodeName
 from distill.data.index import ShardIndex
@@ -29,7 +30,7 @@ from distill.models.build import create_teacher
 from distill.protocols import Needs
 from distill.recipe import Train
 from distill.report import say
-from pipelines.setup.arguments import Parser, add_import_option, command, import_files, requests
+from pipelines.setup.arguments import add_import_option, import_files
 from pipelines.setup.data import LOADERS, create_eval_loader
 from pipelines.setup.machine import create_accelerator, leave_together, meet
 from pipelines.setup.switches import set_switches

@@ -22,13 +22,14 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from distill.command_line import Parser, command, requests
 from distill.data.index import MANIFEST, ShardIndex
 from distill.data.pixels import decode
 from distill.data.reference import read_sample
 from distill.models.build import create_model
 from distill.models.onnx_file import export_onnx
 from distill.models.weights import CONFIG
-from pipelines.setup.arguments import Parser, add_import_option, command, import_files, requests
+from pipelines.setup.arguments import add_import_option, import_files
 
 CHECKED_IMAGES = 64
 

@@ -26,6 +26,7 @@ from torch import nn
 
 from distill.agreement import Control, Interrupted
 from distill.checkpoint import CheckpointError
+from distill.command_line import command, requests
 from distill.config import as_dict
 from distill.engine import NonFiniteError, fit
 from distill.evaluation import known_bad_samples
@@ -35,7 +36,7 @@ from distill.recipe import Recipe
 from distill.report import say
 from distill.run import Run, restore
 from distill.watchdog import Watchdog
-from pipelines.setup.arguments import Request, command, parse, requests
+from pipelines.setup.arguments import Request, parse
 from pipelines.setup.build import build, build_settings, rehearse
 from pipelines.setup.data import Splits, build_splits, check_mixing, decoding_facts, eval_spec
 from pipelines.setup.machine import (

@@ -19,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 
 import torch
 
+from distill.command_line import Parser, command, requests
 from distill.models.build import ProbedModel, published_without_classifier
 from distill.models.describe import Description, Uninitialised, create_outline, describe, outlined, probed_with_noise
 from distill.protocols import Criterion, DataFacts, Needs, Regions
 from pipelines.measure.compatibility import check_all
-from pipelines.setup.arguments import Parser, add_import_option, command, import_files, requests
+from pipelines.setup.arguments import add_import_option, import_files
 from pipelines.setup.models import served_losses
 
 REGIONS = Regions(scales=(1, 2, 4))

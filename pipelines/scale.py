@@ -20,11 +20,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
+from distill.command_line import Parser, command
 from distill.config import RecipeError
 from pipelines.measure.report import Report
 from pipelines.measure.tables import table
 from pipelines.measure.timeline import ALL_REDUCE, BACKWARD, DATA
-from pipelines.setup.arguments import Parser, command
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """Bytes after which DDP closes its first gradient bucket and every later one."""

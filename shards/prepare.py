@@ -7,7 +7,7 @@ import argparse
 import io
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 if __package__ in (None, ""):  # run as a script: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from distill.command_line import Parser, command, requests, whole_number
 from distill.data.index import ShardIndex
 from shards.archives import cifar_source, cub200_source, imagenet_source
 from shards.items import Source, SourceChanged
@@ -64,21 +65,29 @@ def prepare_digits(out: Path, *, progress: bool = False) -> list[SplitSummary]:
     return prepare(digits_source(), out, Options(shards=DIGITS_SHARDS), progress=progress)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs one request; its exit code."""
-    parsed = _parser().parse_args(arguments)
+@command
+def main(argv: Sequence[str]) -> int:
+    """1 where the disk, a worker or an archive fails, and where a split has defects."""
+    parsed = _parser().parse_args(argv)
     commands = {"verify": _verify, "show": _show, "renew": _renew, "wds": _index}
-    try:
-        return commands.get(parsed.command, _prepare)(parsed)
-    except BrokenTar as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 2
-    except (OSError, SourceChanged, WorkersLost) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 1
+    with requests():
+        try:
+            _check_files(parsed)
+            return commands.get(parsed.command, _prepare)(parsed)
+        except (BrokenTar, OSError, SourceChanged, WorkersLost) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+
+def _check_files(parsed: argparse.Namespace) -> None:
+    """ValueError where an option names a file that cannot be read, or a place where nothing can be written."""
+    given = vars(parsed)
+    if (out := given.get("out")) is not None and (file := next((p for p in (out, *out.parents) if p.is_file()), None)):
+        raise ValueError(f"--out {out}: {file} is a file; give a folder, which is made where there is none")
+    if (sheet := given.get("sheet")) is not None and (sheet.is_dir() or not sheet.resolve().parent.is_dir()):
+        raise ValueError(f"--sheet {sheet}: no file can be written there; give a file in a folder that exists")
+    if (names := given.get("class_names")) is not None and not names.is_file():
+        raise ValueError(f"--class-names {names}: no such file; give one with a class name a line, in order")
 
 
 def _prepare(parsed: argparse.Namespace) -> int:
@@ -89,8 +98,8 @@ def _prepare(parsed: argparse.Namespace) -> int:
     started = time.monotonic()
     if parsed.command == "folder":
         _refuse_inside(parsed.source, parsed.out)
-    command = SOURCES[parsed.command]
-    source = command.make(parsed.source) if command.metavar else command.make()
+    kind = SOURCES[parsed.command]
+    source = kind.make(parsed.source) if kind.metavar else kind.make()
     _refuse_empty(source, parsed)
     given = {name: getattr(parsed, name) for name in Options.__dataclass_fields__}
     options = Options(**{name: value for name, value in given.items() if value is not None})
@@ -185,24 +194,8 @@ def _print_summaries(summaries: list[SplitSummary], seconds: float) -> None:
     print(f"done in {seconds:.1f} s")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
-
-
-def _percent(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{text}: must be between 1 and 100")
-    return value
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="prepare.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="prepare.py", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text, metavar) in SOURCES.items():
         _add_options(_add_source(commands, name, text, metavar))
@@ -212,40 +205,44 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="compare shards with index and manifest; exit code 1 if there is a defect")
     verify.add_argument("folder", type=Path, metavar="DIR", help="a split, or the folder of splits")
     verify.add_argument("--full", action="store_true", help="decode every image")
-    verify.add_argument("--decodes", type=_positive, default=200, metavar="N", help="or N random ones a split (%(default)s)")
+    verify.add_argument(
+        "--decodes", type=whole_number(1), default=200, metavar="N", help="or N random ones a split (%(default)s)"
+    )
     renew = commands.add_parser("renew", help="bring the index of an earlier version to the present format; shards are kept")
     renew.add_argument("folder", type=Path, metavar="DIR", help="a split, or the folder of splits")
     show = commands.add_parser("show", help="classes, counts, sizes, and a sheet of images")
     show.add_argument("folder", type=Path, metavar="DIR", help="a split, or the folder of splits")
-    show.add_argument("--images", type=_positive, default=24, metavar="N", help="images of each split (%(default)s)")
+    show.add_argument("--images", type=whole_number(1), default=24, metavar="N", help="images of each split (%(default)s)")
     show.add_argument("--sheet", type=Path, metavar="FILE", help="default: DIR/sheet.png")
     return parser
 
 
 def _add_source(commands: Any, name: str, text: str, metavar: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     if metavar:
-        command.add_argument("--source", type=Path, required=True, metavar=metavar, help="where it lies")
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the splits go")
-    command.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes (%(default)s)")
-    command.add_argument("--engine", choices=("local", "ray"), default="local", help="where shards are made (%(default)s)")
-    command.add_argument("--address", metavar="A", help="of a running Ray cluster; default: one on this machine")
-    return command
+        parser.add_argument("--source", type=Path, required=True, metavar=metavar, help="where it lies")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the splits go")
+    parser.add_argument("--workers", type=whole_number(1), default=1, metavar="N", help="processes (%(default)s)")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where shards are made (%(default)s)")
+    parser.add_argument("--address", metavar="A", help="of a running Ray cluster; default: one on this machine")
+    return parser
 
 
-def _add_options(command: argparse.ArgumentParser) -> None:
-    count = command.add_mutually_exclusive_group()
-    count.add_argument("--shards", type=_positive, metavar="N", help="shards of the training split")
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    count = parser.add_mutually_exclusive_group()
+    count.add_argument("--shards", type=whole_number(1), metavar="N", help="shards of the training split")
     count.add_argument(
-        "--shard-size", type=_positive, default=Options.shard_size, metavar="N", help="or images a shard (%(default)s)"
+        "--shard-size", type=whole_number(1), default=Options.shard_size, metavar="N", help="or images a shard (%(default)s)"
     )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffle (%(default)s)")
-    command.add_argument(
-        "--resize-short", type=_positive, metavar="N", help="shrink larger training images; default: bytes are kept"
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffle (%(default)s)")
+    parser.add_argument(
+        "--resize-short", type=whole_number(1), metavar="N", help="shrink larger training images; default: bytes are kept"
     )
-    command.add_argument("--quality", type=_percent, metavar="Q", help=f"JPEG quality of shrunk images ({Options.quality})")
-    command.add_argument("--limit", type=_positive, metavar="N", help="at most N images a split")
-    command.add_argument("--dry-run", action="store_true", help="say what would be made, write nothing")
+    parser.add_argument(
+        "--quality", type=whole_number(1, 100), metavar="Q", help=f"JPEG quality of shrunk images ({Options.quality})"
+    )
+    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="at most N images a split")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be made, write nothing")
 
 
 if __name__ == "__main__":

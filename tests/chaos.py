@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from pipelines.setup.arguments import Parser, command
+from distill.command_line import Parser, command
 from shards.prepare import prepare_digits
 from tests.runs import EVERYTHING, arguments, assert_same_run, steps_of
 

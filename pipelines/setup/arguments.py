@@ -1,30 +1,22 @@
-"""Command lines: how every command parses, refuses and ends; and the recipe's, each field as `--section.field VALUE`."""
+"""The recipe's command line, each field as `--section.field VALUE`, and options that several commands have."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import functools
-import os
 import sys
 import textwrap
-import time
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import yaml
 
-from distill.agreement import EXIT_CODE, Interrupted
-from distill.config import RecipeError, as_dict, load_recipe, parse_yaml, recipe_fields
+from distill.command_line import Parser, requests, unknown_arguments
+from distill.config import as_dict, load_recipe, parse_yaml, recipe_fields
 from distill.loss_options import TERM_OPTIONS, check_loss, loss_options, option_descriptions, summary
-from distill.protocols import LossError
 from distill.recipe import Recipe, TermSchedule
 
-SPEAK_SECONDS = 5.0
-"""How long processes of one launcher wait for the one that says what is wrong; they start within a second of each other."""
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "digits" / "distilled.yaml"
 
 SHORT = {
@@ -49,44 +41,6 @@ values are YAML; `--loss.NAME null` drops a loss of the recipe, `--loss.NAME.wei
 exit codes: 0 done, 1 the run failed, 2 the request was wrong, 75 stopped on request and saved (go on with --resume).
 accelerate launch and torchrun turn each of these but 0 into 1; python pipelines/imagenet.py (one process) does not.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without its usage lines and its exit on an error, without guessing at shortened options, and with the nearest
-    name for an unknown one."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        """The values of all options. Raises RecipeError for what is no option."""
-        known, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            raise RecipeError("; ".join(_unknown(unknown, self)))
-        return known
-
-    def error(self, message: str) -> NoReturn:
-        """Raises RecipeError."""
-        raise RecipeError(f"{message}; see --help")
-
-
-def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
-    for action in parser._actions:
-        yield from action.option_strings
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from _options(command)
-
-
-def _unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    """A line for each argument that is no option of the parser, with the nearest one."""
-    problems, options = [], list(_options(parser))
-    for argument in arguments:
-        if argument.startswith("--"):
-            name = argument.split("=")[0]
-            close = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
-            problems.append(f"{name}: unknown option" + (f", did you mean {close[0]}?" if close else "; see --help"))
-    return problems or [f"{argument}: not expected here; see --help" for argument in arguments[:1]]
 
 
 def add_import_option(parser: argparse.ArgumentParser) -> None:
@@ -114,46 +68,6 @@ def import_files(files: Sequence[Path]) -> None:
             import_models(file)
         for name, loss in LOSSES.items():
             check_loss(name, loss)
-
-
-@contextmanager
-def requests() -> Iterator[None]:
-    """Turns every ValueError inside into a RecipeError: what cannot be built as asked is the request's fault."""
-    try:
-        yield
-    except RecipeError:
-        raise
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-
-
-def command(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
-    """A command's `main`: it calls `run` with the command line (sys.argv where nobody gives one) and returns the exit code.
-
-    0, or what `run` returns; 2 for a wrong request (RecipeError, or LossError of a user's own loss), after one line that says
-    what is wrong; 75 for a run that was asked to stop and has saved (Interrupted). Any other exception passes: Python prints it
-    and exits with 1.
-    """
-
-    @functools.wraps(run)
-    def main(argv: Sequence[str] | None = None) -> int:
-        # processes of one machine would say the same; another machine may lack a file that this one has
-        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
-        try:
-            return run(sys.argv[1:] if argv is None else argv) or 0
-        except Interrupted as interruption:
-            if speaks:
-                print(interruption)
-            return EXIT_CODE
-        except (RecipeError, LossError) as error:
-            if speaks:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            elif "TORCHELASTIC_RUN_ID" in os.environ:
-                # torchrun ends all others as soon as one ends: the one that speaks may still be importing
-                time.sleep(SPEAK_SECONDS)
-            return 2
-
-    return main
 
 
 class Request(NamedTuple):
@@ -253,7 +167,7 @@ def parse(argv: Sequence[str], losses: Mapping[str, type]) -> Request:
     recipe_path, resume, print_config = given.pop("recipe"), given.pop("resume"), given.pop("print_config")
     del given["imports"]
     overrides, unreadable = _values(given)
-    recipe = load_recipe(recipe_path or DEFAULT_RECIPE, overrides, losses, [*_unknown(unknown, parser), *unreadable])
+    recipe = load_recipe(recipe_path or DEFAULT_RECIPE, overrides, losses, [*unknown_arguments(unknown, parser), *unreadable])
     if print_config:
         yaml.safe_dump(as_dict(recipe), sys.stdout, sort_keys=False)
         raise SystemExit(0)

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from distill.command_line import Parser, command, whole_number
 from distill.data.augment.parameters import TrainTransform
 from distill.data.dali import DaliLoader
 from distill.data.index import ShardIndex
@@ -194,24 +195,25 @@ def other_load_told() -> Iterator[None]:
     print(f"other processes used {max(0.0, others):.2f} of {os.cpu_count()} cores meanwhile")
 
 
-def main() -> int:
+@command
+def main(argv: Sequence[str]) -> None:
     """Runs one benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, epilog=EPILOG)
     parser.add_argument("what", choices=("speed", "startup", "cold", "prepare"))
     parser.add_argument("--split", type=Path, help="a prepared split")
     parser.add_argument("--images", type=Path, help="the same images as CLASS/NAME.jpg")
-    parser.add_argument("--side", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2, help="threads or workers of each pipeline (%(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="of prepare (%(default)s)")
-    parser.add_argument("--shard-size", type=int, default=250, help="of prepare (%(default)s)")
-    parser.add_argument("--least", type=int, default=4000, help="images of prepare (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=1_281_167, help="of the synthetic index (%(default)s)")
-    parser.add_argument("--block", type=int, default=64, help="samples of a block in cold's block shuffle (%(default)s)")
+    parser.add_argument("--side", type=whole_number(1), default=224)
+    parser.add_argument("--batch", type=whole_number(1), default=64)
+    parser.add_argument("--threads", type=whole_number(1), default=2, help="threads or workers of each pipeline (%(default)s)")
+    parser.add_argument("--workers", type=whole_number(1), default=2, help="processes that prepare (%(default)s)")
+    parser.add_argument("--shard-size", type=whole_number(1), default=250, help="images a shard of prepare (%(default)s)")
+    parser.add_argument("--least", type=whole_number(1), default=4000, help="images to prepare (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of each measurement (%(default)s)")
+    parser.add_argument("--repeats", type=whole_number(1), default=3)
+    parser.add_argument("--samples", type=whole_number(1), default=1_281_167, help="size of the synthetic index (%(default)s)")
+    parser.add_argument("--block", type=whole_number(1), default=64, help="samples of a block that cold shuffles (%(default)s)")
     parser.add_argument("--only", choices=tuple(PIPELINES), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.only:
         print(json.dumps(measure(options)), flush=True)
         os._exit(0)  # endless loaders with threads and workers: nothing of theirs is worth waiting for
@@ -220,7 +222,6 @@ def main() -> int:
         parser.error(f"{options.what} needs {' and '.join(missing)}")
     with other_load_told():
         {"speed": speed, "startup": startup, "cold": cold, "prepare": preparation}[options.what](options)
-    return 0
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from distill.command_line import Parser, command
 from distill.config import RecipeError
 from pipelines.measure.report import Report
-from pipelines.setup.arguments import Parser, command
 from shards.prepare import main as prepare
 from tests.bench.data import OURS
 from tests.bench.losses import METHODS, Case, cases, measure, memory_ratio

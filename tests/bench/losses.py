@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.command_line import Parser, command
 from distill.config import RecipeError
 from distill.losses.at import at_loss
 from distill.losses.crd import crd_row_loss
@@ -51,7 +52,6 @@ from distill.losses.wkd_feature import wkd_feature_loss
 from distill.losses.wkd_logit import transport_cost, wkd_logit_loss
 from distill.regions import pool, pooling_matrix
 from pipelines.measure.memory import CLEAR_PEAK, clear_peak, read_held, read_peak
-from pipelines.setup.arguments import Parser, command
 from pipelines.setup.machine import M_MMAP_THRESHOLD, keep_freed_memory
 from tests.distill.losses import references
 

@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.command_line import Parser, command
 from distill.loss_options import run_parameters
 from distill.losses import LOSSES
 from distill.models.build import ProbedModel, create_student, create_teacher
 from distill.models.simkd import build_simkd_student
 from distill.protocols import Criterion, DataFacts, ModelFacts, ModelOutput, Needs, Progress, Target
-from pipelines.setup.arguments import Parser, command
 from pipelines.setup.models import needs_of
 
 

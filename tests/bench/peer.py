@@ -30,12 +30,12 @@ import timm
 import torch
 
 import distill.models  # noqa: F401 (registers the CIFAR architectures)
+from distill.command_line import Parser, command, requests
 from distill.config import RecipeError
 from distill.data.index import ShardIndex
 from distill.models.build import create_teacher
 from distill.models.export import export_student
 from pipelines.measure.tables import table
-from pipelines.setup.arguments import Parser, command, requests
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPERATURE, LEARNING_RATE, MOMENTUM, DECAY = 4.0, 0.01, 0.9, 1e-4

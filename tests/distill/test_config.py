@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from distill.command_line import RequestError
 from distill.config import RecipeError, as_dict, load_recipe, parse_yaml
 from distill.data.augment.parameters import TrainTransform
 from distill.loss_options import loss_options, option_descriptions, summary
@@ -136,7 +137,7 @@ def test_a_name_that_looks_like_a_number_stays_a_name():
 
 @pytest.mark.parametrize("argument", ["--train.epoch", "--studnet", "--loss.sdd.temprature"])
 def test_an_unknown_option_is_refused_with_the_nearest(argument: str):
-    with pytest.raises(RecipeError, match=r"unknown option, did you mean --"):
+    with pytest.raises(RequestError, match=r"unknown option, did you mean --"):
         parse([argument, "3"], LOSSES)
 
 
@@ -147,6 +148,22 @@ def test_unknown_options_unreadable_values_and_wrong_ones_are_reported_together(
     assert lines[0] == f"4 problems in {DEFAULT_RECIPE} and the command line"
     expected = ("--train.epoch: unknown option", "--optim.momentum: '[1' is not", "train.epochs: 0: ", 'loss.sdd.scales: "x": ')
     assert all(line.strip().startswith(words) for line, words in zip(lines[1:], expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--optim.lr", "--optim.learning_rate"),
+        ("--wd", "--optim.weight_decay"),
+        ("--epochs", "--train.epochs"),
+        ("--batch-size", "--train.global_batch_size"),
+    ],
+)
+def test_an_option_is_found_by_the_initials_or_the_last_part_of_its_name(given: str, meant: str):
+    """`--optim.lr` used to be taken for `--optim.name`, `--lr` for `--val`."""
+    with pytest.raises(RequestError, match=f" {given}: unknown option, did you mean {meant}[?]$"):
+        parse([f"{given}=3"], LOSSES)
+    assert "did you mean 'learning_rate'?" in problems({"optim.lr": 0.1})
 
 
 def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path):

@@ -7,9 +7,9 @@ or one that it names as left out, with the reason: nothing stored is passed over
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.command_line import Parser, RequestError, command
 from tests.golden import adapters_a, adapters_b
 from tests.golden.case import Adapter, Case, Stored, cases, load
 
@@ -119,9 +120,10 @@ def check_folder(folder: Path, device: str = "cpu") -> dict[str, Found]:
     return results
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Checks the folders and prints what was found."""
-    parser = argparse.ArgumentParser(prog="python -m tests.golden.check", description=__doc__.splitlines()[0])
+@command
+def main(argv: Sequence[str]) -> int:
+    """1 where something was missed."""
+    parser = Parser(prog="python -m tests.golden.check", description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a folder with an index.json")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--left-out", action="store_true", help="list stored tensors that are not compared, with the reason")
@@ -130,8 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = False
     for folder in arguments.folders:
         if not (folder / "index.json").is_file():
-            print(f"{folder}: has no index.json; give the folder of one", file=sys.stderr)
-            return 2
+            raise RequestError(f"{folder}: has no index.json; give the folder of one")
         results = check_folder(folder, arguments.device)
         print(f"{folder}: {sum(found.cases for found in results.values())} cases")
         for method, found in results.items():

@@ -6,7 +6,6 @@ Each preparation has a folder of its own and is killed once, anywhere between it
 workers, or the command alone, whose workers then have to end by themselves. Prints one line per kill.
 """
 
-import argparse
 import os
 import random
 import shutil
@@ -15,10 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
+from distill.command_line import Parser, command
 from distill.files import file_sha256
 from tests.shards.preparing import ROOT, image_bytes
 
@@ -61,12 +62,14 @@ def contents(out: Path) -> dict[str, str]:
     return {str(path.relative_to(out)): file_sha256(path) for path in files}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+@command
+def main(argv: Sequence[str]) -> None:
+    """Kills and starts again until it was done often enough."""
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     dice = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         images, whole = Path(name) / "images", Path(name) / "whole"
@@ -98,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,7 +6,6 @@ FOLDER has CLASS/NAME.jpg; 1 % of `count` are bad in each of the ways of `planti
 real launcher (torchrun). Prints one line per kind.
 """
 
-import argparse
 import collections
 import json
 import os
@@ -14,8 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from distill.command_line import Parser, command
 from tests.distill.data.planting import planted_split, raw_split
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -70,11 +71,13 @@ def check(out: Path, bad: dict[str, str], count: int) -> None:
     assert json.loads((out / "summary.json").read_text())["bad_samples"] == len(bad)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+@command
+def main(argv: Sequence[str]) -> None:
+    """Trains one epoch and prints what was found of each kind of fault."""
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--count", type=int, default=4000)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder, out = Path(name), Path(name) / "run"
         bad = plant(options.images, folder, options.count)
@@ -94,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from distill.data.index import MANIFEST, ShardIndex
+from distill.data.index import MANIFEST, ShardIndex, read_manifest
 from distill.data.order import permutation
 from distill.files import json_bytes, locked, write_atomically
 from distill.seeds import derive_seed
@@ -175,7 +175,8 @@ def _complete(work: SplitWork, run: Runner, progress: bool) -> SplitSummary:
     """Makes what is missing of a split, then its index and manifest."""
     folder = work.folder
     if (folder / MANIFEST).exists():
-        _check_same_plan(json.loads((folder / MANIFEST).read_text()).get("plan", {}), work.plan, folder)
+        plan = read_manifest(folder).get("plan")
+        _check_same_plan(plan if isinstance(plan, dict) else {}, work.plan, folder)
         renew_split(folder, progress)
         tidy(folder)
         return _summary(work.name, folder, made=0)

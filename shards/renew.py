@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import io
-import json
 import zlib
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from distill.data.index import INDEX, MANIFEST, MAX_SIDE, OLD_FORMAT, RECORD, ShardInfo, write_split
+from distill.data.index import INDEX, MANIFEST, MAX_SIDE, OLD_FORMAT, RECORD, ShardIndex, ShardInfo, read_manifest, write_split
 from distill.files import file_sha256
 
 WRITTEN_ANEW = ("format", "num_samples", "num_classes", "root", "index_sha256", "shards", "class_names")
@@ -24,26 +24,43 @@ def renew_split(folder: Path, progress: bool = True) -> bool:
 
     Reads every image and compares it with its checksum. Raises ValueError, naming the shard, where they differ, and OSError.
     """
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_manifest(folder)
     if manifest["format"] != OLD_FORMAT:
+        ShardIndex.load(folder)  # raises for a format that nobody knows
         return False
-    old = np.load(folder / INDEX)
-    # killed between both files, it left a new index under the old manifest
-    if old.dtype != RECORD and file_sha256(folder / INDEX) != manifest["index_sha256"]:
-        raise ValueError(f"{folder / INDEX}: its sha256 is not the manifest's; prepare the split again")
-    records = np.zeros(len(old), RECORD)
-    for name in ("offset", "shard", "size", "label", "crc32"):
-        records[name] = old[name]
-    shards = [ShardInfo(**shard) for shard in manifest["shards"]]
+    try:
+        shards = [ShardInfo(**shard) for shard in manifest["shards"]]
+        held, root = sum(shard.samples for shard in shards), folder / manifest["root"]
+        class_names, digest = list(manifest["class_names"]), str(manifest["index_sha256"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST}: damaged ({type(error).__name__}: {error}); prepare the split again") from error
+    records = _widened(folder / INDEX, digest, held)
     for number, shard in enumerate(tqdm(shards, desc=folder.name, unit="shard", disable=not progress)):
-        path = folder / manifest["root"] / shard.name
+        path = root / shard.name
         rows = np.flatnonzero(records["shard"] == number)
         with path.open("rb") as file:
             sizes = [_size(file, record, path) for record in records[rows]]
         records["height"][rows], records["width"][rows] = np.array(sizes, np.int64).reshape(-1, 2).T
     extra = {key: value for key, value in manifest.items() if key not in WRITTEN_ANEW}
-    write_split(folder, shards, records, manifest["class_names"], root=manifest["root"], extra=extra)
+    write_split(folder, shards, records, class_names, root=manifest["root"], extra=extra)
     return True
+
+
+def _widened(path: Path, digest: str, samples: int) -> NDArray[np.void]:
+    """The rows of the earlier index with places for height and width; ValueError where the file is not the manifest's."""
+    try:
+        old = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not readable ({error}); prepare the split again") from error
+    # killed between both files, it left a new index under the old manifest
+    if old.dtype != RECORD and file_sha256(path) != digest:
+        raise ValueError(f"{path}: its sha256 is not the manifest's; prepare the split again")
+    if len(old) != samples:
+        raise ValueError(f"{path}: {len(old)} rows, the manifest's shards have {samples} samples; prepare the split again")
+    records = np.zeros(len(old), RECORD)
+    for name in ("offset", "shard", "size", "label", "crc32"):
+        records[name] = old[name]
+    return records
 
 
 def _size(file: BinaryIO, record: np.void, path: Path) -> tuple[int, int]:

@@ -116,7 +116,8 @@ class ShardIndex:
     def load(cls, folder: str | os.PathLike[str]) -> ShardIndex:
         """The index without a look at the shards, for checks that report every defect. Raises ValueError as `open` does."""
         path = Path(folder)
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
+        _check_format(path, manifest["format"])
         try:
             index = cls(path, manifest, _map_records(path, manifest))
             held = sum(shard.samples for shard in index.shards), index.num_classes
@@ -209,7 +210,8 @@ def member_key(name: str) -> str:
     return head + slash + tail.split(".", 1)[0]
 
 
-def _read_manifest(folder: Path) -> Mapping[str, Any]:
+def read_manifest(folder: Path) -> Mapping[str, Any]:
+    """The manifest of a split of any format, by its keys; `format` is one of them. Raises ValueError where there is none."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; make it with `python shards/prepare.py SOURCE ... --out DIR`")
     try:
@@ -224,7 +226,12 @@ def _read_manifest(folder: Path) -> Mapping[str, Any]:
         raise ValueError(f"{folder}: no {MANIFEST} in it, so this is no finished split; {hint}") from error
     except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{folder / MANIFEST}: not readable as JSON ({error}); prepare the split again") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise ValueError(f"{folder / MANIFEST}: damaged (no format in it); prepare the split again")
+    return manifest
+
+
+def _check_format(folder: Path, found: object) -> None:
     if found == OLD_FORMAT:
         raise ValueError(
             f"{folder}: prepared by an earlier version, its index has no image sizes; run "
@@ -232,7 +239,6 @@ def _read_manifest(folder: Path) -> Mapping[str, Any]:
         )
     if found != FORMAT:
         raise ValueError(f"{folder / MANIFEST}: format {found}, this version reads {FORMAT}; prepare the split again")
-    return manifest
 
 
 def _map_records(folder: Path, manifest: Mapping[str, Any]) -> NDArray[np.void]:

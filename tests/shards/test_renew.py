@@ -13,6 +13,7 @@ import pytest
 
 from distill.data.index import RECORD, ShardIndex
 from distill.files import file_sha256
+from shards.prepare import main
 from shards.renew import renew_split
 from tests.shards.preparing import command, file_hashes
 
@@ -88,6 +89,33 @@ def test_damaged_shards_and_indexes_are_not_renewed(old):
     with pytest.raises(ValueError, match=r"train-0001.tar: the image at offset \d+ is damaged"):
         renew_split(old / "train", progress=False)
     assert (old / "train/manifest.json").read_text() == manifest
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("manifest.json", b"[]", "manifest.json: damaged (no format in it)"),
+        ("manifest.json", b"{}", "manifest.json: damaged (no format in it)"),
+        ("manifest.json", b"no JSON", "manifest.json: not readable as JSON"),
+        ("manifest.json", b'{"format": 99}', "manifest.json: format 99, this version reads 2"),
+        ("manifest.json", b'{"format": 1}', "manifest.json: damaged (KeyError: 'shards')"),
+        ("manifest.json", b'{"format": 1, "shards": [{}]}', "manifest.json: damaged (TypeError: "),
+        ("manifest.json", b'{"format": 2}', "manifest.json: damaged (KeyError: "),
+        ("index.npy", None, "index.npy: not readable ([Errno 2] No such file or directory"),
+        ("index.npy", b"", "index.npy: not readable (No data left in file)"),
+        ("index.npy", b"no rows", "index.npy: not readable (This file contains pickled"),
+    ],
+)
+def test_a_damaged_split_is_refused_in_one_line_with_the_remedy(old, name, content, said, capsys):
+    """It used to be a traceback, and format 99 was called the present one."""
+    path = old / "train" / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["renew", str(old / "train")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {old / 'train'}/{said}")
+    assert line.endswith("; prepare the split again")
 
 
 def test_rows_of_an_unfinished_preparation_of_an_earlier_version_are_made_again(tmp_path, present):

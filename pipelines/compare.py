@@ -10,8 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
-from distill.command_line import Parser, command
-from distill.config import RecipeError
+from distill.command_line import Parser, RequestError, command
 from pipelines.measure.tables import table
 
 
@@ -29,16 +28,24 @@ def row(folder: Path, summary: dict[str, Any]) -> list[str]:
     ]
 
 
+def read_row(folder: Path) -> list[str]:
+    """The row of a run's folder. Raises RequestError where its summary is not one of this version."""
+    try:
+        return row(folder, json.loads((folder / "summary.json").read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{folder / 'summary.json'}: no summary of this version ({error!r}); leave it out") from error
+
+
 @command
 def main(argv: Sequence[str]) -> None:
-    """Prints the table. Raises RecipeError where a folder holds no finished run."""
+    """Prints the table. Raises RequestError where a folder holds no finished run."""
     parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     folders: list[Path] = parser.parse_args(argv).runs
     missing = [str(f) for f in folders if not (f / "summary.json").is_file()]
     if missing:
-        raise RecipeError(f"no summary.json in {', '.join(missing)}: not a finished run")
-    rows = [row(f, json.loads((f / "summary.json").read_text())) for f in folders]
+        raise RequestError(f"no summary.json in {', '.join(missing)}: not a finished run")
+    rows = [read_row(f) for f in folders]
     print(table([["run", "student", "teacher", "top-1 %", "best %", "images/s", "seconds"], *rows], "lrrrrrr"))
 
 

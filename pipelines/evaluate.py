@@ -20,8 +20,7 @@ from pipelines.setup.launcher import end_with_launcher, exit_with
 if __name__ == "__main__":
     end_with_launcher()
 
-from distill.command_line import Parser, command, requests
-from distill.config import RecipeError
+from distill.command_line import Parser, RequestError, command, requests, whole_number
 from distill.data.decoding import DecodeName
 from distill.data.index import ShardIndex
 from distill.evaluation import evaluate
@@ -45,7 +44,7 @@ exit codes: 0 done, 1 failed, 2 the request was wrong.
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line. Raises RecipeError for a number that cannot be, or a file that could not be written in the end."""
+    """The command line. Raises RequestError for a number that cannot be, or a file that could not be written in the end."""
     parser = Parser(description=__doc__, epilog=EPILOG)
     parser.add_argument("--model", required=True, metavar="NAME", help="timm name")
     parser.add_argument(
@@ -53,8 +52,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add_import_option(parser)
     parser.add_argument("--val", required=True, metavar="DIR", help="folder of a prepared split")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per process (%(default)s)")
-    parser.add_argument("--image-size", type=int, default=0, metavar="N", help="side of the input; 0: the model's own")
+    parser.add_argument("--batch-size", type=whole_number(1), default=128, metavar="N", help="images per process (%(default)s)")
+    parser.add_argument(
+        "--image-size", type=whole_number(0), default=0, metavar="N", help="side of the input; 0: the model's own"
+    )
     parser.add_argument("--crop-fraction", type=float, default=0.0, metavar="F", help="0: the model's own")
     parser.add_argument(
         "--mixed-precision", choices=("auto", "no", "bf16", "fp16"), default="auto", help="auto (default): the launcher's"
@@ -63,17 +64,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--decode", choices=get_args(DecodeName), default="auto", help="data.decode of a recipe; auto (default): tried first"
     )
-    parser.add_argument("--num-threads", type=int, default=0, metavar="N", help="decoding threads per process")
+    parser.add_argument("--num-threads", type=whole_number(0), default=0, metavar="N", help="decoding threads per process")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     asked = parser.parse_args(argv)
-    if asked.batch_size < 1:
-        raise RecipeError(f"--batch-size: {asked.batch_size} is less than 1; give the images per process")
-    if asked.image_size < 0 or asked.num_threads < 0:
-        raise RecipeError(f"--image-size {asked.image_size}, --num-threads {asked.num_threads}: neither may be negative")
     if not 0 <= asked.crop_fraction <= 1:
-        raise RecipeError(f"--crop-fraction: {asked.crop_fraction} is no share; give one above 0 and up to 1")
+        raise RequestError(f"--crop-fraction: {asked.crop_fraction} is no share; give one above 0 and up to 1")
     if asked.json and not asked.json.resolve().parent.is_dir():
-        raise RecipeError(f"--json: {asked.json.parent} is no folder; make it first")
+        raise RequestError(f"--json: {asked.json.parent} is no folder; make it first")
     return asked
 
 

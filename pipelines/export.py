@@ -83,7 +83,10 @@ def validation_of(student: Path) -> Path:
     manifest = student.parent / "manifest.json"
     if not manifest.is_file():
         raise ValueError(f"{student}: no run's manifest.json beside it to name its images; give --images")
-    return Path(json.loads(manifest.read_text())["recipe"]["data"]["val"])
+    try:
+        return Path(json.loads(manifest.read_text())["recipe"]["data"]["val"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{manifest}: names no validation shards, as an earlier version's; give --images") from error
 
 
 def batch_of(source: Path, model: nn.Module) -> Tensor:
@@ -91,7 +94,7 @@ def batch_of(source: Path, model: nn.Module) -> Tensor:
     transform = create_transform(**resolve_model_data_config(model))
     images = [transform(image) for image in images_of(source)]
     if len(images) < 2:
-        raise ValueError(f"--images {source}: {len(images)} images; give shards, or a folder with at least 2 image files")
+        raise ValueError(f"{source}: {len(images)} images; give --images, shards or a folder with at least 2 image files")
     return torch.stack(images)
 
 
@@ -103,7 +106,7 @@ def images_of(source: Path) -> Iterator[Image.Image]:
             yield decode(read_sample(index, sample))
         return
     if not source.is_dir():
-        raise ValueError(f"--images {source}: no such folder; give shards or a folder of image files")
+        raise ValueError(f"{source}: no such folder; give --images, shards or a folder of image files")
     known = Image.registered_extensions()
     files = sorted(path for path in source.rglob("*") if path.suffix.lower() in known)
     for number in spread(len(files)):

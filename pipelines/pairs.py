@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 
 import torch
 
-from distill.command_line import Parser, command, requests
+from distill.command_line import Parser, command, requests, whole_number
 from distill.models.build import ProbedModel, published_without_classifier
 from distill.models.describe import Description, Uninitialised, create_outline, describe, outlined, probed_with_noise
 from distill.protocols import Criterion, DataFacts, Needs, Regions
@@ -41,11 +41,11 @@ def main(argv: Sequence[str]) -> int:
     explain_parser = commands.add_parser("explain", help="what a pair gives, costs and can be trained with")
     explain_parser.add_argument("teacher")
     explain_parser.add_argument("student")
-    explain_parser.add_argument("--num-classes", type=int, default=1000, help="classes of the data")
+    explain_parser.add_argument("--num-classes", type=whole_number(1), default=1000, help="classes of the data")
     explain_parser.add_argument(
         "--teacher-classes",
-        type=int,
-        help="of the teacher's classifier, 0: none; default: 0 where its published weights have none, else those of the data",
+        type=whole_number(0),
+        help="classes of the teacher, 0: no classifier; default: 0 where its published weights have none, else the data's",
     )
     add_import_option(explain_parser)
     explain_parser.add_argument("--json", action="store_true", help="print one JSON object")

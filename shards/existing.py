@@ -20,7 +20,8 @@ from shards.tarwalk import BrokenTar, Member, walk_tar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MOST_CLASSES = 1_000_000
-"""Where nobody says how many there are: a larger label is no class number, and the class map would fill the memory."""
+"""The number of classes that is assumed where nobody gives it. A larger label is no class number: the class map, with a name
+for every number below it, would fill the memory."""
 SPLIT_WORDS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "val"}
 
 

@@ -224,7 +224,7 @@ def _add_source(commands: Any, name: str, text: str, metavar: str) -> argparse.A
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the splits go")
     parser.add_argument("--workers", type=whole_number(1), default=1, metavar="N", help="processes (%(default)s)")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where shards are made (%(default)s)")
-    parser.add_argument("--address", metavar="A", help="of a running Ray cluster; default: one on this machine")
+    parser.add_argument("--address", metavar="A", help="a running Ray cluster; default: one on this machine")
     return parser
 
 
@@ -234,7 +234,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     count.add_argument(
         "--shard-size", type=whole_number(1), default=Options.shard_size, metavar="N", help="or images a shard (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffle (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the shuffle (%(default)s)")
     parser.add_argument(
         "--resize-short", type=whole_number(1), metavar="N", help="shrink larger training images; default: bytes are kept"
     )

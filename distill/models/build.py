@@ -199,19 +199,20 @@ def create_model(name: str, **kwargs: Any) -> TimmModel:
 
 
 def import_models(path: str | Path) -> None:
-    """Runs a user's Python file that registers architectures in timm's registry, once.
+    """Runs a user's Python file, once: it registers architectures in timm's registry, or losses in ours.
 
     ValueError where there is none, or with what it raises.
     """
     file = Path(path).resolve()
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; give a Python file that registers models with timm's register_model")
+        what = "a folder" if file.is_dir() else "no such file"
+        raise ValueError(f"--import {path}: {what}; give a Python file that registers models with timm, or losses")
     name = f"user_models_{file.stem}"
     if getattr(sys.modules.get(name), "__file__", None) == str(file):
         return
     found = importlib.util.spec_from_file_location(name, file)
     if found is None or found.loader is None:
-        raise ValueError(f"{file}: not a Python file; its name must end in .py")
+        raise ValueError(f"--import {path}: not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # timm's register_model looks its module up there
     try:
@@ -308,7 +309,8 @@ def _from_folder(name: str, folder: Path, num_classes: int, kwargs: dict[str, An
     architecture = name.partition(".")[0]
     if not name.startswith(REMOTE) and config["architecture"] != architecture:
         raise ValueError(
-            f"{folder}: holds a {config['architecture']}, not a {architecture}; name the teacher so, or give its weights"
+            f"{folder}: holds a {config['architecture']}, not a {architecture};"
+            f" name that model, or give weights of a {architecture}"
         )
     have = int(config.get("num_classes", 0))
     if have != num_classes and 0 not in (have, num_classes):

@@ -182,5 +182,5 @@ class Report:
             raise RecipeError(f"{path}: {error.strerror}; write one with pipelines/benchmark.py --json FILE") from None
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(key) for key in first["loc"])
-            raise RecipeError(f"{path}: not a file of pipelines/benchmark.py --json: {where} {first['msg'].lower()}") from None
+            where, what = ".".join(str(key) for key in first["loc"]), first["msg"].lower()
+            raise RecipeError(f"{path}: not a file of pipelines/benchmark.py --json: {f'{where} {what}'.strip()}") from None

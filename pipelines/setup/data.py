@@ -93,8 +93,8 @@ def loader_name(asked: str) -> str:
     """The loader's name in `LOADERS`; `auto` is DALI where it is installed. Raises RecipeError for DALI where it is not."""
     if asked == "dali" and not dali_available():
         raise RecipeError(
-            "data.loader: 'dali', but nvidia.dali cannot be imported; install one of nvidia-dali-cuda120 and"
-            " nvidia-dali-cuda130, that of this machine's CUDA, or use 'reference'"
+            "data.loader: 'dali', but nvidia.dali cannot be imported; install the extra dali-cuda120 (CUDA 12) or"
+            " dali-cuda130 (CUDA 13), as `pip install -e '.[dali-cuda120]'`, or give 'reference'"
         )
     if asked == "auto":
         return "dali" if dali_available() else "reference"

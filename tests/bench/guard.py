@@ -172,7 +172,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(description=__doc__ or "")
     parser.add_argument("--record", action="store_true", help=f"measure {RECORDINGS} times and write the file")
     parser.add_argument("--only", default="", metavar="TEXT", help="measure what has this in its name, such as 'data path'")
-    parser.add_argument("--file", type=Path, default=RECORDED, help="of recorded ratios (%(default)s)")
+    parser.add_argument("--file", type=Path, default=RECORDED, help="the recorded ratios (%(default)s)")
     asked = parser.parse_args(argv)
     if not asked.record and not asked.file.is_file():
         raise RecipeError(f"--file {asked.file}: no such file; --record makes it")

@@ -194,7 +194,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="compute threads of each (%(default)s)")
     parser.add_argument("--short", type=int, default=1, help="epochs of the short run (%(default)s)")
     parser.add_argument("--long", type=int, default=3, help="epochs of the long run (%(default)s)")
-    parser.add_argument("--turns", type=int, default=3, help="of both sides (%(default)s)")
+    parser.add_argument("--turns", type=int, default=3, help="turns of both sides (%(default)s)")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast instead of float32")
     parser.add_argument("--device", default="cpu", help="timm's --device; ours takes a GPU where there is one (%(default)s)")
     parser.add_argument("--our-options", type=str.split, default=[], metavar="TEXT", help="more options for ours")

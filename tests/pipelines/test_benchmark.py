@@ -123,6 +123,9 @@ def test_what_is_no_report_is_refused_in_one_line(report: Report, tmp_path: Path
         (tmp_path / "wrong.json").write_text(content)
         with pytest.raises(RecipeError, match=r"^[^\n]*not a file of pipelines/benchmark.py[^\n]*$"):
             Report.read(tmp_path / "wrong.json")
+    (tmp_path / "wrong.json").write_text("{")
+    with pytest.raises(RecipeError, match="--json: invalid json"):
+        Report.read(tmp_path / "wrong.json")
 
 
 def test_marks_change_neither_outputs_nor_gradients():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.onnx_file import export_onnx
-from pipelines.export import main
+from pipelines.export import main, validation_of
 from tests.processes import finished
 from tests.runs import arguments
 
@@ -111,6 +111,14 @@ def test_what_cannot_be_exported_or_pushed_is_one_line_and_exit_code_2(
     reasons = ["there is no config.json", "no such folder", "make it first", "hf auth login", "offline mode is enabled"]
     for line, words in zip(errors, [*reasons, f"--import {broken}: ModuleNotFoundError: No module"], strict=True):
         assert words in line
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"recipe": {"data": "x"}}'])
+def test_a_run_whose_manifest_names_no_validation_shards_is_told_to_give_images(content: str, tmp_path: Path) -> None:
+    """A run of an earlier version used to end in a KeyError."""
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest.json: names no validation shards, .*; give --images$"):
+        validation_of(tmp_path / "student")
 
 
 class OtherWhenExported(nn.Module):

@@ -208,7 +208,8 @@ def test_bad_requests_get_one_clear_line_and_exit_code_2(digits: Path, tmp_path:
     ("more", "expected"),
     [
         (["--crop-fraction", "-1"], "--crop-fraction: -1.0"),
-        (["--batch-size", "0"], "--batch-size: 0"),
+        (["--batch-size", "0"], "--batch-size: 0 is no whole number of at least 1"),
+        (["--image-size", "-3"], "--image-size: -3 is no whole number of at least 0; see --help"),
         (["--json", "/nowhere/at/all.json"], "--json: /nowhere/at is no folder"),
         (["--model", "resnet81"], "did you mean"),
     ],

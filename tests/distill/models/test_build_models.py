@@ -212,8 +212,12 @@ def test_a_users_own_file_registers_models_that_are_then_served_by_name(tmp_path
     import_models(file)
     mine = student("my_resnet26")
     assert (mine.mechanism, mine.input_spec.interpolation) == ("pool", "bilinear")
-    with pytest.raises(ValueError, match=r"nothing.py: no such file"):
+    with pytest.raises(
+        ValueError, match=r"^--import .*nothing.py: no such file; give a Python file that registers models .*loss"
+    ):
         import_models(tmp_path / "nothing.py")
+    with pytest.raises(ValueError, match=r"^--import .*: a folder; give a Python file"):
+        import_models(tmp_path)
 
 
 class TestClassMaps:
@@ -266,7 +270,7 @@ class TestWeightsThatDoNotFit:
                 teacher("cifar_resnet8", weights=str(weights), num_classes=7)
 
     def test_other_architecture_is_named(self, folder: Path) -> None:
-        with pytest.raises(ValueError, match="holds a cifar_resnet8, not a cifar_resnet14"):
+        with pytest.raises(ValueError, match="holds a cifar_resnet8, not a cifar_resnet14; name that model, or"):
             teacher("cifar_resnet14", weights=str(folder))
         with pytest.raises(ValueError, match=r"not the weights of a cifar_resnet14; 36 tensors missing"):
             teacher("cifar_resnet14", weights=str(folder / "model.safetensors"))

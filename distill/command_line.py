@@ -70,6 +70,17 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
     return read
 
 
+def percent(text: str) -> float:
+    """A type for `add_argument`: a share in per cent, from 0 to 100."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is no share from 0 to 100 per cent")
+    return value
+
+
 def _path(text: str) -> Path:
     """The type of paths: `Path("")` would be the folder in which the command was started."""
     if not text:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from shards.items import BytesRef, Item, PixelsRef, RangeRef, Ref, Source, Split, clean_key
+from shards.splits import COMPRESSED
 from shards.tarwalk import BrokenTar, Member, walk_tar
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -21,8 +22,6 @@ VAL_TAR = "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 UNREADABLE = (tarfile.TarError, EOFError, zlib.error, BadGzipFile)
 """What a damaged or truncated archive raises, by where the damage is."""
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")
-"""How gzip, bzip2 and xz files begin, whatever their name; no member of such an archive lies at a place of the file."""
 
 
 def imagenet_source(folder: Path) -> Source:
@@ -190,7 +189,7 @@ def _read_cub(archive: Path) -> tuple[dict[str, dict[str, str]], dict[str, Ref]]
     listed = archive.stat().st_mtime_ns
     try:
         with tarfile.open(archive) as tar:
-            plain = not _begins_with(archive, COMPRESSED)
+            plain = not _begins_with(archive, tuple(COMPRESSED))
             for member in tar:
                 path = PurePosixPath(member.name)
                 if path.name in wanted:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,52 +17,14 @@ from shards.images import Unclean, clean_image
 from shards.jobs import IndexJob, ShardResult, read_marker, write_marker
 from shards.tarwalk import BrokenTar, Member, walk_tar
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp", "jfif", "jpe", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "jp2", "avif", "img", "image")
+"""Last parts of the names of fields that are images, the one to take first where a sample has several."""
+LABELS = ("cls", "label", "index", "class", "target", "cls.txt", "label.txt", "txt", "json")
+"""Fields that may hold the label, in the order in which they are looked for."""
+JSON_LABELS = ("label", "cls", "class", "target")
 MOST_CLASSES = 1_000_000
 """The number of classes that is assumed where nobody gives it. A larger label is no class number: the class map, with a name
 for every number below it, would fill the memory."""
-SPLIT_WORDS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "val"}
-
-
-def find_splits(source: Path) -> dict[str, list[Path]]:
-    """The shards of each split: as `_info.json` says, or by `train`, `val`, `validation`, `valid`, `test` in their names.
-
-    Shards whose names say nothing are one split, `train`. Raises ValueError where there are none or some say nothing.
-    """
-    if not source.is_dir():
-        raise ValueError(f"{source}: not a folder; --source takes the folder that holds the shards")
-    for name in ("_info.json", "info.json"):
-        if (source / name).is_file():
-            try:
-                content = json.loads((source / name).read_text())["splits"]
-                return _renamed({split: [source / file for file in content[split]["filenames"]] for split in content}, source)
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{source / name}: no splits with their filenames in it ({error!r}); mend or remove it"
-                ) from error
-    shards = sorted(source.rglob("*.tar"))
-    if not shards:
-        raise ValueError(f"{source}: no .tar files in it")
-    found: dict[str, list[Path]] = {}
-    for shard in shards:
-        words = re.split(r"[^a-z]+", str(shard.relative_to(source)).lower())
-        split = next((word for word in words if word in SPLIT_WORDS), "")
-        found.setdefault(split, []).append(shard)
-    if "" in found and len(found) > 1:
-        raise ValueError(f"{found[''][0]}: its name says no split, those of other shards do; add an _info.json")
-    return _renamed({split or "train": paths for split, paths in found.items()}, source)
-
-
-def _renamed(found: dict[str, list[Path]], source: Path) -> dict[str, list[Path]]:
-    """The same shards under our names of the splits. Raises ValueError where two splits become one."""
-    splits: dict[str, list[Path]] = {}
-    for word, paths in found.items():
-        name = SPLIT_WORDS.get(word, word)
-        if name in splits:
-            both = " and ".join(sorted(other for other in found if SPLIT_WORDS.get(other, other) == name))
-            raise ValueError(f"{source}: has {both}, any of which could become {name}; leave one, or name it in an _info.json")
-        splits[name] = paths
-    return splits
 
 
 def index_shard(job: IndexJob) -> ShardResult:
@@ -84,13 +45,14 @@ def index_shard(job: IndexJob) -> ShardResult:
             sha.update(block)
         size = file.tell()
         try:
-            samples, repeated = _samples(list(walk_tar(file)))
+            samples, repeated, hidden = _samples(list(walk_tar(file, marked=False)))
         except BrokenTar as error:
-            raise BrokenTar(f"{path}: {error}; fetch the shard again") from error
+            raise BrokenTar(f"{path}: {error}; fetch or write the shard again") from error
         for key, members in samples.items():
             told: dict[str, Any] = {"key": key, "source": job.path}
             try:
-                image, label = _image_member(members), _label(file, members, job)
+                field, several = _image_field(members, job)
+                image, label = members[field], _label(file, members, job)
                 data = _content(file, image)
                 clean = clean_image(data)
                 crc32 = zlib.crc32(data)
@@ -99,51 +61,103 @@ def index_shard(job: IndexJob) -> ShardResult:
                 quarantine.append({**told, "reason": str(error)})
                 continue
             kept = "" if clean.data is data else "; not here, the shard stays as it is"
-            notes.extend({**told, "label": label, "note": note + kept} for note in clean.notes)
+            told["label"] = label
+            notes.extend({**told, "note": note + kept} for note in clean.notes)
+            notes.extend({**told, "note": several} for _ in range(several is not None))
             rows.append((image.offset, job.number, image.size, label, crc32, *clean.size))
     quarantine += [{"key": key, "source": job.path, "reason": "another sample before it has this key"} for key in repeated]
     shard = ShardInfo(job.name, len(rows), size, sha.hexdigest())
-    result = ShardResult(job.number, shard, size, len(samples) + len(repeated), quarantine, notes)
+    result = ShardResult(job.number, shard, size, len(samples) + len(repeated), quarantine, notes, _counted(hidden))
     write_marker(job, result, np.array(rows, RECORD))
     return result
 
 
-def _samples(members: Sequence[Member]) -> tuple[dict[str, dict[str, Member]], list[str]]:
-    """Members by key and extension, in the order in which the keys appear; and the keys of images whose key came before."""
+def _counted(hidden: int) -> dict[str, int]:
+    return {"hidden files": hidden} if hidden else {}
+
+
+def _samples(members: Sequence[Member]) -> tuple[dict[str, dict[str, Member]], list[str], int]:
+    """Members by key and field, in the order in which the keys appear; keys of images whose key came before; and how many
+    files are those that macOS puts beside others, or hidden."""
     samples: dict[str, dict[str, Member]] = {}
-    repeated = []
+    repeated, hidden = [], 0
     for member in members:
+        if member.name.rpartition("/")[2].startswith(".") or "__MACOSX" in member.name.split("/"):
+            hidden += 1
+            continue
         key = member_key(member.name)
-        extension = member.name[len(key) + 1 :].lower()
-        if samples.setdefault(key, {}).setdefault(extension, member) is not member and extension in IMAGE_EXTENSIONS:
+        field = member.name[len(key) + 1 :].lower()
+        if samples.setdefault(key, {}).setdefault(field, member) is not member and _is_image(field):
             repeated.append(key)
-    return samples, repeated
+    return samples, repeated, hidden
 
 
-def _image_member(members: dict[str, Member]) -> Member:
-    for extension in IMAGE_EXTENSIONS:
-        if extension in members:
-            return members[extension]
-    raise Unclean(f"no image: the sample has {', '.join(sorted(members))}")
+def _is_image(field: str) -> bool:
+    return field.rpartition(".")[2] in IMAGES
+
+
+def _image_field(members: dict[str, Member], job: IndexJob) -> tuple[str, str | None]:
+    """The field of the image, and a note where it was taken out of several."""
+    has = ", ".join(sorted(members)[:6])
+    if job.image is not None:
+        if job.image.lower() not in members:
+            raise Unclean(f"no {job.image}: the sample has {has}")
+        return job.image.lower(), None
+    found = [field for field in members if _is_image(field)]
+    if not found:
+        raise Unclean(f"no image: the sample has {has}; give its field with --image")
+    if len(found) == 1:
+        return found[0], None
+    plain = sorted((field for field in found if "." not in field), key=IMAGES.index)  # `jpg` beside `seg.png`
+    if not plain:
+        raise Unclean(
+            f"{len(found)} images: the sample has {has}; name one with --image, or, where a key has a dot, at which it ends for"
+            " every WebDataset reader, write shards with other keys"
+        )
+    return plain[0], f"{len(found)} images, {plain[0]} taken; --image names another"
 
 
 def _label(file: Any, members: dict[str, Member], job: IndexJob) -> int:
-    json_label = job.json_label
-    extension = "cls" if json_label is None else "json"
-    if extension not in members:
-        raise Unclean(f"no label: the sample has {', '.join(sorted(members))}")
-    text: object = _content(file, members[extension]).decode("utf-8", "replace").strip()
-    if json_label is not None:
-        try:
-            text = json.loads(str(text)).get(json_label)
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise Unclean("its .json cannot be read") from error
-    if not str(text).isascii() or not str(text).isdigit():
-        raise Unclean(f"label {text!r} is no class number")
-    most = MOST_CLASSES if job.num_classes is None else job.num_classes
-    if len(str(text)) > len(str(MOST_CLASSES)) or int(str(text)) >= most:
-        raise Unclean(f"label {str(text)[:20]}: there are {most} classes at most")
-    return int(str(text))
+    wanted = job.label or ("json" if job.json_label else None)
+    field = wanted.lower() if wanted else next((name for name in LABELS if name in members), "")
+    if field not in members:
+        what = "give its field with --label or --json-label" if wanted is None else f"{wanted} was asked for"
+        raise Unclean(f"no label: the sample has {', '.join(sorted(members)[:6])}; {what}")
+    value: object = _content(file, members[field]).decode("utf-8", "replace").strip()
+    if field == "json" or job.json_label:
+        value = _json_value(str(value), job.json_label)
+    return _class_number(value, job)
+
+
+def _json_value(text: str, path: str | None) -> object:
+    """The value at `path`, whose parts are divided by dots, in a JSON text; that of a usual name where there is no path."""
+    try:
+        value = json.loads(text)
+        if path is None:
+            path = next((name for name in JSON_LABELS if name in value), JSON_LABELS[0])
+        for part in path.split("."):
+            value = value[part]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Unclean(f"no label in its .json at {path or 'label'} ({error!r}); give the field with --json-label") from error
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value
+
+
+def _class_number(value: object, job: IndexJob) -> int:
+    text = str(value)
+    if not text.isascii() or not text.isdigit():
+        if job.class_names is None:
+            raise Unclean(f"label {value!r:.40} is no class number; where it is a name, give the names with --class-names")
+        if text not in job.class_names:
+            raise Unclean(f"label {value!r:.40} is no class number, and no name of --class-names")
+        return job.class_names.index(text)
+    most = MOST_CLASSES if job.class_names is None else len(job.class_names)
+    if len(text.lstrip("0")) > len(str(MOST_CLASSES)) or int(text) >= most:
+        raise Unclean(f"label {text[:20]}: there are {most} classes at most")
+    return int(text)
 
 
 def _content(file: Any, member: Member) -> bytes:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -181,8 +181,10 @@ class Split:
 
     class_names: tuple[str, ...]
     items: Sequence[Item]
-    ignored: int = 0
-    """Files beside the images that are no images by their name."""
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    """Files that are passed over: what they are, and how many."""
+    refused: Sequence[Mapping[str, str]] = ()
+    """Images that cannot be read at all, such as links to nothing: key, source and reason of each."""
 
     def digest(self) -> str:
         """Hex sha256 of what is to be prepared: keys, labels, sizes and names, not the files' times."""
@@ -204,6 +206,8 @@ class Source:
     kind: str
     splits: dict[str, Split]
     origin: dict[str, str] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
+    """Lines for people: what was understood of the source, where it could be understood in another way."""
 
 
 def clean_key(text: str) -> str:

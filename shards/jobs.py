@@ -39,10 +39,14 @@ class IndexJob:
     number: int
     name: str
     path: str
-    json_label: str | None
-    """The field of the sample's .json that holds the label; None for the .cls file."""
-    num_classes: int | None = None
-    """Number of classes; None where nobody says it."""
+    json_label: str | None = None
+    """The place of the label in the sample's .json, with dots between its parts."""
+    label: str | None = None
+    """The field of the label; None looks for one of the usual names."""
+    image: str | None = None
+    """The field of the image; None looks for one of the usual names."""
+    class_names: tuple[str, ...] | None = None
+    """Names by class number; None where nobody says them."""
 
 
 Job = ShardJob | IndexJob
@@ -60,6 +64,8 @@ class ShardResult:
     """Refused images: key, source, label and reason of each."""
     notes: list[dict[str, Any]] = field(default_factory=list)
     """Images that were repaired, or of which something is worth knowing: key, source and note of each."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Members that are passed over: what they are, and how many."""
 
 
 def shard_path(job: Job) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,17 +16,21 @@ from typing import Any, NamedTuple
 if __package__ in (None, ""):  # run as a script: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distill.command_line import Parser, command, requests, whole_number
+from distill.command_line import Parser, command, percent, requests, whole_number
 from distill.data.index import ShardIndex
 from shards.archives import cifar_source, cub200_source, imagenet_source
+from shards.folders import folder_source, kaggle_source
 from shards.items import Source, SourceChanged
-from shards.preparation import Options, SplitSummary, index_existing, prepare, split_folders, split_jobs
+from shards.preparation import Options, Reading, SplitSummary, index_existing, prepare, split_folders, split_jobs
+from shards.refusals import MAX_REFUSED, TooManyRefused, reasons_of
 from shards.renew import renew_split
 from shards.show import describe, write_sheet
-from shards.sources import VAL_NAMES, digits_source, folder_source
+from shards.sources import digits_source
+from shards.splits import parse_assignments, split_of, split_word
 from shards.tarwalk import BrokenTar
 from shards.verify import find_split_folders, unfinished_splits, verify_split
 from shards.workers import Runner, WorkersLost, run_jobs, run_jobs_on_ray
+from shards.writer import QUARANTINE
 
 EPILOG = """examples:
   python shards/prepare.py digits --out data/digits
@@ -52,12 +57,18 @@ SOURCES = {
         folder_source, "a folder of images, CLASS/NAME.jpg, or train/ and val/ (or test/) of these", "IMAGES"
     ),
     "imagenet": SourceCommand(imagenet_source, "the official ILSVRC2012 archives, read without unpacking", "FOLDER"),
+    "kaggle": SourceCommand(
+        kaggle_source, "ImageNet-1k as unpacked from Kaggle's archive, with LOC_val_solution.csv", "FOLDER"
+    ),
     "cifar10": SourceCommand(partial(cifar_source, classes=10), "the official python archive of CIFAR-10", "ARCHIVE"),
     "cifar100": SourceCommand(partial(cifar_source, classes=100), "the official python archive of CIFAR-100", "ARCHIVE"),
     "cub200": SourceCommand(cub200_source, "the official archive of CUB-200-2011", "ARCHIVE"),
     "digits": SourceCommand(digits_source, "the 1,797 scans that scikit-learn embeds, as 32x32 JPEG files"),
 }
 DIGITS_SHARDS = 4
+SHOWN = 8
+"""Classes that are named where more have no image."""
+NAMES_HELP = "one class name a line: the class numbers are those of the lines, from 0 on"
 
 
 def prepare_digits(out: Path, *, progress: bool = False) -> list[SplitSummary]:
@@ -74,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             _check_files(parsed)
             return commands.get(parsed.command, _prepare)(parsed)
-        except (BrokenTar, OSError, SourceChanged, WorkersLost) as error:
+        except (BrokenTar, OSError, SourceChanged, TooManyRefused, WorkersLost) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
 
@@ -96,23 +107,43 @@ def _prepare(parsed: argparse.Namespace) -> int:
     if parsed.quality is not None and parsed.resize_short is None:
         raise ValueError(f"--quality {parsed.quality}: only with --resize-short; the bytes of images are kept without it")
     started = time.monotonic()
-    if parsed.command == "folder":
-        _refuse_inside(parsed.source, parsed.out)
-    kind = SOURCES[parsed.command]
-    source = kind.make(parsed.source) if kind.metavar else kind.make()
+    source = _source(parsed)
     _refuse_empty(source, parsed)
     given = {name: getattr(parsed, name) for name in Options.__dataclass_fields__}
     options = Options(**{name: value for name, value in given.items() if value is not None})
     if parsed.dry_run:
         _print_plan(source, parsed.out, options)
         return 0
-    _print_summaries(prepare(source, parsed.out, options, _runner(parsed)), time.monotonic() - started)
+    summaries = prepare(source, parsed.out, options, _runner(parsed), max_refused=parsed.max_refused / 100)
+    _print_summaries(summaries, source.remarks, time.monotonic() - started)
     return 0
+
+
+def _source(parsed: argparse.Namespace) -> Source:
+    kind = SOURCES[parsed.command]
+    if parsed.command == "folder":
+        _refuse_inside(parsed.source, parsed.out)
+        return folder_source(
+            parsed.source,
+            val_name=parsed.val_name,
+            class_order=parsed.class_order,
+            class_names=_read_names(parsed.class_names),
+            one_class=parsed.one_class,
+        )
+    return kind.make(parsed.source) if kind.metavar else kind.make()
+
+
+def _read_names(file: Path | None) -> list[str] | None:
+    """The lines of a file of class names; None without a file."""
+    if file is None:
+        return None
+    names = file.read_text(errors="surrogateescape").split("\n")
+    return names[:-1] if names[-1] == "" else names
 
 
 def _refuse_empty(source: Source, parsed: argparse.Namespace) -> None:
     for name, split in source.splits.items():
-        if not split.items:
+        if not split.items and not split.refused:
             other = ", ".join(f"{len(there.items):,} for {key}" for key, there in source.splits.items() if key != name)
             raise ValueError(
                 f"{parsed.source}: 0 images for the split {name} ({other}); a split needs at least one: fetch the archive again"
@@ -121,7 +152,9 @@ def _refuse_empty(source: Source, parsed: argparse.Namespace) -> None:
 
 def _refuse_inside(source: Path, out: Path) -> None:
     """Output among the classes would be a class when the preparation is started again."""
-    roots = [source / name for name in ("train", *VAL_NAMES)] if (source / "train").is_dir() else [source]
+    names = os.listdir(source) if source.is_dir() else []
+    words = [name for name in names if split_word(name)]
+    roots = [source / name for name in words] if any(split_of(name.lower()) == "train" for name in words) else [source]
     if any(out.resolve().is_relative_to(root.resolve()) for root in roots):
         raise ValueError(f"--out {out}: lies among the classes of --source {source}; give a folder outside of them")
 
@@ -136,11 +169,17 @@ def _runner(parsed: argparse.Namespace) -> Runner:
 
 def _index(parsed: argparse.Namespace) -> int:
     started = time.monotonic()
-    names = None if parsed.class_names is None else parsed.class_names.read_text().split("\n")
-    if names is not None and names[-1] == "":
-        names.pop()
-    summaries = index_existing(parsed.source, parsed.out, json_label=parsed.json_label, class_names=names, run=_runner(parsed))
-    _print_summaries(summaries, time.monotonic() - started)
+    reading = Reading(
+        splits=parse_assignments(parsed.split),
+        image=parsed.image,
+        label=parsed.label,
+        json_label=parsed.json_label,
+        class_names=_read_names(parsed.class_names),
+        renumber=parsed.renumber,
+    )
+    found = index_existing(parsed.source, parsed.out, reading, run=_runner(parsed), max_refused=parsed.max_refused / 100)
+    shards = [f"{each.name} is {each.shard_names[0]} to {each.shard_names[-1]}" for each in found]
+    _print_summaries(found, shards, time.monotonic() - started)
     return 0
 
 
@@ -184,24 +223,59 @@ def _print_plan(source: Source, out: Path, options: Options) -> None:
         )
 
 
-def _print_summaries(summaries: list[SplitSummary], seconds: float) -> None:
+def _print_summaries(summaries: Sequence[SplitSummary], remarks: Sequence[str], seconds: float) -> None:
     for summary in summaries:
-        state = "was finished already" if summary.made == 0 else f"{summary.made} of {summary.shards} shards made now"
+        state = "was finished already" if summary.made == 0 else f"{summary.made} of {len(summary.shard_names)} shards made now"
         print(
-            f"{summary.name}: {summary.samples:,} images, {summary.shards} shards, {summary.bytes / 1e6:,.1f} MB in "
-            f"{summary.folder} ({state}); {summary.quarantined} refused, {summary.noted} notes"
+            f"{summary.name}: {summary.samples:,} images, {len(summary.shard_names)} shards, {summary.bytes / 1e6:,.1f} MB in "
+            f"{summary.folder} ({state}); {len(summary.class_names):,} classes; {len(summary.refused)} refused, "
+            f"{summary.noted} notes"
         )
+        if empty := summary.empty_classes:
+            more = f" and {len(empty) - SHOWN:,} more" if len(empty) > SHOWN else ""
+            print(f"  classes without images: {', '.join(empty[:SHOWN])}{more}")
+        if summary.ignored:
+            print("  passed over: " + ", ".join(f"{count:,} {what}" for what, count in summary.ignored.items()))
+        if summary.refused:
+            print(f"  refused, all listed in {summary.folder / QUARANTINE}:")
+            print("".join(f"    {line}\n" for line in reasons_of(summary.refused)), end="")
+    for remark in (*remarks, *_unused_numbers(summaries)):
+        print(remark)
     print(f"done in {seconds:.1f} s")
+
+
+def _unused_numbers(summaries: Sequence[SplitSummary]) -> list[str]:
+    """A remark where classes are nothing but numbers and some of these occur in no split: labels from 1 on, or with gaps."""
+    names = summaries[0].class_names
+    unused = set(names).intersection(*(summary.empty_classes for summary in summaries))
+    if not unused or list(names) != [str(number) for number in range(len(names))]:
+        return []
+    return [
+        f"labels: {len(unused):,} of the numbers 0 to {len(names) - 1:,} occur nowhere, such as {min(unused, key=int)};"
+        " --renumber numbers those that occur from 0 on"
+    ]
 
 
 def _parser() -> Parser:
     parser = Parser(prog="prepare.py", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text, metavar) in SOURCES.items():
-        _add_options(_add_source(commands, name, text, metavar))
+        _add_options(source := _add_source(commands, name, text, metavar))
+        if name == "folder":
+            _add_folder_options(source)
     wds = _add_source(commands, "wds", "existing WebDataset shards: indexed and verified, not changed", "FOLDER")
-    wds.add_argument("--json-label", metavar="FIELD", help="field of .json with the label; default: the .cls file")
-    wds.add_argument("--class-names", type=Path, metavar="FILE", help="one class name a line, in order")
+    wds.add_argument(
+        "--split",
+        action="append",
+        default=[],
+        metavar="NAME=PATTERN",
+        help="shards of train or val, as train=*train*.tar; default: by _info.json or the names",
+    )
+    wds.add_argument("--image", metavar="FIELD", help="field of the image, as left.jpg; default: the one that is an image")
+    wds.add_argument("--label", metavar="FIELD", help="field of the label, as txt; default: cls, or another usual name")
+    wds.add_argument("--json-label", metavar="FIELD", help="place of the label in .json, as meta.label")
+    wds.add_argument("--class-names", type=Path, metavar="FILE", help=NAMES_HELP)
+    wds.add_argument("--renumber", action="store_true", help="number the labels that occur from 0 on, in their order")
     verify = commands.add_parser("verify", help="compare shards with index and manifest; exit code 1 if there is a defect")
     verify.add_argument("folder", type=Path, metavar="DIR", help="a split, or the folder of splits")
     verify.add_argument("--full", action="store_true", help="decode every image")
@@ -224,8 +298,24 @@ def _add_source(commands: Any, name: str, text: str, metavar: str) -> argparse.A
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the splits go")
     parser.add_argument("--workers", type=whole_number(1), default=1, metavar="N", help="processes (%(default)s)")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where shards are made (%(default)s)")
+    parser.add_argument(
+        "--max-refused",
+        type=percent,
+        default=100 * MAX_REFUSED,
+        metavar="P",
+        help="fail where more than P per cent of a split's images are refused (%(default)g)",
+    )
     parser.add_argument("--address", metavar="A", help="a running Ray cluster; default: one on this machine")
     return parser
+
+
+def _add_folder_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--val-name", metavar="NAME", help="folder that becomes val, where several could")
+    parser.add_argument(
+        "--class-order", choices=("plain", "natural"), help="order of the class numbers: torchvision's (default) or timm's"
+    )
+    parser.add_argument("--class-names", type=Path, metavar="FILE", help=NAMES_HELP)
+    parser.add_argument("--one-class", action="store_true", help="prepare a folder with a single class")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

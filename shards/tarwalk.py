@@ -28,11 +28,11 @@ class BrokenTar(ValueError):
     """The archive ends early or has a damaged header; the text says where."""
 
 
-def walk_tar(file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[Member]:
+def walk_tar(file: BinaryIO, start: int = 0, end: int | None = None, marked: bool = True) -> Iterator[Member]:
     """Every regular member of the archive at `start` of `file` (and, for one inside of another, up to `end`).
 
     Raises BrokenTar, naming the offset, where a header is damaged, a member reaches over the end, or the archive stops
-    without its end marker.
+    without its end marker; with `marked` false it may stop behind a member, as some tools leave it and others read it.
     """
     if end is None:
         end = file.seek(0, 2)
@@ -58,7 +58,10 @@ def walk_tar(file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator
             if kind in REGULAR:
                 yield Member(name, content, size)
         position = content + size + (-size % TAR_BLOCK)
-    raise BrokenTar(f"the archive ends at offset {position} without its end marker: truncated")
+    if end == start:
+        raise BrokenTar("an empty file")
+    if marked or position != end:
+        raise BrokenTar(f"the archive ends at offset {position} without its end marker: truncated")
 
 
 def _parse(block: bytes, position: int, override: dict[str, str]) -> tuple[str, int, bytes]:

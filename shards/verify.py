@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,12 +53,12 @@ def verify_split(folder: Path, decodes: int | None) -> Iterator[str]:
         rows = slice(first, first + shard.samples)
         first = rows.stop
         path = index.shard_path(number)
-        for defect in _verify_shard(path, number, shard, index.records[rows], chosen[rows], index.num_classes):
+        for defect in _verify_shard(path, number, shard, index.records[rows], chosen[rows], index.class_names):
             yield f"{path}: {defect}"
 
 
 def _verify_shard(
-    path: Path, number: int, shard: ShardInfo, records: NDArray[np.void], chosen: NDArray[np.bool_], num_classes: int
+    path: Path, number: int, shard: ShardInfo, records: NDArray[np.void], chosen: NDArray[np.bool_], class_names: Sequence[str]
 ) -> Iterator[str]:
     if not path.is_file():
         yield "missing"
@@ -66,7 +66,7 @@ def _verify_shard(
     with path.open("rb") as file:
         yield from _verify_file(file, shard)
         try:
-            members = {member.offset: member for member in walk_tar(file)}
+            members = {member.offset: member for member in walk_tar(file, marked=False)}
         except BrokenTar as error:
             yield str(error)
             return
@@ -75,7 +75,7 @@ def _verify_shard(
             if member.name.endswith(".cls"):
                 labels.setdefault(member_key(member.name), member)  # of a key that comes twice the first is indexed
         for record, decode in zip(records, chosen, strict=True):
-            yield from _verify_sample(file, record, number, members, labels, num_classes, bool(decode))
+            yield from _verify_sample(file, record, number, members, labels, class_names, bool(decode))
 
 
 def _verify_file(file: BinaryIO, shard: ShardInfo) -> Iterator[str]:
@@ -94,7 +94,7 @@ def _verify_sample(
     number: int,
     members: dict[int, Member],
     labels: dict[str, Member],
-    num_classes: int,
+    class_names: Sequence[str],
     decode: bool,
 ) -> Iterator[str]:
     offset, size, label = (int(record[name]) for name in ("offset", "size", "label"))
@@ -106,11 +106,12 @@ def _verify_sample(
     data = file.read(size)
     if zlib.crc32(data) != int(record["crc32"]):
         yield f"{member.name} at offset {offset}: checksum {zlib.crc32(data):08x}, the index says {int(record['crc32']):08x}"
-    if label >= num_classes:
-        yield f"{member.name}: label {label}, there are {num_classes} classes"
+    if label >= len(class_names):
+        yield f"{member.name}: label {label}, there are {len(class_names)} classes"
     if (text := labels.get(member_key(member.name))) is not None:
         file.seek(text.offset)
-        if (content := file.read(text.size)).strip() != str(label).encode():
+        content = file.read(text.size)
+        if not _says(content.strip().decode("utf-8", "replace"), label, class_names):
             yield f"{member.name}: {text.name} says {content[:20]!r}, the index {label}"
     if decode:
         try:
@@ -120,3 +121,10 @@ def _verify_sample(
             return
         if found != (said := (int(record["height"]), int(record["width"]))):
             yield f"{member.name} at offset {offset}: {found[0]} x {found[1]} pixels, the index says {said[0]} x {said[1]}"
+
+
+def _says(text: str, label: int, class_names: Sequence[str]) -> bool:
+    """Whether a label's file means this class: by its number, or by its name (an old number, where they were renumbered)."""
+    if label < len(class_names) and text == class_names[label]:
+        return True
+    return text.isascii() and text.isdigit() and len(text) < 20 and int(text) == label

@@ -12,7 +12,7 @@ import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from distill.data.index import RECORD, TAR_BLOCK, ShardInfo, write_split
 from distill.files import ASIDE, write_atomically, written_aside
 from shards.images import Unclean, clean_image
-from shards.jobs import PARTS, ShardJob, ShardResult, read_marker, rows_path, write_marker
+from shards.jobs import PARTS, Job, ShardJob, ShardResult, read_marker, rows_path, shard_path, write_marker
 
 QUARANTINE = "quarantine.jsonl"
 NOTES = "notes.jsonl"
@@ -96,30 +96,40 @@ def _fill(job: ShardJob, writer: TarWriter) -> tuple[NDArray[np.void], ShardResu
     return np.array(rows, RECORD), ShardResult(job.number, shard, read_bytes, len(job.items), quarantine, notes)
 
 
+def write_reports(
+    folder: Path, results: Sequence[ShardResult], refused: Sequence[Mapping[str, Any]]
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Writes quarantine and notes of a split, and gives both; `refused` was so before its shards were made."""
+    quarantine = [*refused, *(line for result in results for line in result.quarantine)]
+    notes: list[Mapping[str, Any]] = [line for result in results for line in result.notes]
+    write_atomically(folder / QUARANTINE, _lines(quarantine))
+    write_atomically(folder / NOTES, _lines(notes))
+    return quarantine, notes
+
+
+def read_records(folder: Path, results: Sequence[ShardResult]) -> NDArray[np.void]:
+    """The index rows of finished shards, in the order of `results`."""
+    return np.concatenate([np.frombuffer(rows_path(folder, result.number).read_bytes(), RECORD) for result in results])
+
+
 def finish_split(
     folder: Path,
-    results: Iterable[ShardResult],
-    class_names: Sequence[str] | None,
+    results: Sequence[ShardResult],
+    records: NDArray[np.void],
+    class_names: Sequence[str],
     extra: dict[str, Any],
     root: str = ".",
 ) -> None:
-    """Writes index, quarantine, notes and, last, the manifest of a split whose shards are all made.
+    """Writes index and, last, the manifest of a split whose shards are all made."""
+    write_split(folder, [result.shard for result in results], records, class_names, root=root, extra=extra)
+    tidy(folder)
 
-    Without `class_names` the classes are the numbers up to the largest label.
-    """
-    ordered = sorted(results, key=lambda result: result.number)
-    rows = [np.frombuffer(rows_path(folder, result.number).read_bytes(), RECORD) for result in ordered]
-    write_atomically(folder / QUARANTINE, _lines(line for result in ordered for line in result.quarantine))
-    write_atomically(folder / NOTES, _lines(line for result in ordered for line in result.notes))
-    counts = {
-        "quarantined": sum(len(result.quarantine) for result in ordered),
-        "noted": sum(len(result.notes) for result in ordered),
-    }
-    shards = [result.shard for result in ordered]
-    records = np.concatenate(rows)
-    if class_names is None:
-        class_names = [str(label) for label in range(int(records["label"].max(initial=0)) + 1)]
-    write_split(folder, shards, records, class_names, root=root, extra={**extra, **counts})
+
+def discard(folder: Path, jobs: Iterable[Job]) -> None:
+    """Removes what was made of a split that keeps nothing, so that another request can be made for the same folder."""
+    for job in jobs:
+        if isinstance(job, ShardJob):
+            shard_path(job).unlink(missing_ok=True)
     tidy(folder)
 
 
@@ -130,5 +140,5 @@ def tidy(folder: Path) -> None:
     shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 
-def _lines(entries: Iterable[dict[str, Any]]) -> bytes:
+def _lines(entries: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode(errors="backslashreplace")

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from distill.data.index import ShardIndex
+from distill.data.index import RECORD, ShardIndex, write_split
 from shards.archives import imagenet_source
-from shards.existing import find_splits
+from shards.folders import folder_source
 from shards.images import Unclean, clean_image
 from shards.items import FileRef, unique_keys
 from shards.prepare import main
-from shards.sources import folder_source
+from shards.splits import find_splits
 from tests.distill.data.planting import encoded
 from tests.shards.preparing import command, image_bytes
 from tests.shards.test_sources import add, write_cub200
@@ -70,7 +70,7 @@ def test_names_that_are_no_utf8_are_prepared_and_shown(tmp_path):
         path = os.fsencode(tmp_path / "images") + b"/" + name
         os.makedirs(os.path.dirname(path), exist_ok=True)
         Path(os.fsdecode(path)).write_bytes(content)
-    command("folder", "--source", tmp_path / "images", "--out", tmp_path / "out")
+    command("folder", "--source", tmp_path / "images", "--out", tmp_path / "out", "--max-refused", 50)
     assert ShardIndex.open(tmp_path / "out").class_names == (os.fsdecode(b"caf\xe9"), "tea")
     (line,) = (json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").open())
     assert os.fsencode(line["source"]).endswith(b"caf\xe9/b\xe8.jpg")
@@ -94,7 +94,7 @@ def test_files_of_others_are_not_overwritten(tmp_path):
     (tmp_path / "images/a/1.jpg").write_bytes(image_bytes(1))
     (tmp_path / "out").mkdir()
     (tmp_path / "out/train-0000.tar").write_bytes(b"precious")
-    done = command("folder", "--source", tmp_path / "images", "--out", tmp_path / "out", check=False)
+    done = command("folder", "--source", tmp_path / "images", "--out", tmp_path / "out", "--one-class", check=False)
     assert (done.returncode, (tmp_path / "out/train-0000.tar").read_bytes()) == (2, b"precious")
     assert "no preparation says that it made it" in done.stderr
     done = command("folder", "--source", tmp_path / "images", "--out", tmp_path / "images/shards", check=False)
@@ -134,7 +134,8 @@ def foreign(tmp_path) -> Path:
 
 
 def test_samples_of_foreign_shards_that_cannot_serve_are_named(foreign):
-    command("wds", "--source", foreign / "hub", "--out", foreign / "out", "--class-names", foreign / "names")
+    asked = ("--source", foreign / "hub", "--out", foreign / "out", "--class-names", foreign / "names", "--max-refused", 80)
+    command("wds", *asked)
     index = ShardIndex.open(foreign / "out")
     assert [(index.key(row), int(index.labels[row])) for row in range(index.num_samples)] == [("a", 0), ("d", 1)]
     refused = told(foreign / "out", "quarantine")
@@ -201,7 +202,7 @@ def test_verify_survives_any_manifest_and_sees_unfinished_splits(tmp_path):
 
 
 def test_a_split_without_images_can_be_shown(tmp_path):
-    (tmp_path / "images/a").mkdir(parents=True)
-    (tmp_path / "images/a/1.jpg").write_bytes(b"<html>")
-    command("folder", "--source", tmp_path / "images", "--out", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    facts = {"quarantined": 1, "noted": 0, "plan": {"source": "folder"}}
+    write_split(tmp_path / "out", [], np.zeros(0, RECORD), ["a"], extra=facts)
     assert "no images" in command("show", tmp_path / "out").stdout

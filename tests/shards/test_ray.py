@@ -30,18 +30,27 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def expected(images, tmp_path_factory) -> dict[str, str]:
     out = tmp_path_factory.mktemp("local") / "out"
-    command("folder", "--source", images, "--out", out, "--shards", SHARDS)
+    command("folder", "--source", images, "--out", out, "--shards", SHARDS, "--one-class")
     return file_hashes(out)
 
 
 def test_shards_made_on_ray_are_byte_identical(images, expected, tmp_path):
-    command("folder", "--source", images, "--out", tmp_path / "out", "--shards", SHARDS, "--engine", "ray")
+    command("folder", "--source", images, "--out", tmp_path / "out", "--shards", SHARDS, "--engine", "ray", "--one-class")
     assert file_hashes(tmp_path / "out") == expected
 
 
 def test_a_killed_ray_worker_loses_nothing(images, expected, tmp_path):
     """A worker is killed (-9) while it makes a shard; Ray makes that shard again on another."""
-    line = [sys.executable, str(ROOT / "shards/prepare.py"), "folder", "--source", str(images), "--out", str(tmp_path / "out")]
+    line = [
+        sys.executable,
+        str(ROOT / "shards/prepare.py"),
+        "folder",
+        "--one-class",
+        "--source",
+        str(images),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*line, "--shards", str(SHARDS), "--engine", "ray"], stderr=subprocess.PIPE, env=environment)
     worker_in_a_shard(process, tmp_path / "out").send_signal(signal.SIGKILL)

@@ -193,7 +193,7 @@ def hub_shards(tmp_path) -> Path:
 
 def test_existing_shards_are_indexed_and_not_changed(hub_shards, tmp_path):
     before = file_hashes(hub_shards)
-    done = command("wds", "--source", hub_shards, "--out", tmp_path / "out", "--workers", 2)
+    done = command("wds", "--source", hub_shards, "--out", tmp_path / "out", "--workers", 2, "--max-refused", 14)
     assert file_hashes(hub_shards) == before
     assert "train: 13 images, 3 shards" in done.stdout
     train, val = ShardIndex.open(tmp_path / "out/train"), ShardIndex.open(tmp_path / "out/val")
@@ -224,6 +224,8 @@ def test_labels_of_existing_shards_can_come_from_their_json(hub_shards, tmp_path
         "label_12k",
         "--class-names",
         tmp_path / "names",
+        "--max-refused",
+        "15",
     )
     train = ShardIndex.open(tmp_path / "out/train")
     assert train.class_names == ("background", "a", "b", "c", "d")

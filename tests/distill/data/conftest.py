@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from distill.data.index import ShardIndex
+from shards.folders import folder_source
 from shards.preparation import Options, prepare
-from shards.sources import folder_source
 from tests.distill.data.planting import encoded
 
 SIZES = ((48, 64), (33, 57), (97, 41), (120, 121), (32, 32), (75, 200), (64, 64), (181, 90), (50, 51), (21, 19))

@@ -30,8 +30,8 @@ from distill.data.decoding import (
 )
 from distill.data.index import ShardIndex
 from distill.data.loaders import train_task
+from shards.folders import folder_source
 from shards.preparation import Options, prepare
-from shards.sources import folder_source
 from tests.distill.data.conftest import picture
 from tests.distill.data.planting import encoded
 from tests.distill.data.test_loaders import CPU, needs_dali, same
@@ -193,7 +193,8 @@ def test_the_proof_leaves_bad_samples_out_and_gives_dali_what_it_can_decode(tmp_
     for number, kind in enumerate(("JPEG", "GIF", "PNG", "JPEG")):
         (tmp_path / "images" / "a").mkdir(parents=True, exist_ok=True)
         (tmp_path / "images" / "a" / f"{number}.{kind.lower()}").write_bytes(encoded(picture(40, 50, number), kind))
-    prepare(folder_source(tmp_path / "images"), tmp_path / "shards", Options(shards=1), progress=False)
+    source = folder_source(tmp_path / "images", one_class=True)
+    prepare(source, tmp_path / "shards", Options(shards=1), progress=False)
     index = ShardIndex.open(tmp_path / "shards")
     kinds = {bytes(each[:4]) for each in proof_images(index)}
     assert kinds == {JPEG, b"\x89PNG"}

@@ -153,6 +153,8 @@ class DataFacts(NamedTuple):
     """int64 [num_samples] on the CPU: the class of every sample."""
     micro_batch: int
     """B, the images of one call on one process; the same in every call."""
+    class_names: tuple[str, ...] = ()
+    """Names by class number; empty where nobody knows them."""
 
 
 class Progress(NamedTuple):

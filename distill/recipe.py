@@ -103,7 +103,10 @@ class Teacher:
     )
     initial_weights: str = _doc("with weights `train`: what it starts from, `random`, `pretrained` or a path", "random")
     epochs: Count = _doc("with weights `train`: its epochs; 0: as many as the student's", 0)
-    class_map: str | None = _doc("file of one line per class of the data: its number among the teacher's classes", None)
+    class_map: str | None = _doc(
+        "file of one line per class of the data: its number among the teacher's; `by_number`: names are not compared",
+        None,
+    )
     class_tokens: ClassTokens = _doc("what a region's logits are where the head reads class tokens only", "attend")
     evaluate: bool = _changeable("measure the teacher's top-1 on the validation shards before training", True)
     expected_top1: Annotated[float, Field(ge=0, le=100)] | None = _changeable(

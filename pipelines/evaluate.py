@@ -24,8 +24,7 @@ from distill.command_line import Parser, RequestError, command, requests, whole_
 from distill.data.decoding import DecodeName
 from distill.data.index import ShardIndex
 from distill.evaluation import evaluate
-from distill.models.backbone import Backbone
-from distill.models.build import create_teacher
+from distill.models.build import ProbedModel, create_teacher
 from distill.protocols import Needs
 from distill.recipe import Train
 from distill.report import say
@@ -49,6 +48,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", required=True, metavar="NAME", help="timm name")
     parser.add_argument(
         "--weights", default="pretrained", metavar="PATH", help="a file, a run's student/ folder, or `pretrained`"
+    )
+    parser.add_argument(
+        "--class-map",
+        metavar="FILE",
+        help="one line per class of the data: its number among the model's; `by_number`: names are not compared",
     )
     add_import_option(parser)
     parser.add_argument("--val", required=True, metavar="DIR", help="folder of a prepared split")
@@ -74,10 +78,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return asked
 
 
-def build_model(asked: argparse.Namespace, num_classes: int) -> Backbone:
+def build_model(asked: argparse.Namespace, index: ShardIndex) -> ProbedModel:
     """The model with its weights, at the size that was asked for."""
-    probed = create_teacher(asked.model, weights=asked.weights, num_classes=num_classes, image_size=asked.image_size or None)
-    return probed.backbone(Needs(logits=True))
+    return create_teacher(
+        asked.model,
+        weights=asked.weights,
+        num_classes=index.num_classes,
+        image_size=asked.image_size or None,
+        class_map=asked.class_map,
+        class_names=index.class_names,
+    )
 
 
 @command
@@ -89,11 +99,14 @@ def main(argv: Sequence[str]) -> None:
         accelerator = create_accelerator(asked.mixed_precision)
         set_switches(Train(), accelerator.device)  # a recipe's unless it says otherwise
         index = ShardIndex.open(asked.val)
-        model = build_model(asked, index.num_classes).to(accelerator.device)
+        probed = build_model(asked, index)
+        model = probed.backbone(Needs(logits=True)).to(accelerator.device)
         crop = asked.crop_fraction or model.input_spec.crop_fraction
         spec = dataclasses.replace(model.input_spec, crop_fraction=crop)
         how = {"loader": asked.loader, "decode": asked.decode, "threads": asked.num_threads}
         loader = create_eval_loader(index, spec, asked.batch_size, accelerator, **how)
+    if probed.remark:
+        say(accelerator, probed.remark)
     figures = evaluate(model, loader, accelerator)
     loader.close()
     say(

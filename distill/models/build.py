@@ -20,10 +20,13 @@ from distill.models.backbone import Backbone
 from distill.models.input_spec import input_spec_of
 from distill.models.region_logits.layout import TimmModel
 from distill.models.weights import (
+    BY_NUMBER,
+    CONFIG,
     classes_in,
     lacks_classifier_alone,
     load_state,
     load_weights,
+    match_classes,
     read_class_map,
     read_config,
     read_weights,
@@ -44,6 +47,8 @@ class ProbedModel:
     class_tokens: str = "attend"
     class_map: tuple[int, ...] | None = None
     frozen: bool = False
+    remark: str = ""
+    """For people: what was done so that its classes are those of the data."""
 
     @property
     def facts(self) -> ModelFacts:
@@ -99,13 +104,15 @@ def create_student(
     drop_path_rate: float | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     class_tokens: str = "attend",
+    class_names: Sequence[str] | None = None,
 ) -> ProbedModel:
     """A student, in training mode, with fresh weights or those of a file or folder `weights`.
 
     image_size: its input, in pixels, where it is not the architecture's own; models of a fixed input size are made for it.
     `drop_rate` and `drop_path_rate` are timm's; None leaves the architecture's default. model_kwargs: anything else that
-    `timm.create_model` takes for it. class_tokens: see `Backbone`. ValueError where the name is unknown (with the nearest
-    ones), where an argument is not one of the architecture's, or where the weights are not its own.
+    `timm.create_model` takes for it. class_tokens: see `Backbone`. class_names: those of the data; a folder of weights whose
+    `label_names` are the same in another order is put into theirs. ValueError where the name is unknown (with the nearest
+    ones), where an argument is not one of the architecture's, or where the weights are not its own or of other classes.
     """
     if "num_classes" in (model_kwargs or {}):
         raise ValueError("model_kwargs: num_classes of a model that is trained comes from the data; leave it out")
@@ -113,10 +120,13 @@ def create_student(
     if image_size is not None and _is_fixed(name):
         kwargs.setdefault("img_size", image_size)
     model = create_model(name, num_classes=num_classes, **kwargs)
+    remark = ""
     if weights is not None:
         load_weights(model, weights)
+        if (Path(weights) / CONFIG).is_file():
+            remark = match_classes(model, read_config(weights).get("label_names"), class_names, weights)
     spec = _spec_at(model, image_size or kwargs.get("img_size"))
-    return probe(model.train(), name=name, input_spec=spec, class_tokens=class_tokens)
+    return replace(probe(model.train(), name=name, input_spec=spec, class_tokens=class_tokens), remark=remark)
 
 
 def create_teacher(
@@ -128,6 +138,7 @@ def create_teacher(
     model_kwargs: Mapping[str, Any] | None = None,
     class_tokens: str = "attend",
     class_map: str | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> ProbedModel:
     """A teacher at its own input size (or `image_size`) and normalisation, whose backbones are frozen.
 
@@ -135,6 +146,8 @@ def create_teacher(
     tests and measurements). ValueError as in `create_student`, and where the weights are for another number of classes: timm
     itself would put a fresh random head there without a word. class_map: a file with one line per class of the data, the number
     of that class among the weights' own; it lets a teacher of other classes (ImageNet-21k) serve data that are some of them.
+    class_names: those of the data, which the weights' `label_names` are compared with, as in `create_student`, unless a class
+    map is given; the class map `by_number` only leaves that out.
 
     Weights without a classifier (DINOv2, MAE) make a teacher without one; `num_classes` 0 among `model_kwargs` takes it off
     any other. Such a teacher has no logits: see `Backbone`.
@@ -146,7 +159,7 @@ def create_teacher(
     if image_size is not None and _is_fixed(name):
         kwargs.setdefault("img_size", image_size)
     mapped = None
-    if class_map is not None:
+    if class_map not in (None, BY_NUMBER):
         own_classes = own_classes and _classes_of_weights(name, weights)
         mapped = read_class_map(class_map, num_classes, own_classes)
     if weights == "random":
@@ -161,8 +174,13 @@ def create_teacher(
         if lacks_classifier_alone(model, state):
             model = create_model(name, num_classes=0, **kwargs)
         load_state(model, state, weights)
+    remark = ""
+    if class_map is None and (weights == "pretrained" or Path(weights).is_dir()):
+        names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+        remark = match_classes(model, names, class_names, name if weights == "pretrained" else weights)
     spec = _spec_at(model, image_size or kwargs.get("img_size"))
-    return probe(model, name=name, input_spec=spec, class_tokens=class_tokens, class_map=mapped, frozen=True)
+    probed = probe(model, name=name, input_spec=spec, class_tokens=class_tokens, class_map=mapped, frozen=True)
+    return replace(probed, remark=remark)
 
 
 def _spec_at(model: nn.Module, size: int | tuple[int, int] | None) -> InputSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+BY_NUMBER = "by_number"
+"""In the place of a class map's file: the classes of weights are those of the data, whatever their names are."""
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -123,6 +126,37 @@ def read_class_map(path: str | Path, num_classes: int, own_classes: int) -> tupl
     if len(lines) != num_classes:
         raise ValueError(f"{file}: {len(lines)} lines, the data have {num_classes} classes; give one line per class")
     return tuple(int(text) for text in lines)
+
+
+def match_classes(model: Any, names: Sequence[str] | None, class_names: Sequence[str] | None, where: object) -> str:
+    """Orders the classifier's rows as the classes of the data, by their names; what was done for people, empty where nothing.
+
+    names: those of the classes that the weights were trained for, as `config.json` has them in `label_names`; nothing is
+    compared where they or `class_names` are not known. ValueError where the names are not the same.
+    """
+    if not names or not class_names or model.num_classes < 1 or list(names) == list(class_names):
+        return ""
+    pairs = enumerate(zip(names, class_names, strict=False))
+    different = [f"{number} is {mine!r} there, {other!r} in the data" for number, (mine, other) in pairs if mine != other]
+    told = f"class {'; class '.join(different[:3])}" if different else f"{len(names)} there, {len(class_names)} in the data"
+    if sorted(names) != sorted(class_names) or len(set(names)) != len(names):
+        raise ValueError(
+            f"{where}: its classes have other names than those of the data: {told}; give weights of these data, or, if only"
+            f" names differ, take the classes by number: class_map {BY_NUMBER} of a teacher, or the file {WEIGHTS} of a student"
+        )
+    place = {name: number for number, name in enumerate(names)}
+    _reorder(model, torch.tensor([place[name] for name in class_names]), where)
+    return f"{where}: its classes are those of the data in another order ({told}); they were matched by their names"
+
+
+def _reorder(model: Any, order: Tensor, where: object) -> None:
+    heads = model.get_classifier()
+    for head in heads if isinstance(heads, tuple) else (heads,):
+        parameters = [parameter for parameter in head.parameters() if len(parameter) == len(order)]
+        if len(parameters) != len(list(head.parameters())) or not parameters:
+            raise ValueError(f"{where}: its classes have another order than those of the data, and its classifier is not plain")
+        for parameter in parameters:
+            parameter.data = parameter.data[order]
 
 
 def _name(model: nn.Module) -> str:

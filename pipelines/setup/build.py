@@ -116,6 +116,8 @@ def build(
     seed_all(derive_seed(recipe.seed, "initialisation"))
     data = data_facts(recipe, splits.train, accelerator.num_processes)
     models = build_models(recipe, splits.train.num_classes, data, accelerator.device)
+    for remark in models.remarks:
+        say(accelerator, remark)
     if recipe.train.overlap_teacher and accelerator.device.type != "cuda":
         say(accelerator, "train.overlap_teacher: no effect here, it needs a GPU")
     ema = recipe.ema

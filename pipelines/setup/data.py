@@ -67,7 +67,7 @@ def train_order(recipe: Recipe, num_samples: int) -> TrainOrder:
 
 def data_facts(recipe: Recipe, train: ShardIndex, world_size: int) -> DataFacts:
     """The facts of the training split that criteria may be made from."""
-    return DataFacts(train.num_samples, torch.from_numpy(train.labels), micro_batch_of(recipe, world_size))
+    return DataFacts(train.num_samples, torch.from_numpy(train.labels), micro_batch_of(recipe, world_size), train.class_names)
 
 
 def check_mixing(recipe: Recipe, micro_batch: int) -> None:

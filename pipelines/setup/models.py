@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -29,6 +29,8 @@ class Models(NamedTuple):
     student: Backbone
     teacher: FrozenTeacher | None
     criteria: dict[str, Criterion]
+    remarks: tuple[str, ...] = ()
+    """For people: what was done so that the models' classes are those of the data."""
 
 
 def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torch.device) -> Models:
@@ -40,8 +42,9 @@ def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torc
     """
     check_precision(recipe.teacher.precision, device)
     check_graphs(recipe)
-    student = build_student(recipe, num_classes)
-    teacher = build_teacher(recipe, num_classes) if recipe.teacher.name != "none" else None
+    student = build_student(recipe, num_classes, data.class_names)
+    teacher = build_teacher(recipe, num_classes, data.class_names) if recipe.teacher.name != "none" else None
+    remarks = tuple(model.remark for model in (student, teacher) if model is not None and model.remark)
     for name, entry in recipe.loss.items():
         student = student_of(name, term_schedule(entry)[1], student, teacher)
     student.backbone(Needs())  # raises for what is wrong with the student itself, before a loss is blamed for it
@@ -53,13 +56,13 @@ def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torc
     for module in trained:
         module.to(device).to(memory_format=chosen)
     if teacher is None:
-        return Models(ours, None, criteria)
+        return Models(ours, None, criteria, remarks)
     theirs = teacher.backbone(teacher_needs).to(device).to(memory_format=chosen)
     frozen = FrozenTeacher(theirs, chosen, recipe.teacher.precision, teacher_stream(recipe, device))
-    return Models(ours, frozen, criteria)
+    return Models(ours, frozen, criteria, remarks)
 
 
-def build_student(recipe: Recipe, num_classes: int) -> ProbedModel:
+def build_student(recipe: Recipe, num_classes: int, class_names: Sequence[str] = ()) -> ProbedModel:
     """The student with the weights that the recipe starts from."""
     name, start = recipe.student.name, recipe.student.initial_weights
     if start == "pretrained" and ":" not in name and not is_model_pretrained(name):
@@ -72,6 +75,7 @@ def build_student(recipe: Recipe, num_classes: int) -> ProbedModel:
         drop_rate=recipe.student.drop_rate,
         drop_path_rate=recipe.student.drop_path_rate,
         class_tokens=recipe.student.class_tokens,
+        class_names=class_names,
         # a fresh head over pretrained weights is what fine-tuning a student means
         model_kwargs={**recipe.student.model_kwargs, "pretrained": start == "pretrained" or None},
     )
@@ -105,7 +109,7 @@ def student_of(
     return probe(model, name=name, input_spec=student.input_spec, class_tokens=student.class_tokens)
 
 
-def build_teacher(recipe: Recipe, num_classes: int) -> ProbedModel:
+def build_teacher(recipe: Recipe, num_classes: int, class_names: Sequence[str] = ()) -> ProbedModel:
     """The teacher with the recipe's weights."""
     return create_teacher(
         recipe.teacher.name,
@@ -114,6 +118,7 @@ def build_teacher(recipe: Recipe, num_classes: int) -> ProbedModel:
         model_kwargs=recipe.teacher.model_kwargs,
         class_tokens=recipe.teacher.class_tokens,
         class_map=recipe.teacher.class_map,
+        class_names=class_names,
     )
 
 

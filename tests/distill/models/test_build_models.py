@@ -220,6 +220,54 @@ def test_a_users_own_file_registers_models_that_are_then_served_by_name(tmp_path
         import_models(tmp_path)
 
 
+class TestClassNames:
+    """Weights that say the names of their classes are matched with the data's by these: numbers may differ without a word."""
+
+    NAMES = tuple("abcdefghij")
+    ORDER = tuple("jabcdefghi")
+
+    @pytest.fixture
+    def named(self, tmp_path: Path) -> Path:
+        out = tmp_path / "student"
+        torch.manual_seed(0)
+        model = create_model("cifar_resnet8", num_classes=10)
+        export_student(model, out, input_spec=input_spec_of(model), class_names=list(self.NAMES))
+        return out
+
+    @pytest.mark.parametrize("make", ["teacher", "student", "local-dir"])
+    def test_another_order_is_matched_by_name_and_said(self, make: str, named: Path) -> None:
+        def logits(class_names: tuple[str, ...]) -> tuple[torch.Tensor, str]:
+            facts = {"num_classes": 10, "class_names": class_names}
+            if make == "student":
+                probed = create_student("cifar_resnet8", weights=named, **facts)
+            elif make == "teacher":
+                probed = create_teacher("cifar_resnet8", weights=str(named), **facts)
+            else:
+                probed = create_teacher(f"local-dir:{named}", weights="pretrained", **facts)
+            return probed.model.eval()(images), probed.remark
+
+        images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        (own, quiet), (other, said) = logits(self.NAMES), logits(self.ORDER)
+        assert quiet == ""
+        assert "class 0 is 'a' there, 'j' in the data" in said
+        assert "they were matched by their names" in said
+        torch.testing.assert_close(other, own[:, [self.NAMES.index(name) for name in self.ORDER]])
+        assert not torch.allclose(other, own, atol=1e-3)
+
+    def test_other_names_are_refused_with_the_first_differences_and_the_way_out(self, named: Path) -> None:
+        names = ("x", *self.NAMES[1:])
+        with pytest.raises(ValueError, match=r"class 0 is 'a' there, 'x' in the data; .* class_map by_number"):
+            create_teacher("cifar_resnet8", weights=str(named), num_classes=10, class_names=names)
+        with pytest.raises(ValueError, match=r"the file model.safetensors of a student"):
+            create_student("cifar_resnet8", weights=named, num_classes=10, class_names=names)
+        create_student("cifar_resnet8", weights=named / "model.safetensors", num_classes=10, class_names=names)
+        facts = {"weights": str(named), "num_classes": 10}
+        taken = create_teacher("cifar_resnet8", class_names=names, class_map="by_number", **facts)
+        plain = create_teacher("cifar_resnet8", class_names=self.NAMES, **facts)
+        images = torch.randn(2, 3, 32, 32)
+        assert torch.equal(taken.model(images), plain.model(images))
+
+
 class TestClassMaps:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:

@@ -14,6 +14,12 @@ from distill.data.reader import END_OF_IMAGE, TAIL
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats whose bytes are kept; every other readable format becomes a PNG with the same pixels."""
+FOREIGN = {
+    b"version https://git-lfs": "a pointer of Git LFS, whose file `git lfs pull` fetches",
+    b"<": "a web page",
+    b"\x1f\x8b": "compressed with gzip",
+}
+"""The first bytes of what often lies in the place of an image."""
 EXIF_ORIENTATION = 0x0112
 PNG_DEPTH = 24
 """Where a PNG file has its bits per channel."""
@@ -92,7 +98,8 @@ def _decode(data: bytes, pixels: bool) -> tuple[Image.Image, str]:
                 image.draft("L", None)
             image.load()
     except UnidentifiedImageError as error:  # its text holds a memory address
-        raise Unclean(f"not an image: starts with {data[:8]!r}") from error
+        what = next((name for start, name in FOREIGN.items() if data.lstrip().startswith(start)), f"starts with {data[:8]!r}")
+        raise Unclean(f"not an image: {what}") from error
     except Exception as error:  # PIL raises many types for broken files; each is a reason to refuse this one image
         raise Unclean(f"does not decode: {type(error).__name__}: {error}"[:200]) from error
     return image, image.format or "unknown"

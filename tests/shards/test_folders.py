@@ -158,7 +158,10 @@ def test_a_split_of_which_nothing_is_left_is_an_error_with_the_commonest_reasons
     code, said = prepare()
     first, *reasons = said.splitlines()
     assert (code, "train: 6 of 6 images are refused, nothing is left; they are listed in" in first) == (1, True)
-    assert [reason.split(" (")[0] for reason in reasons] == ["  5 x not an image: starts with b'version '", "  1 x zero bytes"]
+    assert [reason.split(" (")[0] for reason in reasons] == [
+        "  5 x not an image: a pointer of Git LFS, whose file `git lfs pull` fetches",
+        "  1 x zero bytes",
+    ]
     assert not list((tmp_path / "out").rglob("manifest.json"))
     for number, path in enumerate(sorted(root.rglob("*.jpg"))):  # mended, the same command makes it
         path.write_bytes(image_bytes(number, (8, 8)))

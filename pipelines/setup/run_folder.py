@@ -152,14 +152,20 @@ class RunFolder:
 
 def _claim(recipe: Recipe, resume: bool) -> tuple[IO[str], dict[str, Any]]:
     """The folder's lock and the manifest of the run in it, empty where there is none."""
+    if not recipe.out:
+        raise RecipeError("out: '' is no folder; give the run's folder with --out")
     folder = Path(recipe.out)
+    holds = f"out: {folder} already holds a run; add --resume to go on with it, or give another --out"
     if _read(folder) and not resume:
-        raise RecipeError(f"out: {folder} already holds a run; add --resume to go on with it, or give another --out")
+        raise RecipeError(holds)
     try:
         lock = locked(folder, LOCK_SECONDS)
     except BlockingIOError:
         raise RecipeError(f"out: another process is writing to {folder}; wait for it, or give another --out") from None
     found = _read(folder)  # again: whoever held the folder may have written it
+    if found and not resume:
+        lock.close()
+        raise RecipeError(holds)
     if found and (changed := differences(found["recipe"], as_dict(recipe))):
         lock.close()
         lines = [f"out: {folder} holds a run of another recipe; give another --out, or ask for the same", *changed]

@@ -1,11 +1,19 @@
 """A run's folder: what a run that goes on in it may say differently."""
 
-import pytest
+import dataclasses
+import json
+import threading
+import time
+from pathlib import Path
 
-from distill.config import as_dict, load_recipe, merge, recipe_fields
+import pytest
+from accelerate import Accelerator
+
+from distill.config import RecipeError, as_dict, load_recipe, merge, recipe_fields
+from distill.files import locked
 from distill.losses import LOSSES
 from pipelines.setup.arguments import DEFAULT_RECIPE
-from pipelines.setup.run_folder import differences
+from pipelines.setup.run_folder import RunFolder, differences
 
 
 @pytest.mark.parametrize(
@@ -32,3 +40,25 @@ def test_every_key_outside_the_losses_says_whether_it_may_change():
     before = as_dict(load_recipe(DEFAULT_RECIPE, {}, LOSSES))
     for field in recipe_fields():
         assert (differences(before, merge(before, field.key.split("."), "another")) == []) is field.may_change, field.key
+
+
+def test_of_two_starts_into_one_new_folder_the_one_that_waited_is_refused(tmp_path: Path, fresh_accelerate: None):
+    """A run that ended while the other waited for the folder used to be gone on with, which nobody had asked for."""
+    recipe = dataclasses.replace(load_recipe(DEFAULT_RECIPE, {}, LOSSES), out=str(tmp_path / "run"))
+    with RunFolder.claim(recipe, False, Accelerator(cpu=True)) as folder:
+        folder.write({})
+    written = (tmp_path / "run/manifest.json").read_text()
+    (tmp_path / "run/manifest.json").unlink()
+    first = locked(tmp_path / "run")
+
+    def end() -> None:
+        time.sleep(0.3)
+        (tmp_path / "run/manifest.json").write_text(written)
+        first.close()
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    with pytest.raises(RecipeError, match="already holds a run; add --resume"):
+        RunFolder.claim(recipe, False, Accelerator(cpu=True)).__enter__()
+    ending.join()
+    assert json.loads(written)["recipe"]["out"] == recipe.out

@@ -307,7 +307,7 @@ def measure(asked: Asked, out: str) -> Report:
         models_ms=sum(part.alone_ms or 0.0 for part in parts),
         ratio=statistics.median(ratios),
         ratios=ratios,
-        loader_images_per_second=loader_rate(bench.run, max(3, 256 // bench.batch)),
+        loader_images_per_second=loader_rate(bench.run, max(20 if setting.on_gpu else 3, 256 // bench.batch)),
         copy_gigabytes_per_second=machine.copy_gigabytes_per_second,
         host_to_device_gigabytes_per_second=machine.host_to_device_gigabytes_per_second,
         teraflops=machine.teraflops,

@@ -161,7 +161,7 @@ def test_unknown_options_unreadable_values_and_wrong_ones_are_reported_together(
 )
 def test_an_option_is_found_by_the_initials_or_the_last_part_of_its_name(given: str, meant: str):
     """`--optim.lr` used to be taken for `--optim.name`, `--lr` for `--val`."""
-    with pytest.raises(RequestError, match=f" {given}: unknown option, did you mean {meant}[?]$"):
+    with pytest.raises(RequestError, match=f"{given}: unknown option, did you mean {meant}[?]$"):
         parse([f"{given}=3"], LOSSES)
     assert "did you mean 'learning_rate'?" in problems({"optim.lr": 0.1})
 

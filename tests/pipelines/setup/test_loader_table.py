@@ -15,7 +15,7 @@ def test_every_loader_that_a_recipe_may_name_is_in_the_table():
 
 
 def test_dali_is_refused_where_it_is_not_installed_and_its_extras_are_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "nvidia", None)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(RequestError, match=r"dali-cuda120 \(CUDA 12\) or dali-cuda130 \(CUDA 13\)"):
         loader_name("dali")
     assert loader_name("auto") == "reference"

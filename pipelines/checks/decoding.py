@@ -54,6 +54,7 @@ def decoding(place: Place) -> Iterator[Finding]:
         yield skipped("decoding on a GPU", "there is none" if not place.pretend else "a CPU stands in for it")
         return
     chosen = choose_decoding("auto", index, place.device, threads(), TRIAL_SECONDS)
+    place.decode.write_text(chosen.mode)
     yield judged("data.decode: auto", not chosen.warning, chosen.warning or f"takes {chosen.mode}", "", "WARN")
     rate = next((t.images_per_second for t in chosen.trials if t.mode == chosen.mode and t.images_per_second), 0.0)
     remedy = "the step will wait for data on a fast GPU: more cores, or smaller images in the shards"

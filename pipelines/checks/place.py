@@ -55,6 +55,11 @@ class Place:
         """Images of a step in the checks that time nothing."""
         return 32 if self.on_gpu else 8
 
+    @property
+    def decode(self) -> Path:
+        """The file that names the mode of decoding which was proved here: not every run after it needs a proof of its own."""
+        return Path(self.scratch) / "decode.txt"
+
     def options(self, recipe: str = "") -> list[str]:
         """Options of `pipelines/imagenet.py` for a run here, by the recipe of this name under `recipes/`, with a random teacher
         that nobody evaluates."""
@@ -63,6 +68,7 @@ class Place:
             *("--train", self.train, "--val", self.val, "--data.prepare", "none"),
             *("--teacher.weights", "random", "--teacher.evaluate", "false", "--teacher.expected_top1", "null"),
             *("--train.global_batch_size", str(self.batch), "--report.trackers", "[]"),
+            *("--data.decode", self.decode.read_text() if self.decode.is_file() else "auto"),
         ]
 
     def environment(self) -> dict[str, str]:

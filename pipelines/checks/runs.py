@@ -142,6 +142,7 @@ def evaluation(place: Place) -> Iterator[Finding]:
         path = Path(place.scratch) / f"evaluation-{loader}.json"
         command = [sys.executable, str(ROOT / "pipelines" / "evaluate.py"), "--model", name, "--val", place.val]
         command += ["--weights", str(random_weights(place, name)), "--loader", loader, "--json", str(path)]
+        command += ["--decode", place.decode.read_text()] if place.decode.is_file() else []
         done = run(place, command)
         if done[0]:
             yield Finding("FAIL", f"evaluation, {loader}", f"exit code {done[0]}: {done.last_line}")

@@ -181,6 +181,7 @@ def advised(place: Place, batch: int, advice: str) -> Iterator[Finding]:
         yield Finding("FAIL", "advice", "names no micro-batch that would fit", "report it")
         return
     stage = Stage(place, "--train.global_batch_size", str(batch // int(found[1])))  # one micro-batch of that step
+    torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE)
     try:
         stage.step()
         torch.cuda.synchronize()
@@ -190,4 +191,6 @@ def advised(place: Place, batch: int, advice: str) -> Iterator[Finding]:
         )
     else:
         yield passed("advice", f"--train.accumulate {found[1]} fits")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     stage.close()

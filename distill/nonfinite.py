@@ -116,8 +116,7 @@ class Guard:
             self._optimizer.step()
         finally:
             del inner.found_inf
-        for tensor, before_it in zip(self._statistics, self._before, strict=True):
-            tensor.copy_(torch.where(poisoned.bool(), before_it, tensor))
+        _choose(self._statistics, self._before, poisoned.bool())
         before = self.settle()
         self._pending = _Pending(suspect, *_on_its_way_to_the_host(poisoned))
         return before
@@ -139,6 +138,15 @@ class Guard:
         while copied is not None and not copied.query():
             self._waiting()
             time.sleep(POLL_SECONDS)
+
+
+def _choose(tensors: list[Tensor], others: list[Tensor], others_wanted: Tensor) -> None:
+    """Puts `others` into `tensors` where a bool on the device says so; a few kernels for all of one type, not some for each."""
+    for dtype in {tensor.dtype for tensor in tensors}:
+        kept = [(a, b) for a, b in zip(tensors, others, strict=True) if a.dtype == dtype]
+        flat, flat_others = (torch.cat([tensor.flatten() for tensor in side]) for side in zip(*kept, strict=True))
+        chosen = torch.where(others_wanted, flat_others, flat).split([a.numel() for a, _ in kept])
+        torch._foreach_copy_([a for a, _ in kept], [c.view_as(a) for c, (a, _) in zip(chosen, kept, strict=True)])
 
 
 def _on_its_way_to_the_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

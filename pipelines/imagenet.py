@@ -35,7 +35,7 @@ from distill.models.export import export_student
 from distill.recipe import Recipe
 from distill.report import say
 from distill.run import Run, restore
-from distill.watchdog import Watchdog
+from distill.watchdog import PeerLostError, Watchdog
 from pipelines.setup.arguments import Request, parse
 from pipelines.setup.build import build, build_settings, rehearse
 from pipelines.setup.data import Splits, build_splits, check_mixing, decoding_facts, eval_spec
@@ -98,13 +98,21 @@ def finish(recipe: Recipe, run: Run, models: Models, summary: dict[str, Any], cl
 @contextmanager
 def closed(run: Run, watchdog: Watchdog) -> Iterator[None]:
     """Closes the run's writer and loaders however it ends: a checkpoint is written to its end, and what a pipeline still has in
-    flight on a device is over before the interpreter is."""
+    flight on a device is over before the interpreter is.
+
+    Where a process is lost the loaders are left as they are: the device may wait for that process without an end, and freeing
+    memory waits for the device. `exit_with` ends this process without any of it.
+    """
+    lost = False
     try:
         yield
+    except PeerLostError:
+        lost = True
+        raise
     finally:
         watchdog.progress(run.counters.step, "ending")
-        run.train_loader.close()
-        run.eval_loader.close()
+        for loader in () if lost else (run.train_loader, run.eval_loader):
+            loader.close()
         run.checkpoints.close()
 
 

@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from distill.data.batch_plan import TrainPlan, whole_windows
 from distill.data.dali_graph import IN_FLIGHT, DecodeMode, HostBatch, build_pipeline, feed
 from distill.data.pixels import decode
 from distill.data.stream import Position
+from distill.parent import end_with_parent
 
 ROUNDS, SECONDS = 20, 3.0
 """Batches against the clock, and the time after which no more are begun: images of 12 megapixels take seconds a batch."""
@@ -118,6 +120,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--threads", type=int, required=True)
     asked = parser.parse_args(argv)
+    end_with_parent(signal.SIGKILL)  # it has a session of its own, so what ends its parent would not end it
     print(json.dumps(measure(load_images(asked.images), asked.mode, asked.device, asked.threads)), flush=True)
 
 

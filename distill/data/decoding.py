@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,15 +113,15 @@ def try_decode(
     return result_of(mode, code, out, err, seconds)
 
 
-def run_child(command: Sequence[str], seconds: float) -> tuple[int, str, str]:
+def run_child(command: Sequence[str], seconds: float, environment: Mapping[str, str] = os.environ) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command that can import this package; SIGKILL ends it, and all that it started, after
     `seconds`."""
     root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    path = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         # files, not pipes: a child that the driver keeps from dying would keep pipes open too
-        environment = {**os.environ, "PYTHONPATH": path}
-        child = subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
+        shown = {**environment, "PYTHONPATH": path}
+        child = subprocess.Popen(command, stdout=out, stderr=err, env=shown, start_new_session=True)
         try:
             code = child.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 
 import torch
@@ -10,11 +11,14 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import distributed
 
+from distill.parent import end_with_parent
+
 BYTES, TURNS = 64 * 2**20, 10
 
 
 def main() -> None:
     """Sums 64 MiB and one number over all processes, ten times each."""
+    end_with_parent(signal.SIGKILL)  # torchrun's workers have sessions of their own
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     device, world = state.device, state.num_processes
     if not distributed.is_initialized():  # one process: Accelerate makes no group

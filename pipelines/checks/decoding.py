@@ -37,7 +37,7 @@ def decoding(place: Place) -> Iterator[Finding]:
     if not dali_available():
         yield skipped("decoding", NO_DALI)
         return
-    index = ShardIndex.open(place.train)
+    index = ShardIndex.open(place.read)
     images = proof_images(index)
     modes: tuple[DecodeMode, ...] = get_args(DecodeMode) if place.on_gpu else ("window",)
     for mode in modes:

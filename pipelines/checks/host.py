@@ -48,7 +48,7 @@ def host(place: Place) -> Iterator[Finding]:
     available = meminfo("MemAvailable") / 2**20
     yield at_least("memory available", available, MEMORY_GIB, "GiB", "close other programs", digits=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    shards = len(ShardIndex.open(place.train).shards)
+    shards = len(ShardIndex.open(place.read).shards)
     text = f"{soft:,} (hard limit {hard:,}), {shards:,} shards"
     remedy = "ulimit -n: shards above a quarter of it are opened anew for every image"
     yield judged("open files", hard < 0 or shards <= max(soft // 4, hard - soft), text, remedy, "WARN")
@@ -78,14 +78,14 @@ def storage(place: Place) -> Iterator[Finding]:
     rate = write_rate(out)
     remedy = "checkpoints will stall the run; choose a faster disk for --out"
     yield at_least("writing a checkpoint", rate, LEAST_WRITE, "MB/s", remedy)
-    index = ShardIndex.open(place.train)
+    index = ShardIndex.open(place.read)
     megabytes, images, bad = read_rate(index)
     remedy = "stage the shards on a local disk, or say --data.shuffle_block"
     if sum(shard.bytes for shard in index.shards) < JUDGED_MB * 1e6:
-        yield skipped("reading shards at random", f"the shards have less than {JUDGED_MB} MB; give --train and --val")
+        yield skipped("reading shards at random", f"the shards have less than {JUDGED_MB} MB; give --shards")
     else:
         yield at_least("reading shards at random", megabytes, LEAST_READ, "MB/s", remedy)
-    yield judged("samples", not bad, f"{images:,} read, {bad} bad", f"python shards/prepare.py verify {place.train} --full")
+    yield judged("samples", not bad, f"{images:,} read, {bad} bad", f"python shards/prepare.py verify {place.read} --full")
     name = "DALI" if dali_available() else "PIL"
     text = f"{decode_rate(index):,.0f} images/s on {threads()} threads ({index.num_samples:,} images; {name})"
     yield passed("decoding on the CPU", text)

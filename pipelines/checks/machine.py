@@ -1,22 +1,18 @@
-"""Checks of the installation: versions, GPUs, precision, the launcher's file, and what the processes send each other."""
+"""Checks of the machine: GPUs, precision, the launcher's file, and what the processes send each other."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 
 import torch
 import yaml
-from packaging.requirements import Requirement
 
-from distill.data.decoding import library_versions
 from pipelines.checks.finding import Finding, at_least, judged, passed, skipped
-from pipelines.checks.place import ROOT, Place
+from pipelines.checks.place import Place
 from pipelines.setup.machine import CONFIG, why_no_gpu
 from pipelines.setup.switches import switches
 
@@ -25,51 +21,14 @@ LEAST_ALL_REDUCE = 20.0
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
-def installed(name: str) -> str | None:
-    """The version of an installed package; None where it is not there."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def versions(place: Place) -> Iterator[Finding]:
-    """Python's, every package's against pyproject.toml, and those of what decodes."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [Requirement(text) for text in [*project["dependencies"], *project["optional-dependencies"]["train"]]]
-    yield passed("python", f"{sys.version.split()[0]}, {sys.executable}")
-    found = {each.name: installed(each.name) for each in asked}
-    wrong = [each for each in asked if (version := found[each.name]) is None or not each.specifier.contains(version, True)]
-    for each in wrong:
-        text = f"{found[each.name] or 'not installed'}, and pyproject.toml asks for {each.specifier or 'any'}"
-        yield Finding("FAIL", each.name, text, f"pip install '{each}'")
-    others = ", ".join(f"{each.name} {found[each.name]}" for each in asked if each not in wrong)
-    yield passed("packages", f"{others}")
-    yield from dali_versions()
-
-
-def dali_versions() -> Iterator[Finding]:
-    """DALI, and that only one of its two builds is installed."""
-    builds = [name for name in ("nvidia-dali-cuda120", "nvidia-dali-cuda130") if installed(name)]
-    if len(builds) > 1:
-        remedy = "pip uninstall both, then install the one of this driver's CUDA"
-        yield Finding("FAIL", "DALI", f"{' and '.join(builds)} are installed over each other", remedy)
-        return
-    known = library_versions()
-    if not known:
-        remedy = "pip install '.[train,dali-cuda130]' (or dali-cuda120 for drivers of CUDA 12); without it PIL decodes"
-        yield Finding("WARN", "DALI", "not installed", remedy)
-        return
-    yield passed("DALI", ", ".join(f"{name} {version}" for name, version in known.items()))
-
-
 def gpus(place: Place) -> Iterator[Finding]:
     """Every GPU, whether a kernel runs on it, and the switches that decide what float32 means."""
     if not torch.cuda.is_available():
         yield skipped("GPUs", why_no_gpu())
     else:
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        yield passed("CUDA", f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, NCCL {nccl}, driver {driver()}")
+        built = f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, NCCL {nccl}"
+        yield passed("CUDA", f"{built}, driver {nvidia_smi('driver_version') or 'unknown'}")
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
@@ -78,6 +37,9 @@ def gpus(place: Place) -> Iterator[Finding]:
             f"{facts.name}, compute capability {facts.major}.{facts.minor}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         )
         yield judged(f"GPU {number}", right, text, "a product on it is wrong: have the GPU examined")
+        mode = nvidia_smi("compute_mode", number)
+        remedy = "a second process cannot use it, so --data.decode must be named: whole (auto proves in a second process)"
+        yield judged(f"GPU {number} is shared", "Exclusive" not in mode, f"compute mode {mode or 'unknown'}", remedy, "WARN")
         remedy = "something else runs on it: see nvidia-smi"
         yield judged(f"GPU {number} is free", free > 0.9 * total, f"{free / total:.0%} of its memory", remedy, "WARN")
     override = os.environ.get("NVIDIA_TF32_OVERRIDE")
@@ -86,13 +48,13 @@ def gpus(place: Place) -> Iterator[Finding]:
     yield passed("switches before a run", json.dumps(switches()))
 
 
-def driver() -> str:
-    """The NVIDIA driver's version, as its own tool says."""
+def nvidia_smi(name: str, gpu: int = 0) -> str:
+    """What NVIDIA's own tool says of a GPU; empty where it does not answer."""
     try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split("\n")[0].strip()
+        command = ["nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader", f"--id={gpu}"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown (nvidia-smi does not answer)"
+        return ""
 
 
 def launcher(place: Place) -> Iterator[Finding]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,17 +29,36 @@ STAND_IN = "digits/distilled.yaml"
 class Place:
     """The place of one examination; plain values, for every section gets it in a process of its own."""
 
-    train: str
-    """Folder of training shards."""
-    val: str
+    folder: str
+    """Folder for what the checks make and write; it is thrown away."""
     out: str
     """Folder on whose disk runs will lie."""
-    scratch: str
-    """Folder for what the checks write; it is thrown away."""
+    shards: str = ""
+    """Folder of the user's training shards, which are read and decoded; empty: made ones are."""
     pretend: bool = False
     """Whether the sections that need a GPU are walked on a CPU, with a small pair."""
-    made: bool = True
-    """Whether the shards were made for the examination."""
+    until: float = math.inf
+    """Time of `time.monotonic`, the same for all processes, at which the examination is to be over."""
+
+    @property
+    def train(self) -> str:
+        """Made training shards, which the checks' own runs read."""
+        return str(Path(self.folder) / "made" / "train")
+
+    @property
+    def val(self) -> str:
+        """Made validation shards."""
+        return str(Path(self.folder) / "made" / "val")
+
+    @property
+    def read(self) -> str:
+        """The shards that are read and decoded."""
+        return self.shards or self.train
+
+    @property
+    def left(self) -> float:
+        """Seconds until the examination is to be over."""
+        return self.until - time.monotonic()
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +79,7 @@ class Place:
     @property
     def decode(self) -> Path:
         """The file that names the mode of decoding which was proved here: not every run after it needs a proof of its own."""
-        return Path(self.scratch) / "decode.txt"
+        return Path(self.folder) / "decode.txt"
 
     def options(self, recipe: str = "") -> list[str]:
         """Options of `pipelines/imagenet.py` for a run here, by the recipe of this name under `recipes/`, with a random teacher
@@ -80,7 +101,7 @@ class Place:
 
 def make_pictures(count: int, width: int, height: int) -> list[bytes]:
     """JPEG files with halved chroma, as photographs have: pieces of the two photographs that scikit-learn brings."""
-    from sklearn.datasets import load_sample_images
+    from sklearn.datasets import load_sample_images  # what needs no pictures is examined without it
 
     photographs = [Image.fromarray(each) for each in load_sample_images().images]
     numbers, pictures = np.random.default_rng(0), []
@@ -96,12 +117,12 @@ def make_pictures(count: int, width: int, height: int) -> list[bytes]:
     return pictures
 
 
-def make_shards(folder: Path, large: bool) -> None:
-    """Shards `folder/train` and `folder/val` of made pictures, by the preparing command: 2,048 of 500 x 375 pixels where
-    `large`, else 64 of 64 x 48."""
+def make_shards(folder: Path, large: bool, copies: int) -> None:
+    """Shards `folder/train` and `folder/val` of made pictures, by the preparing command: 256 of 500 x 375 pixels where `large`,
+    else 64 of 64 x 48; those of training `copies` times. Raises RuntimeError where they cannot be made."""
     pictures = make_pictures(DISTINCT, 500, 375) if large else make_pictures(64, 64, 48)
-    for split, copies in (("train", 8 if large else 1), ("val", 1)):
-        for copy in range(copies):
+    for split, times in (("train", copies), ("val", 1)):
+        for copy in range(times):
             for number, picture in enumerate(pictures):
                 path = folder / "pictures" / split / f"class{number % CLASSES}" / f"{number:03d}-{copy}.jpg"
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,8 @@ LEAST_SPEED = 6_000.0
 MOST_BESIDE = 1.08
 """Step without its wait for data over the models alone, for the papers' first pair with one loss."""
 EVALUATED = "resnet18"
+LEDGER_SECONDS = 40.0
+"""Time that one measurement may take; it is not begun where less is left."""
 
 
 class Done(tuple[int, str, str]):
@@ -75,7 +77,7 @@ def resumed(place: Place, name: str, *more: str, exact: bool) -> Iterator[Findin
     """One pair of such runs; `exact`: their weights must be equal."""
     options = [*place.options(), "--train.epochs", "1000", "--train.max_steps", str(RESUMED_STEPS), "--report.log_every", "1"]
     options += ["--train.evaluate_every", "1000", *(["--train.mixed_precision", "bf16"] if place.on_gpu else []), *more]
-    folders = [Path(place.scratch) / f"{name.split()[0]}-{kind}" for kind in ("straight", "stopped")]
+    folders = [Path(place.folder) / f"{name.split()[0]}-{kind}" for kind in ("straight", "stopped")]
     commands = [[sys.executable, TRAIN, *options, "--out", str(folder)] for folder in folders]
     straight = run(place, commands[0])
     if straight[0]:
@@ -105,7 +107,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 def stopped(place: Place, command: list[str], folder: Path) -> int:
     """The exit code of a run that gets SIGTERM after some steps."""
-    with (Path(place.scratch) / "stopped.log").open("w") as log:
+    with (Path(place.folder) / "stopped.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=place.environment(), cwd=ROOT)
         while process.poll() is None and len(logged(folder)) < STOP_AFTER:
             time.sleep(0.05)
@@ -116,7 +118,7 @@ def stopped(place: Place, command: list[str], folder: Path) -> int:
 def launchers(place: Place) -> Iterator[Finding]:
     """Launches that do not fit the machine: one line and exit code 2 are wanted, and the one that fits trains."""
     few = ["--train.epochs", "1000", "--train.max_steps", "2", "--train.evaluate_every", "1000"]
-    request = [TRAIN, *place.options(), *few, "--out", str(Path(place.scratch) / "launched")]
+    request = [TRAIN, *place.options(), *few, "--out", str(Path(place.folder) / "launched")]
     gpus = torch.cuda.device_count() if place.on_gpu else 0
     several = [*LAUNCH, str(gpus + 1 if gpus else 2)]
     cases: dict[str, dict[str, str]] = {"more processes than GPUs": {}} if gpus else {}
@@ -129,6 +131,7 @@ def launchers(place: Place) -> Iterator[Finding]:
         codes = set(re.findall(r"exitcode\s*:\s*(-?\d+)", done[2]))  # -15: torchrun ends the others once one has ended
         text = told[0] if told else done.last_line
         yield judged(name, len(told) == 1 and "2" in codes <= {"2", "-15"}, text[:300], "report it")
+    request += ["--train.global_batch_size", str(8 * (gpus or 2))]  # whatever their number, it divides
     fitting = [*LAUNCH, str(gpus or 2), *request] if gpus > 1 or not place.on_gpu else [sys.executable, *request]
     done = run(place, fitting)
     yield judged("the launch that fits", not done[0], f"exit code {done[0]}" + (f": {done.last_line}" if done[0] else ""))
@@ -139,7 +142,7 @@ def evaluation(place: Place) -> Iterator[Finding]:
     found = {}
     name = EVALUATED if place.on_gpu else "cifar_resnet8"
     for loader in ("auto", "reference"):
-        path = Path(place.scratch) / f"evaluation-{loader}.json"
+        path = Path(place.folder) / f"evaluation-{loader}.json"
         command = [sys.executable, str(ROOT / "pipelines" / "evaluate.py"), "--model", name, "--val", place.val]
         command += ["--weights", str(random_weights(place, name)), "--loader", loader, "--json", str(path)]
         command += ["--decode", place.decode.read_text()] if place.decode.is_file() else []
@@ -162,7 +165,7 @@ def random_weights(place: Place, name: str) -> Path:
 
     import distill.models  # noqa: F401  registers the CIFAR networks
 
-    path = Path(place.scratch) / f"{name}.safetensors"
+    path = Path(place.folder) / f"{name}.safetensors"
     if not path.is_file():
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=ShardIndex.open(place.val).num_classes)
@@ -176,12 +179,15 @@ def speed(place: Place) -> Iterator[Finding]:
     if not place.on_gpu:
         settings = [{"name": "the stand-in's step", "recipe": "", "options": ["--data", "shards"]}]
     for number, setting in enumerate(settings):
+        if place.left < LEDGER_SECONDS:
+            yield skipped(setting["name"], "no time was left; --only speed measures it")
+            continue
         yield from ledger(place, **setting, limited=number == 0 and place.on_gpu)
 
 
 def ledger(place: Place, name: str, recipe: str, options: list[str], limited: bool) -> Iterator[Finding]:
     """The figures of `pipelines/benchmark.py` for one setting, compared with limits where it is `limited`."""
-    path = Path(place.scratch) / "ledger.json"
+    path = Path(place.folder) / "ledger.json"
     path.unlink(missing_ok=True)
     shared = place.options(recipe)
     if place.on_gpu:

@@ -3,7 +3,6 @@ heavy: it comes before the imports."""
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -12,14 +11,13 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from distill.parent import end_with_parent
+
 STARTED_BY_US = "DISTILL_STARTED"
 """Variable that a command of this project sets for the runs it starts."""
 
 UNDER_A_LAUNCHER = {"LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", STARTED_BY_US}
 """Variables that torchrun, `accelerate launch` and our own commands set for the processes they start."""
-
-PR_SET_PDEATHSIG = 1
-"""Constant of <sys/prctl.h>: a signal for this process when its parent dies."""
 
 
 def end_with_launcher() -> None:
@@ -28,12 +26,8 @@ def end_with_launcher() -> None:
 
     Does nothing for a process that nobody launched: a shell that somebody logs out of is no launcher.
     """
-    if sys.platform != "linux" or not UNDER_A_LAUNCHER & os.environ.keys():
-        return
-    launcher = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != launcher:  # it died in between, and nothing will be sent
-        sys.exit(1)
+    if UNDER_A_LAUNCHER & os.environ.keys():
+        end_with_parent(signal.SIGTERM)
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:

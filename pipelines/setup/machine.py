@@ -39,10 +39,12 @@ def check_processes(local: int, world: int, gpus: int) -> None:
     if world == 1 or 0 < local <= gpus:
         return
     command = shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    machines = max(1, world // max(1, local))
     if gpus:
+        several = f"--num_machines {machines} --machine_rank N --main_process_ip HOST " if machines > 1 else ""
         raise RecipeError(
             f"{local} processes were started on a machine with {gpus} usable GPU{'s' * (gpus > 1)}; each needs one of its own:"
-            f" accelerate launch --config_file {os.path.relpath(CONFIG)} --num_processes {gpus * (world // local)} {command}"
+            f" accelerate launch --config_file {os.path.relpath(CONFIG)} {several}--num_processes {gpus * machines} {command}"
         )
     raise RecipeError(
         f"{world} processes were started, and {why_no_gpu()}: each would run alone on the CPU. One process: python {command}"

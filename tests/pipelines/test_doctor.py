@@ -1,7 +1,7 @@
 """The examination of a machine: every section is walked, and whatever ends a section is a finding."""
 
-import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,9 @@ from pipelines.doctor import examined, main
 def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What the whole examination finds here, with a CPU and a small pair in the GPU's place."""
     folder = tmp_path_factory.mktemp("doctor")
-    code = main(["--full", "--pretend", "--out", str(folder / "runs"), "--json", str(folder / "doctor.json")])
+    code = main(
+        ["--full", "--pretend", "--minutes", "30", "--out", str(folder / "runs"), "--json", str(folder / "doctor.json")]
+    )
     found = json.loads((folder / "doctor.json").read_text())["findings"]
     assert not [each for each in found if each["status"] == "FAIL"]
     assert code == 0
@@ -42,33 +44,34 @@ def test_a_warning_says_what_to_do(findings: list[dict]):
     assert all(each["remedy"] for each in findings if each["status"] == "WARN")
 
 
-def place(folder: Path, **other: object) -> Path:
-    path = folder / "place.json"
-    here = Place(str(folder / "train"), str(folder / "val"), str(folder), str(folder))
-    path.write_text(json.dumps(dataclasses.asdict(here) | other))
-    return path
-
-
 def test_a_section_that_raises_is_a_finding(tmp_path: Path):
-    [found] = examined("storage", SECTIONS["storage"], place(tmp_path, out="/proc/nowhere"))
+    [found] = examined("storage", SECTIONS["storage"], Place(str(tmp_path), "/proc/nowhere"))
     assert found.status == "FAIL"
     assert "FileNotFoundError" in found.text
 
 
 def test_a_section_that_does_not_end_is_a_finding(tmp_path: Path):
-    [found] = examined("storage", SECTIONS["storage"]._replace(seconds=0.2), place(tmp_path))
+    [found] = examined("storage", SECTIONS["storage"]._replace(seconds=0.2), Place(str(tmp_path), str(tmp_path)))
     assert found.status == "FAIL"
     assert "not done within 0 s" in found.text
+
+
+def test_what_there_is_no_time_for_is_said(tmp_path: Path):
+    [found] = examined("storage", SECTIONS["storage"], Place(str(tmp_path), str(tmp_path), until=time.monotonic()))
+    assert (found.status, found.text) == ("SKIP", "no time was left; --only storage makes it alone")
 
 
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--train", "a"], "error: --train and --val: one without the other; give both, or none for made pictures"),
+        (["--pretend"], "error: --pretend: belongs to --full or --only"),
+        (["--only", ""], "error: --only: nothing: no such section; there are versions, gpus,"),
+        (["--minutes", "0"], "error: --minutes: "),
+        (["--json", "."], "error: --json: . cannot be a file there"),
         (["--only", "gpu"], "error: --only: gpu: no such section; there are versions, gpus,"),
         (["--ful"], "error: --ful: unknown option, did you mean --full?"),
         (["--json", "no/folder/x.json"], "error: --json: "),
-        (["--train", "nowhere", "--val", "nowhere"], "error: nowhere"),
+        (["--shards", "nowhere"], "error: nowhere"),
     ],
 )
 def test_a_wrong_request_is_one_line(argv: list[str], line: str, capsys: pytest.CaptureFixture[str]):
@@ -82,7 +85,7 @@ LEDGERS = yaml.safe_load((Path(runs.__file__).parent / "ledgers.yaml").read_text
 
 @pytest.mark.parametrize("setting", LEDGERS, ids=lambda setting: setting["name"])
 def test_what_a_gpu_is_asked_to_measure_can_be_asked(setting: dict):
-    asked = arguments([*Place("t", "v", "o", "s").options(setting["recipe"]), *setting["options"]])
+    asked = arguments([*Place("f", "o").options(setting["recipe"]), *setting["options"]])
     assert asked.data in ("memory", "shards")
     assert asked.recipe.teacher.weights == "random"
 

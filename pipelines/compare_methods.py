@@ -14,39 +14,28 @@ exit codes: 0 done, 1 some run failed, 2 the request was wrong, 75 stopped on re
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
-import yaml
-
-from distill.agreement import Control, Interrupted
+from distill.agreement import Control
 from distill.command_line import Parser, command
 from distill.config import RecipeError, as_dict, load_recipe, parse_yaml
 from distill.files import write_atomically
 from distill.losses import LOSSES
 from distill.recipe import Recipe
 from pipelines.setup.arguments import add_import_option, parse
-from pipelines.setup.launcher import STARTED_BY_US
-from pipelines.setup.run_folder import MANIFEST
+from pipelines.setup.child_run import REFUSED, add_launch_option, ended_badly, made, summary_of, train_command
 from pipelines.setup.teacher import losses_without_teacher, teacher_recipe
 
 ROWS = Path(__file__).parent / "methods.yaml"
-TRAIN = Path(__file__).parent / "imagenet.py"
 ALONE = "alone"
 """The row of the student alone."""
-REFUSED = 2
-"""Exit code of a request that was wrong."""
 TOLD_APART = 2.0
 """Standard errors of the mean difference from which on two methods are called different."""
 
@@ -72,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, from the recipe's seed on (default 3)")
     parser.add_argument("--methods", default="", metavar="A,B", help="only these rows (default: all)")
     parser.add_argument("--rows", type=Path, default=ROWS, metavar="FILE", help="losses of each method")
-    parser.add_argument("--launch", default=sys.executable, metavar="WORDS", help='such as "accelerate launch"')
+    add_launch_option(parser)
     add_import_option(parser)
     own, rest = parser.parse_known_args(argv)
     chosen = [option for option in rest if option.startswith("--loss.")]
@@ -85,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     if base.teacher.name == "none":
         raise RecipeError("teacher.name is 'none'; name the teacher of all methods with --teacher")
     rows = chosen_rows(own.rows, own.methods)
-    return compare(base, rows, own.seeds, [*shlex.split(own.launch), str(TRAIN), *imports])
+    return compare(base, rows, own.seeds, train_command(own.launch, own.imports))
 
 
 def chosen_rows(path: Path, names: str) -> dict[str, dict[str, Any]]:
@@ -139,7 +128,7 @@ def compare(base: Recipe, rows: Mapping[str, dict[str, Any]], seeds: int, train:
             )
             print(f"{name}: {found[name].problem}", flush=True)
         else:
-            found[name].summaries[seed] = json.loads((Path(recipe.out) / "summary.json").read_text())
+            found[name].summaries[seed] = summary_of(recipe)
             print(f"{name} seed {seed}: top-1 {found[name].summaries[seed]['top1']:.2f}", flush=True)
         write_atomically(out / "methods.md", report(list(found.values())))
     print("\n" + report(list(found.values())))
@@ -154,72 +143,11 @@ def with_teacher(base: Recipe, train: Sequence[str], control: Control) -> Recipe
     code, said = made(recipe, train, control)
     if code:
         raise ended_badly("the teacher", code, said)
-    summary = json.loads((Path(recipe.out) / "summary.json").read_text())
+    summary = summary_of(recipe)
     print(f"teacher {base.teacher.name}: top-1 {summary['top1']:.2f}", flush=True)
     weights = str(Path(recipe.out) / "student")
     # it has just been measured
     return dataclasses.replace(base, teacher=dataclasses.replace(base.teacher, weights=weights, evaluate=False))
-
-
-def ended_badly(run: str, code: int, said: str) -> Exception:
-    """What to raise for a run without which there is nothing to compare: it was refused, or it failed."""
-    return RecipeError(f"{run}: {said}") if code == REFUSED else RuntimeError(f"{run} failed with exit code {code}: {said}")
-
-
-def made(recipe: Recipe, train: Sequence[str], control: Control) -> tuple[int, str]:
-    """Exit code of the run of a recipe, which is not made again where it is finished, and what is wrong, if anything is.
-
-    Its recipe and its log are beside the run's folder. Raises Interrupted where this process is asked to stop.
-    """
-    folder = Path(recipe.out)
-    if finished(folder, recipe):
-        return 0, ""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    file, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
-    write_atomically(file, yaml.safe_dump(as_dict(recipe), sort_keys=False))
-    code = ended([*train, "--recipe", str(file), "--resume"], log, control)
-    if control.received:
-        raise Interrupted(f"stopped in {folder}; the same command goes on")
-    return explained(code, log) if code else (0, "")
-
-
-def explained(code: int, log: Path) -> tuple[int, str]:
-    """A failed run's exit code and what it says is wrong: its refusal, or the last line of its log.
-
-    Some launchers turn every exit code into 1, so what the run said decides whether it was refused.
-    """
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
-    if not starts:
-        return code, lines[-1] if lines else "nothing in the log"
-    said = takewhile(lambda line: not line.startswith("Traceback"), lines[starts[-1] :])
-    return REFUSED, " ".join(said)[len("error: ") :]
-
-
-def finished(folder: Path, recipe: Recipe) -> bool:
-    """Whether the folder holds a whole run of this very recipe; of another one, the run itself will refuse."""
-    manifest, summary = folder / MANIFEST, folder / "summary.json"
-    return summary.is_file() and manifest.is_file() and json.loads(manifest.read_text())["recipe"] == as_dict(recipe)
-
-
-def ended(words: Sequence[str], log: Path, control: Control) -> int:
-    """Exit code of a process that writes to `log`. A request to stop is passed on to it, once, and its end waited for."""
-    with log.open("wb") as stream:
-        # a session of its own: Ctrl-C reaches this process only, and the run gets the signal at which it saves
-        process = subprocess.Popen(
-            words, stdout=stream, stderr=stream, env={**os.environ, STARTED_BY_US: "1"}, start_new_session=True
-        )
-        told = False
-        while True:
-            try:
-                return process.wait(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                pass
-            except KeyboardInterrupt:
-                control.received = True
-            if control.received and not told:
-                process.terminate()
-                told = True
 
 
 def report(rows: Sequence[Row]) -> str:

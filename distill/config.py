@@ -10,6 +10,7 @@ import json
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +129,12 @@ def _validate(adapter: TypeAdapter, data: Any, prefix: str, names_at: typing.Cal
         return None, _explain(error.errors(), prefix, names_at)
 
 
+@cache
+def _recipe_adapter() -> TypeAdapter:
+    # 80 ms to make, and commands of several runs load many recipes
+    return TypeAdapter(Recipe)
+
+
 def _recipe_names(path: Sequence[Any]) -> list[str]:
     found = _at(Recipe, path)
     return [f.name for f in dataclasses.fields(found)] if dataclasses.is_dataclass(found) else []
@@ -207,7 +214,7 @@ def load_recipe(
             raise RecipeError(f"{path}: holds a {type(data).__name__}; a recipe is a mapping of sections")
     for key, value in overrides.items():
         data = merge(data, key.split("."), value)
-    recipe, found = _validate(TypeAdapter(Recipe), data, "", _recipe_names)
+    recipe, found = _validate(_recipe_adapter(), data, "", _recipe_names)
     problems = [*others, *found]
     section = data.get("loss", Recipe().loss)
     if isinstance(section, dict):

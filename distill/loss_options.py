@@ -11,6 +11,7 @@ import json
 import re
 import typing
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
@@ -48,6 +49,7 @@ def option_adapter(name: str, options: dict[str, tuple[Any, Any]]) -> TypeAdapte
     return TypeAdapter(create_model(name, __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields))
 
 
+@cache
 def loss_adapter(loss: type) -> TypeAdapter:
     """What validates a loss's entry in a recipe: its own options and those of its term."""
     hints = typing.get_type_hints(TermSchedule, include_extras=True)

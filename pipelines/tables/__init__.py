@@ -1,0 +1,1 @@
+"""The papers' tables: their cells, the recipe of each, its runs, and the numbers side by side."""

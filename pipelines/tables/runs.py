@@ -1,0 +1,78 @@
+"""The runs behind the cells: made where they are missing, the teacher first; found where they are there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distill.agreement import Control
+from distill.config import RecipeError
+from pipelines.setup.child_run import REFUSED, ended_badly, made, summary_of
+from pipelines.setup.run_folder import MANIFEST
+from pipelines.tables.cells import Cell
+from pipelines.tables.settings import TEACHER, folder, is_measured_only, recipe_of, teacher_cell
+
+MEASURED = {"top1": "top1", "top5": "top5", "extra_parameters": "loss_parameters"}
+"""Metric of a cell -> its name in a run's summary. Milliseconds are no number of a run."""
+
+
+class Finished(NamedTuple):
+    """One finished run."""
+
+    summary: dict[str, Any]
+    manifest: dict[str, Any]
+
+
+def finished_runs(cell: Cell, out: Path) -> list[Finished]:
+    """The cell's finished runs, by seed; none for a cell that this project cannot train."""
+    try:
+        place = folder(cell, out)
+    except RecipeError:
+        return []
+    summaries = sorted(place.glob("seed*/summary.json"), key=lambda path: int(path.parent.name.removeprefix("seed")))
+    return [Finished(json.loads(p.read_text()), json.loads((p.parent / MANIFEST).read_text())) for p in summaries]
+
+
+def measured(cell: Cell, runs: Sequence[Finished]) -> list[float]:
+    """The cell's metric in each of its runs; empty where runs do not measure it."""
+    key = MEASURED.get(cell.metric)
+    if is_measured_only(cell):
+        key = "teacher_top1" if cell.metric == "top1" else None
+    return [float(run.summary[key]) for run in runs if key is not None and run.summary.get(key) is not None]
+
+
+def runs_of(cell: Cell, seeds: int) -> int:
+    """How many runs of a cell are wanted where methods get `seeds`: one of a teacher, which teaches in all of them."""
+    return 1 if cell.method == TEACHER else seeds
+
+
+def make(wanted: Sequence[Cell], seeds: int, out: Path, data: Path | None, train: Sequence[str], control: Control) -> int:
+    """Makes the missing runs of the cells; 1 where some run failed or was refused.
+
+    All cells get a seed before any gets the next one; a teacher has one run. RecipeError for a cell that this project cannot
+    train, before the first run, and for a teacher that is refused.
+    """
+    planned = [
+        (cell, recipe_of(cell, out, seed, data)) for seed in range(seeds) for cell in wanted if seed < runs_of(cell, seeds)
+    ]
+    failed, seen = False, set()
+    for cell, recipe in planned:
+        if recipe.out in seen:
+            continue
+        seen.add(recipe.out)
+        theirs = teacher_cell(cell)
+        if theirs is not None and (teacher := recipe_of(theirs, out, 0, data)).out not in seen:
+            seen.add(teacher.out)
+            code, said = made(teacher, train, control)
+            if code:
+                raise ended_badly(f"the teacher {cell.teacher}", code, said)
+            print(f"{teacher.out}: top-1 {summary_of(teacher)['top1']:.2f}", flush=True)
+        code, said = made(recipe, train, control)
+        if code:
+            failed = True
+            print(f"{recipe.out}: {'refused' if code == REFUSED else f'failed with exit code {code}'}: {said}", flush=True)
+        else:
+            print(f"{recipe.out}: top-1 {summary_of(recipe)['top1']:.2f}", flush=True)
+    return int(failed)

@@ -1,0 +1,133 @@
+"""Every cell of every table: a recipe that loads and whose networks and losses can be built, or a word on what is missing."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.config import RecipeError, load_recipe, parse_yaml, term_schedule
+from distill.losses import LOSSES
+from distill.models.build import ProbedModel
+from distill.models.describe import Uninitialised, create_outline, outlined, probed_with_noise
+from distill.protocols import DataFacts
+from distill.recipe import Recipe
+from pipelines.setup.models import build_criteria, student_of
+from pipelines.tables.cells import PUBLISHED, Cell, cells, doubts, named
+from pipelines.tables.settings import folder, recipe_of, setting_of, shown, teacher_cell
+
+OUT = Path("runs/published")
+CLASSES = {"cifar100": 100, "cub200": 200, "imagenet": 1000, "cifar10": 10, "cifar10_240": 10, "digits": 10}
+WITHOUT = {"ab", "cc", "fsp", "ft", "nst", "vid", "srrl", "mlkd", "lskd_mlkd", "kd_dot", "sdd_kd@terms=complementary"}
+"""Methods that this project does not have."""
+
+
+@cache
+def distinct() -> dict[str, tuple[Cell, Recipe]]:
+    """One cell of each recipe, by its folder, with the recipe."""
+    found: dict[str, tuple[Cell, Recipe]] = {}
+    for cell in cells():
+        if cell.method not in WITHOUT and (place := str(folder(cell, OUT))) not in found:
+            found[place] = cell, recipe_of(cell, OUT)
+    return found
+
+
+def test_every_row_of_the_csv_files_is_a_cell_of_its_own_name():
+    rows = [row for file in ("published.csv", "own.csv") for row in csv.DictReader((PUBLISHED / file).open(newline=""))]
+    assert len(cells()) == len(rows)
+    assert len({cell.name for cell in cells()}) == len(rows)
+
+
+def test_exactly_the_methods_that_this_project_lacks_have_no_recipe():
+    for cell in cells():
+        if cell.method in WITHOUT:
+            with pytest.raises(RecipeError, match=r"does not have|no switch"):
+                setting_of(cell)
+        else:
+            setting_of(cell)
+
+
+def test_the_networks_and_losses_of_every_cell_can_be_built():
+    assert len(distinct()) > 500
+    problems, seen = [], set()
+    with ExitStack() as stack, Uninitialised():
+        built: dict[tuple, ProbedModel] = {}
+
+        def network(name: str, classes: int, frozen: bool, **kwargs: object) -> ProbedModel:
+            key = (name, classes, frozen, str(kwargs))
+            if key not in built:
+                outline = create_outline(name, num_classes=classes, **kwargs)
+                built[key] = stack.enter_context(probed_with_noise(outline, name=name, frozen=frozen))
+            return built[key]
+
+        for cell, recipe in distinct().values():
+            classes = CLASSES[cell.dataset]
+            student, teacher = network(recipe.student.name, classes, False, **recipe.student.model_kwargs), None
+            if recipe.teacher.name != "none":
+                teacher = network(recipe.teacher.name, classes, True)
+            # a loss of the same options between the same networks is built once
+            keys = {
+                name: (name, str(term_schedule(entry)[1]), id(student), id(teacher), recipe.train.global_batch_size)
+                for name, entry in recipe.loss.items()
+            }
+            fresh = {name: entry for name, entry in recipe.loss.items() if keys[name] not in seen}
+            seen |= set(keys.values())
+            data = DataFacts(classes, torch.arange(classes), recipe.train.global_batch_size)
+            try:
+                for name, entry in fresh.items():
+                    student = student_of(name, term_schedule(entry)[1], student, teacher, outlined)
+                build_criteria(dataclasses.replace(recipe, loss=fresh), student, teacher, data)
+            except RecipeError as error:
+                problems.append(f"{cell.name}: {error}")
+    assert not problems, "\n".join(problems)
+
+
+def test_what_is_shown_can_be_saved_and_is_the_recipe_that_runs(tmp_path: Path):
+    for place, (cell, recipe) in list(distinct().items())[::40]:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(shown(cell, OUT, "reproduce.py"))
+        assert load_recipe(file, {}, LOSSES) == recipe, place
+
+
+def test_cells_of_one_folder_mean_one_recipe():
+    for cell in [cell for cell in cells() if cell.method not in WITHOUT][::9]:
+        known = distinct()[str(folder(cell, OUT))][1]
+        assert recipe_of(cell, OUT) == known, cell.name
+
+
+def test_a_student_of_a_light_kind_gets_the_lower_rate_and_its_teacher_does_not():
+    (cell,) = named("sdd/T2/cifar_resnet32x4/cifar_shufflenetv1/kd")
+    assert recipe_of(cell, OUT).optim.learning_rate == 0.01
+    theirs = teacher_cell(cell)
+    assert theirs is not None
+    assert recipe_of(theirs, OUT).optim.learning_rate == 0.05
+    assert recipe_of(cell, OUT).teacher.weights == str(folder(theirs, OUT) / "seed0" / "student")
+
+
+def test_a_cell_that_no_released_code_can_have_made_says_why():
+    (cell,) = named("sdd/T2/cifar_resnet32x4/cifar_shufflenetv1/wcord")
+    assert list(doubts(cell)) == ["not of released code: no code was ever released"]
+    assert "no code was ever released" in shown(cell, OUT, "reproduce.py")
+
+
+def test_what_no_source_gives_is_named_and_is_a_key_of_the_recipe():
+    for cell, recipe in distinct().values():
+        for key in setting_of(cell).unknown:
+            section, _, rest = key.partition(".")
+            assert section in ("train", "optim", "schedule", "loss"), f"{cell.name}: {key}"
+            if section == "loss":
+                loss, option = rest.split(".")
+                assert option in recipe.loss[loss], f"{cell.name}: {key}"
+
+
+def test_every_protocol_is_a_recipe_whose_header_says_its_source():
+    files = sorted((PUBLISHED / "protocols").glob("*.yaml"))
+    assert {cell.dataset for cell in cells()} <= {file.stem for file in files}
+    for file in files:
+        assert "# Source:" in file.read_text()
+        assert isinstance(parse_yaml(file.read_text()), dict)

@@ -1,0 +1,98 @@
+"""The papers' tables by real processes: one cell of digits from nothing to its line, interrupted and resumed once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.reproduce import main
+from pipelines.tables.cells import cells
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+CELL = "own/digits/cifar_resnet14/cifar_resnet8/kd"
+
+
+def started(digits: Path, out: Path) -> subprocess.Popen:
+    line = [sys.executable, str(ROOT / "pipelines" / "reproduce.py"), "--out", str(out), "run", CELL, "--data", str(digits)]
+    return subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_one_cell_goes_from_nothing_to_its_line_and_was_stopped_on_the_way(digits: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    teacher = out / "digits" / "alone" / "cifar_resnet14" / "seed0"
+    student = out / "digits" / "cifar_resnet14--cifar_resnet8" / "kd" / "seed0"
+    first = started(digits, out)
+    while not (student / "manifest.json").is_file():
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    told, _ = first.communicate(timeout=120)
+    assert first.returncode == 75
+    assert "the same command goes on" in told
+    before = (teacher / "summary.json").stat().st_mtime_ns
+    second = started(digits, out)
+    told, errors = second.communicate(timeout=300)
+    assert second.returncode == 0, errors
+    assert (teacher / "summary.json").stat().st_mtime_ns == before, "the teacher was trained twice"
+    assert json.loads((student / "manifest.json").read_text())["recipe"]["teacher"]["weights"] == str(teacher / "student")
+
+    assert main(["--out", str(out), "table", "own/digits"]) == 0
+    lines = {line["method"]: line for line in csv.DictReader((out / "own-digits.csv").open(newline=""))}
+    measured = json.loads((student / "summary.json").read_text())["top1"]
+    assert lines["kd"]["ours"] == f"{measured:.2f}"
+    assert lines["kd"]["seeds"] == "1"
+    assert lines["kd"]["hardware"]
+    assert lines["teacher"]["ours"] != "not run", "the teacher's own cell has its run too"
+    assert lines["baseline"]["ours"] == "not run"
+    assert "| baseline | top1 |  | not run |" in (out / "own-digits.md").read_text()
+
+
+def test_the_list_has_every_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["--out", str(tmp_path), "list"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{len(cells())} cells"
+    assert main(["--out", str(tmp_path), "list", "--table", "sdd/T1", "--method", "sdd_*"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "12 cells"
+    assert all(line.split()[2] == "not" for line in lines[2:-2])
+
+
+def test_a_plan_counts_runs_once_and_knows_hours_only_of_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["--out", str(tmp_path), "plan", "own/digits", "--seeds", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in lines[2:5]] == [
+        ["none", "cifar_resnet14", "1", "0.0"],
+        ["none", "cifar_resnet8", "2", "0.0"],
+        ["cifar_resnet14", "cifar_resnet8", "2", "0.0"],
+    ]
+    assert lines[-1].startswith("5 runs, 0.0 million images, unknown hours")
+    assert main(["--out", str(tmp_path), "plan", "sdd/T3/resnet34.tv_in1k/resnet18/sdd_dkd", "--seeds", "1"]) == 0
+    assert "1 runs, 128.1 million images, 7.7 hours on h200" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["show", "sdd/T1/cifar_resnet32x4/cifar_resnet8x4"], "no such cell or table; did you mean sdd/"),
+        (["show", "sdd/T1"], "52 cells begin so; take one, such as sdd/T1/"),
+        (["show", "msdcrd_v1/T9"], "no such cell or table"),
+        (["run", CELL, "--seeds", "0"], "--seeds 0: one at least"),
+        (["run", "repdistiller_readme/same/cifar_wrn_40_2/cifar_wrn_16_2/vid"], "this project does not have VID"),
+        (["plan", "sdd/T3", "--machine", "laptop"], "ledger.csv has no rates of it, but of h200"),
+    ],
+)
+def test_a_wrong_request_gets_one_line_and_exit_code_2(
+    wrong: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["--out", str(tmp_path), *wrong]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line

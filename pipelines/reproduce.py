@@ -31,7 +31,7 @@ from pipelines.tables.cells import Cell, cells, named
 from pipelines.tables.plan import plan
 from pipelines.tables.report import as_csv, as_markdown, line
 from pipelines.tables.runs import make
-from pipelines.tables.settings import shown
+from pipelines.tables.show import shown
 
 COMMAND = "python pipelines/reproduce.py"
 
@@ -46,6 +46,7 @@ def make_parser() -> Parser:
         one.add_argument(f"--{option}", default="*", help="only these; * stands for anything")
     one = commands.add_parser("show", help="the complete recipe of a cell")
     one.add_argument("cell")
+    one.add_argument("--short", action="store_true", help="leave out what is the default")
     one = commands.add_parser("run", help="make the missing runs of a cell or of several")
     one.add_argument("cell")
     one.add_argument("--seeds", type=int, default=1, help="runs of each cell, seeds from 0 on (default 1)")
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     if asked.command == "list":
         print(listing(asked))
     elif asked.command == "show":
-        print(shown(the_cell(asked.cell), asked.out, COMMAND), end="")
+        print(shown(the_cell(asked.cell), asked.out, COMMAND, asked.short), end="")
     elif asked.command == "run":
         wanted = [cell for cell in named(asked.cell) if cell.metric == "top1"] or named(asked.cell)
         return make(wanted, asked.seeds, asked.out, asked.data, train_command(asked.launch), Control().listen())

@@ -9,12 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from distill.config import RecipeError, as_dict, load_recipe, parse_yaml
+from distill.config import RecipeError, load_recipe, parse_yaml
 from distill.losses import LOSSES
 from distill.recipe import Recipe
-from pipelines.tables.cells import PUBLISHED, Cell, doubts, fits, rows_of
+from pipelines.tables.cells import PUBLISHED, Cell, fits, rows_of
 
 ALONE = "baseline"
 TEACHER = "teacher"
@@ -153,31 +151,3 @@ def teacher_of(cell: Cell, out: Path) -> dict[str, Any]:
         "teacher.model_kwargs": known["model_kwargs"],
         "teacher.expected_top1": known["expected_top1"],
     }
-
-
-def shown(cell: Cell, out: Path, command: str) -> str:
-    """The recipe as YAML that can be saved and run alone, under comments that say where each setting comes from."""
-    setting, theirs = setting_of(cell), teacher_cell(cell)
-    row = setting.row
-    expected = f"{cell.metric} {cell.value or 'unpublished'}" + (f" ({cell.note})" if cell.note else "")
-    lines = [
-        f"{cell.name}: {cell.method}, {cell.teacher} -> {cell.student} on {cell.dataset}.",
-        f"Command:   {command} run {cell.name}",
-        f"Expected:  {expected}",
-        *doubts(cell),
-        f"Source:    {row['origin']}" + (f"; {row['note']}" if row["note"] else ""),
-        f"Unknown:   {'; '.join(setting.unknown)} (in no source; the values here are our reading)" if setting.unknown else "",
-        f"Differs:   {row['differs']}" if row["differs"] else "",
-        f"Teacher:   made by `{command} run {theirs.name}`" if theirs else "",
-        f"Protocol:  {setting.file.name}:",
-        *protocol_head(setting.file),
-    ]
-    head = "\n".join(f"# {line}".rstrip() for line in lines if line)
-    return head + "\n" + yaml.safe_dump(as_dict(recipe_of(cell, out)), sort_keys=False)
-
-
-def protocol_head(file: Path) -> list[str]:
-    """The comments with which a protocol begins."""
-    lines = file.read_text().splitlines()
-    head = lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
-    return [line.removeprefix("# ") for line in head]

@@ -17,9 +17,11 @@ from distill.models.build import ProbedModel
 from distill.models.describe import Uninitialised, create_outline, outlined, probed_with_noise
 from distill.protocols import DataFacts
 from distill.recipe import Recipe
+from pipelines.reproduce import COMMAND
 from pipelines.setup.models import build_criteria, student_of
 from pipelines.tables.cells import PUBLISHED, Cell, cells, doubts, named
-from pipelines.tables.settings import folder, recipe_of, setting_of, shown, teacher_cell
+from pipelines.tables.settings import folder, recipe_of, setting_of, teacher_cell
+from pipelines.tables.show import shown
 
 OUT = Path("runs/published")
 CLASSES = {"cifar100": 100, "cub200": 200, "imagenet": 1000, "cifar10": 10, "cifar10_240": 10, "digits": 10}
@@ -92,6 +94,19 @@ def test_what_is_shown_can_be_saved_and_is_the_recipe_that_runs(tmp_path: Path):
         file = tmp_path / "recipe.yaml"
         file.write_text(shown(cell, OUT, "reproduce.py"))
         assert load_recipe(file, {}, LOSSES) == recipe, place
+        file.write_text(shown(cell, OUT, "reproduce.py", short=True))
+        assert load_recipe(file, {}, LOSSES) == recipe, place
+
+
+RECIPES = [path for path in (PUBLISHED.parent / "recipes").rglob("*.yaml") if path.read_text().startswith("# Cell:")]
+
+
+def test_the_recipes_of_published_cells_are_what_show_prints():
+    assert len(RECIPES) > 50
+    for path in RECIPES:
+        text = path.read_text()
+        (cell,) = named(text.splitlines()[0].removeprefix("# Cell:").strip())
+        assert text == shown(cell, OUT, COMMAND, short=True), f"{path}: make it anew with `show {cell.name} --short`"
 
 
 def test_cells_of_one_folder_mean_one_recipe():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -20,19 +21,34 @@ Schedule = Callable[[Progress], float]
 def parameter_groups(module: nn.Module, weight_decay: float, decay_bias_and_norm: bool) -> list[dict[str, Any]]:
     """The trained parameters of `module`: one group that is decayed and, where there are any, one that is not.
 
-    The papers decay every parameter; most recipes since leave biases and normalisation (1-d parameters) alone. Parameters that
-    `module.no_weight_decay()` names, as timm's models do, are never decayed.
+    The papers decay every parameter; most recipes since leave biases and normalisation (1-d parameters) alone, and with them
+    what a timm model names in `no_weight_decay`: position embeddings, class tokens, tables of relative positions. What
+    `module.no_weight_decay()` itself names is never decayed.
     """
     spared: set[str] = getattr(module, "no_weight_decay", set)()
+    if not decay_bias_and_norm:
+        by_models = _spared_by_models(module)
+        spared = spared | {name for name, _ in module.named_parameters() if any(fnmatchcase(name, each) for each in by_models)}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        spare = name in spared or (parameter.ndim <= 1 and not decay_bias_and_norm)
+        of_norm_or_bias = parameter.ndim <= 1 or name.endswith(".bias")
+        spare = name in spared or (of_norm_or_bias and not decay_bias_and_norm)
         (plain if spare else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _spared_by_models(module: nn.Module) -> set[str]:
+    """Names, or patterns of names, that models inside `module` keep from weight decay, in timm's way."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, model in module.named_modules()
+        if prefix and callable(names := getattr(model, "no_weight_decay", None))
+        for name in names()
+    }
 
 
 def create_optimizer(

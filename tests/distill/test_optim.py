@@ -3,7 +3,9 @@
 import math
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from distill.optim import create_optimizer, learning_rate_schedule, parameter_groups, weight_schedule
@@ -75,6 +77,21 @@ def test_every_trained_parameter_is_in_one_group_and_frozen_ones_in_none():
     assert {p.ndim for p in plain["params"]} == {1}
     assert plain["weight_decay"] == 0.0
     assert decayed["weight_decay"] == 0.1
+
+
+def test_what_timm_spares_by_name_is_decayed_only_where_everything_is():
+    """timm's own groups are the oracle."""
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3)
+    inside = nn.Sequential(model)  # the student is a part of what the optimiser sees
+
+    def names(groups: list[dict]) -> set[str]:
+        plain = {id(p) for group in groups if group["weight_decay"] == 0.0 for p in group["params"]}
+        return {name for name, p in model.named_parameters() if id(p) in plain}
+
+    expected = names(param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay()))
+    assert {"pos_embed", "cls_token"} <= expected
+    assert names(parameter_groups(inside, 0.1, decay_bias_and_norm=False)) == expected
+    assert names(parameter_groups(inside, 0.1, decay_bias_and_norm=True)) == set()
 
 
 def test_sgd_is_the_papers_sgd_unless_nesterov_is_asked():

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from outputs import FACTS, facts, made, model_output
+from timm.data.mixup import mixup_target
+from timm.loss import BinaryCrossEntropy as TimmBinary
 
 from distill.losses import LOSSES
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
@@ -179,6 +181,32 @@ def test_cross_entropy_is_pytorchs_for_hard_and_soft_labels():
             student.logits, labels.float() if labels.is_floating_point() else labels.long(), label_smoothing=0.1
         )
         torch.testing.assert_close(build("cross_entropy", {"label_smoothing": 0.1})(student, None, Target(labels))[0], expected)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.2])
+@pytest.mark.parametrize("summed", [False, True])
+def test_binary_cross_entropy_is_timms(threshold: float | None, summed: bool):
+    student, _ = outputs(build("cross_entropy", {}))
+    options = {"binary": True, "threshold": threshold, "sum_classes": summed}
+    for labels, smoothing in ((LABELS, 0.0), (LABELS, 0.1), (SOFT, 0.0)):
+        theirs = TimmBinary(smoothing, target_threshold=threshold, sum_classes=summed)
+        found = build("cross_entropy", {**options, "label_smoothing": smoothing})(student, None, Target(labels))[0]
+        torch.testing.assert_close(found, theirs(student.logits, labels))
+
+
+def test_smoothing_mixed_labels_is_mixing_smoothed_ones():
+    """timm smooths in Mixup, and its binary loss leaves soft labels alone."""
+    student, _ = outputs(build("cross_entropy", {}))
+    mixed = 0.7 * F.one_hot(LABELS, student.logits.shape[-1]) + 0.3 * F.one_hot(LABELS.flip(0), student.logits.shape[-1])
+    smoothed = mixup_target(LABELS, student.logits.shape[-1], lam=0.7, smoothing=0.1)
+    ours = build("cross_entropy", {"binary": True, "label_smoothing": 0.1})(student, None, Target(mixed))[0]
+    torch.testing.assert_close(ours, TimmBinary(0.0)(student.logits, smoothed))
+
+
+def test_a_wrong_label_is_an_error_of_the_binary_form_too():
+    student, _ = outputs(build("cross_entropy", {}))
+    with pytest.raises(ValueError, match="-100"):
+        build("cross_entropy", {"binary": True})(student, None, Target(torch.full_like(LABELS, -100)))
 
 
 def test_classes_take_the_batch_mean_of_the_functions():

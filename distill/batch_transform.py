@@ -53,6 +53,7 @@ class BatchTransform:
         cutmix_share: float,
         erasing: float,
         erasing_mode: ErasingMode,
+        mix_off_epoch: int = 0,
     ) -> None:
         # not above: the recipe takes `ErasingMode` from here, and commands that need no model would wait a second for timm
         from timm.data import Mixup
@@ -67,11 +68,15 @@ class BatchTransform:
             if mixup or cutmix
             else None
         )
+        self.mix_off_epoch = mix_off_epoch
         self.erasing = RandomErasing(erasing, mode=erasing_mode, device=device) if erasing else None
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, epoch: int = 0) -> tuple[Tensor, Tensor]:
+        """The batch as the models see it in this epoch."""
         images, labels = to_pixels(batch.images, self.channels_last), batch.labels
         if self.mixup is not None:
+            # off, timm's Mixup still gives soft labels, so the losses stay what they are
+            self.mixup.mixup_enabled = not self.mix_off_epoch or epoch < self.mix_off_epoch
             check_pairs(len(images))
             images, labels = self.mixup(images, labels)
         if self.erasing is not None:

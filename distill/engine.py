@@ -137,7 +137,7 @@ def train_step(run: Run, batches: list[Batch], logged: bool) -> tuple[dict[str, 
 def _forward_backward(run: Run, batch: Batch, progress: Progress, last: bool, logged: bool) -> dict[str, Tensor]:
     """Gradients of one micro-batch, added to those of the step, and its share of the step's values."""
     accelerator = run.accelerator
-    images, labels = run.transform(batch)
+    images, labels = run.transform(batch, progress.epoch)
     with torch.no_grad(), accelerator.autocast():  # the teacher is outside of DDP, so nothing else puts it under autocast
         teacher = None if run.teacher is None else run.teacher(images)
     target = Target(labels, batch.sample_ids.to(labels.device), progress, run.generator)

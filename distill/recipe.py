@@ -76,6 +76,7 @@ class Augment:
     mixup: NonNegative = _doc("alpha of Mixup, 0 is off", 0.0)
     cutmix: NonNegative = _doc("alpha of CutMix, 0 is off", 0.0)
     mix_probability: Fraction = _doc("share of batches that are mixed at all", 1.0)
+    mix_off_epoch: Count = _doc("images are mixed in the epochs before this one only, counted from 0; 0: in all", 0)
     cutmix_share: Fraction = _doc("share of mixed batches that get CutMix where both are on", 0.5)
     erasing: Fraction = _doc("probability of random erasing, per image", 0.0)
     erasing_mode: ErasingMode = _doc("fill of the erased box (timm's names)", "pixel")
@@ -173,7 +174,9 @@ class Optim:
     name: str = _doc("sgd, adamw, lamb, ... (timm's optimiser factory)", "sgd")
     learning_rate: Annotated[float, Field(gt=0)] = _doc("at the global batch size of this recipe", 0.1)
     weight_decay: NonNegative = _doc("L2 factor", 1e-4)
-    decay_bias_and_norm: bool = _doc("decay 1-d parameters too, as the papers do", True)
+    decay_bias_and_norm: bool = _doc(
+        "decay 1-d parameters too, and what timm's models name in no_weight_decay, as the papers do", True
+    )
     momentum: Fraction = _doc("of SGD and its like", 0.9)
     options: dict[str, Any] = _doc("more arguments of the optimiser, such as {nesterov: true} or {betas: [0.9, 0.95]}", {})
 

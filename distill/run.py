@@ -88,7 +88,7 @@ class Run:
     learning_rate: Schedule
     train_loader: Loader
     eval_loader: Loader
-    transform: Callable[[Batch], tuple[Tensor, Tensor]]
+    transform: Callable[[Batch, int], tuple[Tensor, Tensor]]
     """A loader's batch -> images and labels as the models see them."""
     generator: torch.Generator
     """The criteria's, on the device."""

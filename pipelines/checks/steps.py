@@ -56,8 +56,8 @@ class Stage:
         self.poison = False
         transform = self.run.transform
 
-        def transformed(batch: Batch) -> tuple[Tensor, Tensor]:
-            images, labels = transform(batch)
+        def transformed(batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
+            images, labels = transform(batch, epoch)
             if self.poison:
                 images = images.clone()
                 images[0, 0, 0, 0] = math.nan

@@ -230,4 +230,5 @@ def build_transform(
         cutmix_share=augment.cutmix_share,
         erasing=augment.erasing,
         erasing_mode=augment.erasing_mode,
+        mix_off_epoch=augment.mix_off_epoch,
     )

@@ -55,6 +55,7 @@ class Data:
     )
     num_threads: Count = _changeable("decoding threads per process; 0: the cores of this machine / its processes", 0)
     image_size: Count = _doc("side of the student's square input in pixels; 0: the student's own", 0)
+    eval_image_size: Count = _doc("evaluation: side of the square input in pixels; 0: as in training", 0)
     max_bad_rate: Fraction = _changeable(
         "share of the samples that may turn out bad (replaced, reported) before the run stops", 1e-4
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from distill.models.region_logits.mechanisms import Sight, SplitHead
 from distill.models.region_logits.plan import RegionPlan, plan_regions, take
 from distill.models.region_logits.probe import head_bias_refusal
 from distill.models.taps import Tap, tapped
-from distill.protocols import ModelOutput, Needs
+from distill.protocols import InputSpec, ModelOutput, Needs
 from distill.regions import pool
 
 
@@ -118,10 +119,14 @@ class Backbone(nn.Module):
             for number, positions in enumerate(table):
                 self.register_buffer(f"{kind}_rows_{number}", torch.tensor(positions, dtype=torch.long), persistent=False)
 
-    def serving(self, needs: Needs, model: TimmModel | None = None) -> Backbone:
-        """A backbone like this one that gives what `needs` asks, over the same weights or over those of `model`, its copy."""
+    def serving(self, needs: Needs, model: TimmModel | None = None, input_spec: InputSpec | None = None) -> Backbone:
+        """A backbone like this one that gives what `needs` asks, over the same weights or over those of `model`, its copy.
+
+        input_spec: that of its images, where it is not this one's; its size only for needs without maps or regions.
+        """
         options: dict[str, Any] = {"frozen": self.frozen, "class_tokens": self.class_tokens, "class_map": self.class_map}
-        return Backbone(self.model if model is None else model, self.anatomy, needs, **options)
+        anatomy = self.anatomy if input_spec is None else replace(self.anatomy, input_spec=input_spec)
+        return Backbone(self.model if model is None else model, anatomy, needs, **options)
 
     def train(self, mode: bool = True) -> Backbone:
         """Training or evaluation mode; a frozen backbone evaluates always, frozen BatchNorms too."""

@@ -21,7 +21,6 @@ from distill.distiller import Distiller
 from distill.models.recompute import set_activation_checkpointing, unchanged_statistics
 from distill.nonfinite import Guard
 from distill.optim import create_optimizer, learning_rate_schedule, weight_schedule
-from distill.protocols import Needs
 from distill.recipe import Recipe
 from distill.report import Reporter, say
 from distill.run import LoopSettings, Run
@@ -35,7 +34,7 @@ from pipelines.setup.data import (
     eval_spec,
     train_order,
 )
-from pipelines.setup.models import Models, build_models, check_precision, compile_backbones
+from pipelines.setup.models import Models, build_classifier, build_models, check_precision, compile_backbones
 from pipelines.setup.observers import Observers
 
 
@@ -141,7 +140,7 @@ def build(
         watch=watch,
         seed=recipe.seed,
         distiller=prepared,
-        classifier=models.student.serving(Needs(), None if average is None else average.module),
+        classifier=build_classifier(models.student, None if average is None else average.module, spec),
         teacher=models.teacher,
         optimizer=prepared_optimizer,
         guard=build_guard(recipe, accelerator, distiller, prepared_optimizer, waiting),

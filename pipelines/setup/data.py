@@ -82,6 +82,8 @@ def check_mixing(recipe: Recipe, micro_batch: int) -> None:
 def eval_spec(recipe: Recipe, model: Backbone) -> InputSpec:
     """The input of the student's evaluation: its own, unless the recipe says otherwise."""
     spec = model.input_spec
+    if side := recipe.data.eval_image_size:
+        spec = dataclasses.replace(spec, height=side, width=side)
     if recipe.data.crop_fraction:
         spec = dataclasses.replace(spec, crop_fraction=recipe.data.crop_fraction)
     if recipe.data.interpolation != "auto":

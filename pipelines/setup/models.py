@@ -14,11 +14,13 @@ from torch import nn
 from distill.config import RecipeError, term_schedule
 from distill.loss_options import loss_options, run_parameters
 from distill.losses import LOSSES
+from distill.models.anatomy import evaluating
 from distill.models.backbone import Backbone
 from distill.models.batchnorm import set_batchnorm
 from distill.models.build import ProbedModel, create_student, create_teacher, probe
+from distill.models.region_logits.layout import TimmModel
 from distill.models.teacher import FrozenTeacher, bfloat16_usable
-from distill.protocols import Criterion, DataFacts, Needs
+from distill.protocols import Criterion, DataFacts, InputSpec, Needs
 from distill.recipe import Recipe
 from pipelines.setup.machine import memory_format
 
@@ -187,6 +189,20 @@ def needs_of(criteria: Mapping[str, Criterion]) -> tuple[Needs, Needs]:
         student |= criterion.student_needs
         teacher |= criterion.teacher_needs or Needs()
     return student, teacher
+
+
+def build_classifier(student: Backbone, averaged: TimmModel | None, spec: InputSpec) -> Backbone:
+    """What evaluation runs: the student, or the average of its weights, on images of `spec`. RecipeError where the student does
+    not take images of that size."""
+    classifier = student.serving(Needs(), averaged, spec)
+    if (spec.height, spec.width) != (student.input_spec.height, student.input_spec.width):
+        image = torch.zeros(1, 3, spec.height, spec.width, device=next(student.parameters()).device)
+        try:
+            with evaluating(classifier):
+                classifier(image)
+        except (RuntimeError, AssertionError, ValueError) as error:  # whatever a layer makes of a size that is not its own
+            raise RecipeError(f"data.eval_image_size: {spec.height}: {student.name} does not take it: {error}") from None
+    return classifier
 
 
 def compile_backbones(recipe: Recipe, models: Models) -> None:

@@ -157,6 +157,32 @@ def _resolve_losses(section: Mapping[str, Any], losses: Mapping[str, type]) -> t
     return resolved, problems
 
 
+OWNED = {
+    "num_classes": "it is that of the data; leave it out",
+    "in_chans": "images are RGB, grey ones too; leave it out",
+    "features_only": "stages are found without it; leave it out",
+    "out_indices": "stages are found without it; leave it out",
+    "global_pool": "the head is read as the architecture has it; leave it out",
+    "drop_rate": "use student.drop_rate",
+    "drop_path_rate": "use student.drop_path_rate",
+    **dict.fromkeys(("pretrained", "checkpoint_path", "state_dict"), "use student.initial_weights or teacher.weights"),
+    **dict.fromkeys(("pretrained_cfg", "pretrained_cfg_overlay"), "use data.image_size, crop_fraction and interpolation"),
+}
+"""Arguments of timm.create_model that the recipe decides -> what to do instead."""
+
+
+def owned_arguments(recipe: Recipe) -> Iterator[str]:
+    """A line for each argument among `model_kwargs` that is not the user's to give."""
+    for section, kwargs in (("student", recipe.student.model_kwargs), ("teacher", recipe.teacher.model_kwargs)):
+        for key in OWNED.keys() & kwargs.keys():
+            if (section, key, kwargs[key]) == ("teacher", "num_classes", 0):  # takes its classifier off
+                continue
+            if section == "teacher" and key.startswith("drop"):  # a teacher that is trained has no field for it
+                continue
+            more = ", or say 0 for a teacher without its classifier" if (section, key) == ("teacher", "num_classes") else ""
+            yield f"{section}.model_kwargs: {key}: {OWNED[key]}{more}"
+
+
 def combinations(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
     """Each impossible combination of valid values, as one line."""
     alone = recipe.teacher.name == "none"
@@ -168,6 +194,18 @@ def combinations(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
         yield f"loss.{name}: trains a student of its own, and so does loss.{builders[0]}; drop either"
     if not recipe.loss:
         yield "loss: no loss is left; give at least one"
+    if (
+        recipe.loss
+        and not alone
+        and not builders
+        and all(getattr(losses[name], "teacher_needs", True) is None for name in recipe.loss)
+    ):
+        names = ", ".join(recipe.loss)
+        yield (
+            f"teacher.name: {recipe.teacher.name}, but no loss reads a teacher ({names}); add one, such as --loss.kd.weight 1,"
+            " or say --teacher none"
+        )
+    yield from owned_arguments(recipe)
     if recipe.schedule.name == "step" and not recipe.schedule.decay_epochs:
         yield "schedule.decay_epochs: empty, but schedule.name is 'step'; give the epochs, such as [30, 60, 90]"
     if recipe.schedule.name != "step" and recipe.schedule.decay_epochs:

@@ -14,6 +14,12 @@ from typing import IO
 
 LOCK = ".lock"
 ASIDE = ".aside"
+IN_PLACE = {
+    b"version https://git-lfs": "a pointer of Git LFS, whose file `git lfs pull` fetches",
+    b"<": "a web page",
+    b"\x1f\x8b": "compressed with gzip",
+}
+"""The first bytes of what often lies in the place of a file that was fetched."""
 
 
 @contextmanager
@@ -48,6 +54,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def what_starts(start: bytes) -> str:
+    """What a file of the wrong kind is, by its first bytes, for people."""
+    return next((name for magic, name in IN_PLACE.items() if start.lstrip().startswith(magic)), f"starts with {start[:8]!r}")
 
 
 def locked(folder: Path, wait_seconds: float = 0.0) -> IO[str]:

@@ -124,6 +124,9 @@ class Teacher:
 class Student:
     name: str = _doc("timm name", "cifar_resnet8")
     initial_weights: str = _doc("`random`, `pretrained` or a path", "random")
+    fresh_head: bool = _doc(
+        "with a path: leave its classifier out, as that of other classes, and start with a fresh one", False
+    )
     class_tokens: ClassTokens = _doc("what a region's logits are where the head reads class tokens only", "attend")
     batchnorm: Literal["local", "sync", "frozen"] = _doc("statistics per process, over all processes, or fixed", "local")
     checkpoint_activations: bool = _doc("less memory for one more forward pass of the student", False)

@@ -11,15 +11,10 @@ from PIL import Image, UnidentifiedImageError
 
 from distill.data.index import MAX_SIDE
 from distill.data.reader import END_OF_IMAGE, TAIL
+from distill.files import what_starts
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats whose bytes are kept; every other readable format becomes a PNG with the same pixels."""
-FOREIGN = {
-    b"version https://git-lfs": "a pointer of Git LFS, whose file `git lfs pull` fetches",
-    b"<": "a web page",
-    b"\x1f\x8b": "compressed with gzip",
-}
-"""The first bytes of what often lies in the place of an image."""
 EXIF_ORIENTATION = 0x0112
 PNG_DEPTH = 24
 """Where a PNG file has its bits per channel."""
@@ -98,7 +93,7 @@ def _decode(data: bytes, pixels: bool) -> tuple[Image.Image, str]:
                 image.draft("L", None)
             image.load()
     except UnidentifiedImageError as error:  # its text holds a memory address
-        what = next((name for start, name in FOREIGN.items() if data.lstrip().startswith(start)), f"starts with {data[:8]!r}")
+        what = what_starts(data[:64])
         raise Unclean(f"not an image: {what}") from error
     except Exception as error:  # PIL raises many types for broken files; each is a reason to refuse this one image
         raise Unclean(f"does not decode: {type(error).__name__}: {error}"[:200]) from error

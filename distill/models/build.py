@@ -22,8 +22,10 @@ from distill.models.region_logits.layout import TimmModel
 from distill.models.weights import (
     BY_NUMBER,
     CONFIG,
+    check_finite,
     classes_in,
     lacks_classifier_alone,
+    load_body,
     load_state,
     load_weights,
     match_classes,
@@ -105,14 +107,16 @@ def create_student(
     model_kwargs: Mapping[str, Any] | None = None,
     class_tokens: str = "attend",
     class_names: Sequence[str] | None = None,
+    fresh_head: bool = False,
 ) -> ProbedModel:
     """A student, in training mode, with fresh weights or those of a file or folder `weights`.
 
     image_size: its input, in pixels, where it is not the architecture's own; models of a fixed input size are made for it.
     `drop_rate` and `drop_path_rate` are timm's; None leaves the architecture's default. model_kwargs: anything else that
     `timm.create_model` takes for it. class_tokens: see `Backbone`. class_names: those of the data; a folder of weights whose
-    `label_names` are the same in another order is put into theirs. ValueError where the name is unknown (with the nearest
-    ones), where an argument is not one of the architecture's, or where the weights are not its own or of other classes.
+    `label_names` are the same in another order is put into theirs. fresh_head: the classifier of `weights` is left out,
+    whatever its classes are. ValueError where the name is unknown (with the nearest ones), where an argument is not one of the
+    architecture's, or where the weights are not finite, not its own or of other classes.
     """
     if "num_classes" in (model_kwargs or {}):
         raise ValueError("model_kwargs: num_classes of a model that is trained comes from the data; leave it out")
@@ -121,7 +125,9 @@ def create_student(
         kwargs.setdefault("img_size", image_size)
     model = create_model(name, num_classes=num_classes, **kwargs)
     remark = ""
-    if weights is not None:
+    if weights is not None and fresh_head:
+        load_body(model, weights)
+    elif weights is not None:
         load_weights(model, weights)
         if (Path(weights) / CONFIG).is_file():
             remark = match_classes(model, read_config(weights).get("label_names"), class_names, weights)
@@ -201,7 +207,7 @@ def create_model(name: str, **kwargs: Any) -> TimmModel:
     while True:
         try:
             model: TimmModel = timm.create_model(name, **kwargs)
-            return model
+            break
         except TypeError as error:
             refused = next((key for key in kwargs if f"'{key}'" in str(error)), None)
             if refused is None:
@@ -214,6 +220,9 @@ def create_model(name: str, **kwargs: Any) -> TimmModel:
             remedy = "check name, files and connection" if fetched else f"check its arguments {kwargs}"
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{name}: timm cannot make it ({first}); {remedy}") from error
+    if kwargs.get("pretrained"):
+        check_finite(model.state_dict(), name)
+    return model
 
 
 def import_models(path: str | Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,17 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from distill.files import what_starts
+
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+FORMATS = {
+    b"PK\x03\x04": "PyTorch's",
+    b"\x80": "PyTorch's",  # a bare pickle: PyTorch's before 1.6
+    b"\x89HDF": "HDF5, as Keras writes it",
+    b"\x93NUMPY": "NumPy's",
+}
+"""The first bytes of a file of numbers -> its format; that of safetensors begins with a length and `{`."""
 BY_NUMBER = "by_number"
 """In the place of a class map's file: the classes of weights are those of the data, whatever their names are."""
 
@@ -24,6 +35,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     weights gives the EMA, as in timm. ValueError, in one line, where file and model do not fit.
     """
     load_state(model, read_weights(path), path)
+
+
+def load_body(model: nn.Module, path: str | Path) -> None:
+    """Loads all but the classifier, which stays as it is: the weights may be of other classes. As `load_weights` else."""
+    own = {key: value for key, value in model.state_dict().items() if _of_classifier(model, key)}
+    if not own:
+        raise ValueError(f"{path}: nothing tells the classifier of a {_name(model)} from its body, so that it cannot be fresh")
+    state = {key: value for key, value in read_weights(path).items() if not _of_classifier(model, key)}
+    load_state(model, {**state, **own}, path)
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -55,13 +75,57 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         file = file / WEIGHTS
     if not file.is_file():
         raise ValueError(f"{file}: no such weights; give a .safetensors or .pth file, or a folder with {WEIGHTS}")
+    _check_format(file)
     try:
-        state = load_state_dict(str(file), weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'torch.load' received a zip file that looks like a TorchScript")
+            state = load_state_dict(str(file), weights_only=True)
     except Exception as error:  # every reader has its own exceptions for a broken file; the cause stays attached
-        raise ValueError(f"{file}: cannot be read as weights ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{file}: cannot be read as weights: {_why(error)}") from error
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{file}: holds no plain dictionary of tensors; save model.state_dict()")
+    check_finite(state, file)
     return state
+
+
+def _check_format(file: Path) -> None:
+    """ValueError where a file's first bytes say that it holds no weights, or those of another format than its name says."""
+    with file.open("rb") as opened:
+        start = opened.read(64)
+    if not start:
+        raise ValueError(f"{file}: is empty (0 bytes); fetch or write it again")
+    safetensors = start[8:9] == b"{"
+    found = "safetensors" if safetensors else next((name for magic, name in FORMATS.items() if start.startswith(magic)), None)
+    if found is None:
+        raise ValueError(f"{file}: holds no weights: it is {what_starts(start)}")
+    wanted, other = ("safetensors", ".pth") if file.suffix == ".safetensors" else ("PyTorch's", ".safetensors")
+    if found != wanted:
+        remedy = f"name it {file.stem}{other}" if found in ("safetensors", "PyTorch's") else "save model.state_dict()"
+        raise ValueError(f"{file}: its first bytes are those of another format, {found}; {remedy}")
+
+
+def _why(error: Exception) -> str:
+    """The reason why a file cannot be read, without PyTorch's advice to load it in a way that may run code."""
+    text = str(error)
+    if "TorchScript" in text:
+        return "it is a TorchScript archive; save model.state_dict() instead"
+    if "weights_only" in text:
+        named = re.search(r"Unsupported globals: (.*?)\. ", text)
+        what = f" ({', '.join(named[1].split(', ')[:3])}, ...)" if named else ""
+        return f"it holds Python objects{what} beside tensors, which could run code; save model.state_dict() instead"
+    return (
+        f"{text.splitlines()[0][:120] if text else type(error).__name__}; it is damaged or cut short, fetch or write it again"
+    )
+
+
+def check_finite(state: Mapping[str, Tensor], where: object) -> None:
+    """ValueError where a value of weights is not finite: nothing that is computed with them would be."""
+    odd = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if odd:
+        raise ValueError(
+            f"{where}: {len(odd)} of {len(state)} tensors hold values that are not finite, the first is {odd[0]}; these are the"
+            " weights of a training that failed, take earlier ones"
+        )
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -96,7 +160,10 @@ def _check_classes(model: nn.Module, state: dict[str, Tensor], path: str | Path)
     cfg: Any = getattr(model, "pretrained_cfg", {})
     classes = classes_in(state, cfg.get("classifier"))
     if classes is not None and classes != model.num_classes:
-        raise ValueError(f"{path}: weights for {classes} classes, the data have {model.num_classes}")
+        raise ValueError(
+            f"{path}: weights for {classes} classes, the data have {model.num_classes}; a student takes them with a fresh"
+            " classifier by student.fresh_head true"
+        )
 
 
 def classes_in(state: dict[str, Tensor], classifier: str | tuple[str, ...] | None) -> int | None:

@@ -78,6 +78,7 @@ def build_student(recipe: Recipe, num_classes: int, class_names: Sequence[str] =
         drop_path_rate=recipe.student.drop_path_rate,
         class_tokens=recipe.student.class_tokens,
         class_names=class_names,
+        fresh_head=recipe.student.fresh_head,
         # a fresh head over pretrained weights is what fine-tuning a student means
         model_kwargs={**recipe.student.model_kwargs, "pretrained": start == "pretrained" or None},
     )

@@ -55,6 +55,17 @@ def test_all_problems_are_reported_together_with_the_nearest_name():
         ({"schedule.decay_epochs": [3]}, "belongs to 'step'"),
         ({"train.accumulate": 7}, "global batch size 64 is not divisible by 1 processes x accumulate 7 = 7"),
         ({"loss": {}}, "loss: no loss is left"),
+        (
+            {"loss.sdd": None, "loss.msdcrd": None},
+            "but no loss reads a teacher (cross_entropy); add one, such as --loss.kd.weight 1",
+        ),
+        ({"student.model_kwargs": {"num_classes": 5}}, "student.model_kwargs: num_classes: it is that of the data"),
+        ({"student.model_kwargs": {"in_chans": 1}}, "student.model_kwargs: in_chans: images are RGB, grey ones too"),
+        ({"student.model_kwargs": {"drop_rate": 0.1}}, "student.model_kwargs: drop_rate: use student.drop_rate"),
+        ({"teacher.model_kwargs": {"features_only": True}}, "teacher.model_kwargs: features_only: stages are found without it"),
+        ({"teacher.model_kwargs": {"global_pool": ""}}, "teacher.model_kwargs: global_pool: the head is read as"),
+        ({"teacher.model_kwargs": {"checkpoint_path": "x"}}, "use student.initial_weights or teacher.weights"),
+        ({"teacher.model_kwargs": {"num_classes": 5}}, "or say 0 for a teacher without its classifier"),
         ({"loss": [1]}, "loss: [1]"),
         ({"student": "resnet18"}, "student"),
         (

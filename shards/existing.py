@@ -22,6 +22,9 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "jfif", "jpe", "bmp", "tif", "tiff", "gi
 LABELS = ("cls", "label", "index", "class", "target", "cls.txt", "label.txt", "txt", "json")
 """Fields that may hold the label, in the order in which they are looked for."""
 JSON_LABELS = ("label", "cls", "class", "target")
+DOTS = "where a key has a dot, at which it ends for every WebDataset reader, write shards with other keys"
+INT64 = 8
+"""Bytes of a label that was written as it lies in memory."""
 MOST_CLASSES = 1_000_000
 """The number of classes that is assumed where nobody gives it. A larger label is no class number: the class map, with a name
 for every number below it, would fill the memory."""
@@ -110,10 +113,7 @@ def _image_field(members: dict[str, Member], job: IndexJob) -> tuple[str, str | 
         return found[0], None
     plain = sorted((field for field in found if "." not in field), key=IMAGES.index)  # `jpg` beside `seg.png`
     if not plain:
-        raise Unclean(
-            f"{len(found)} images: the sample has {has}; name one with --image, or, where a key has a dot, at which it ends for"
-            " every WebDataset reader, write shards with other keys"
-        )
+        raise Unclean(f"{len(found)} images: the sample has {has}; name one with --image, or, {DOTS}")
     return plain[0], f"{len(found)} images, {plain[0]} taken; --image names another"
 
 
@@ -122,11 +122,20 @@ def _label(file: Any, members: dict[str, Member], job: IndexJob) -> int:
     field = wanted.lower() if wanted else next((name for name in LABELS if name in members), "")
     if field not in members:
         what = "give its field with --label or --json-label" if wanted is None else f"{wanted} was asked for"
+        if wanted is None and any(name.rpartition(".")[2] in LABELS for name in members):
+            what += f"; {DOTS}"
         raise Unclean(f"no label: the sample has {', '.join(sorted(members)[:6])}; {what}")
-    value: object = _content(file, members[field]).decode("utf-8", "replace").strip()
+    value: object = label_text(_content(file, members[field]))
     if field == "json" or job.json_label:
         value = _json_value(str(value), job.json_label)
     return _class_number(value, job)
+
+
+def label_text(data: bytes) -> str:
+    """The text of a label's field; that of the number where it was written as int64 lies in memory."""
+    if len(data) == INT64 and not data[INT64 // 2 :].strip(b"\0"):  # no text has the upper half of a class number
+        return str(int.from_bytes(data, "little"))
+    return data.decode("utf-8", "replace").strip()
 
 
 def _json_value(text: str, path: str | None) -> object:
@@ -141,7 +150,7 @@ def _json_value(text: str, path: str | None) -> object:
         raise Unclean(f"no label in its .json at {path or 'label'} ({error!r}); give the field with --json-label") from error
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
         value = int(value)
     return value
 

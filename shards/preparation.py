@@ -129,6 +129,8 @@ class Reading(NamedTuple):
     json_label: str | None = None
     """Place of the label in the .json, with dots between its parts."""
     class_names: Sequence[str] | None = None
+    one_class: bool = False
+    """Takes shards whose labels are all 0, and one class."""
     renumber: bool = False
     """Numbers the labels that occur from 0 on, in their order."""
 
@@ -158,6 +160,12 @@ def index_existing(
     with _held(out):
         made = {work.name: _make(work, run, progress) for work in works}
         class_names = reading.class_names or _numbered(works, made, reading.renumber)
+        kept = any(shard.shard.samples for results in made.values() if results for shard in results.results)
+        if len(class_names) == 1 and kept and not reading.one_class:
+            raise Refused(
+                f"{source}: one class, all labels are {class_names[0]}; give their field with --label or --json-label if it is"
+                " another, or --one-class"
+            )
         return [_finish(work, made[work.name], class_names, max_refused, reading.renumber) for work in works]
 
 

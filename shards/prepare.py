@@ -175,12 +175,20 @@ def _index(parsed: argparse.Namespace) -> int:
         label=parsed.label,
         json_label=parsed.json_label,
         class_names=_read_names(parsed.class_names),
+        one_class=parsed.one_class,
         renumber=parsed.renumber,
     )
     found = index_existing(parsed.source, parsed.out, reading, run=_runner(parsed), max_refused=parsed.max_refused / 100)
     shards = [f"{each.name} is {each.shard_names[0]} to {each.shard_names[-1]}" for each in found]
-    _print_summaries(found, shards, time.monotonic() - started)
+    _print_summaries(found, [*shards, *_left_out(parsed.source, found)], time.monotonic() - started)
     return 0
+
+
+def _left_out(source: Path, found: Sequence[SplitSummary]) -> list[str]:
+    """A remark where shards are in no split: those that no pattern takes, or that `_info.json` does not name."""
+    taken = {name for each in found for name in each.shard_names}
+    left = sorted(name for path in source.rglob("*.tar") if (name := path.relative_to(source).as_posix()) not in taken)
+    return [f"in no split: {len(left):,} shards, such as {left[0]}; --split takes more"] if left else []
 
 
 def _verify(parsed: argparse.Namespace) -> int:
@@ -275,6 +283,7 @@ def _parser() -> Parser:
     wds.add_argument("--label", metavar="FIELD", help="field of the label, as txt; default: cls, or another usual name")
     wds.add_argument("--json-label", metavar="FIELD", help="place of the label in .json, as meta.label")
     wds.add_argument("--class-names", type=Path, metavar="FILE", help=NAMES_HELP)
+    wds.add_argument("--one-class", action="store_true", help="prepare shards with a single class")
     wds.add_argument("--renumber", action="store_true", help="number the labels that occur from 0 on, in their order")
     verify = commands.add_parser("verify", help="compare shards with index and manifest; exit code 1 if there is a defect")
     verify.add_argument("folder", type=Path, metavar="DIR", help="a split, or the folder of splits")

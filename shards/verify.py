@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from distill.data.index import MANIFEST, ShardIndex, ShardInfo, member_key
 from distill.data.order import permutation
 from distill.seeds import derive_seed
+from shards.existing import label_text
 from shards.images import Unclean, clean_image
 from shards.jobs import PARTS
 from shards.tarwalk import BrokenTar, Member, walk_tar
@@ -111,7 +112,7 @@ def _verify_sample(
     if (text := labels.get(member_key(member.name))) is not None:
         file.seek(text.offset)
         content = file.read(text.size)
-        if not _says(content.strip().decode("utf-8", "replace"), label, class_names):
+        if not _says(label_text(content), label, class_names):
             yield f"{member.name}: {text.name} says {content[:20]!r}, the index {label}"
     if decode:
         try:

@@ -51,7 +51,7 @@ def index_shards(folder: Path, *tars: bytes) -> subprocess.CompletedProcess:
         (folder / f"train-{number:04d}.tar").write_bytes(content + b"\0" * 1024)
     limit = 4 << 30
     return subprocess.run(
-        [sys.executable, "shards/prepare.py", "wds", "--source", str(folder), "--out", str(folder / "index")],
+        [sys.executable, "shards/prepare.py", "wds", "--source", str(folder), "--out", str(folder / "index"), "--one-class"],
         cwd=ROOT,
         capture_output=True,
         text=True,

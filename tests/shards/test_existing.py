@@ -76,6 +76,7 @@ def labels(folder: Path) -> list[int]:
         ("json", '{{"label": "{}"}}', []),
         ("json", '{{"label": {}.0}}', []),
         ("json", '{{"label": [{}]}}', []),
+        ("cls", "{:c}" + 7 * "\0", []),  # int64, as numpy's tobytes gives it
         ("json", '{{"meta": {{"label": {}}}}}', ["--json-label", "meta.label"]),
         ("who.txt", "{}", ["--label", "who.txt"]),
     ],
@@ -106,9 +107,9 @@ def test_images_are_found_by_any_usual_extension(image: str, kind: str, tmp_path
     ("label", "reason"),
     [
         (lambda n: ("cls", b"cat"), "label 'cat' is no class number; where it is a name, give the names with --class-names"),
-        (lambda n: ("cls", n.to_bytes(8, "little")), r"label '\x00"),
+        (lambda n: ("cls", n.to_bytes(4, "little")), r"label '\x00"),
+        (lambda n: ("cls", (2**30 + n).to_bytes(8, "little")), "label 1073741824: there are 1000000 classes at most"),
         (lambda n: ("cls", str(n % 3 - 1).encode()), "label '-1' is no class number"),
-        (lambda n: ("json", json.dumps({"label": bool(n % 2)}).encode()), "label False is no class number"),
         (lambda n: ("json", b'{"meta": {"label": 1}}'), "no label in its .json at label"),
         (lambda n: ("json", b"{"), "no label in its .json"),
         (lambda n: ("caption", b"a cat"), "no label: the sample has caption, jpg; give its field with --label or --json-label"),
@@ -124,6 +125,36 @@ def test_labels_that_are_no_class_number_end_the_preparation_with_reason_and_rem
     assert f"(such as 000 in {tmp_path}/hub/train-0.tar)" in said
     assert (tmp_path / "out/quarantine.jsonl").read_text()
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_booleans_are_the_classes_0_and_1(tmp_path: Path, prepare: Prepare):
+    write(
+        tmp_path / "hub",
+        "train-0.tar",
+        members=samples(lambda n: ("json", json.dumps({"label": bool(n % 2)}).encode())),
+    )
+    code, said = prepare()
+    assert (code, labels(tmp_path / "out")) == (0, [0, 1, 0, 1, 0, 1]), said
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_one_class_is_refused_unless_it_is_asked_for(tmp_path: Path, prepare: Prepare):
+    write(tmp_path / "hub", "train-0.tar", "val-0.tar", members=samples(lambda n: ("cls", b"0")))
+    code, said = prepare()
+    assert code == 2
+    assert "one class, all labels are 0; give their field with --label or --json-label" in said
+    assert not list((tmp_path / "out").rglob("manifest.json"))
+    code, said = prepare("--one-class")
+    assert (code, labels(tmp_path / "out/val")) == (0, [0] * 6), said
+
+
+def test_shards_that_no_split_takes_are_counted(tmp_path: Path, prepare: Prepare):
+    write(tmp_path / "hub", "a-0.tar", "a-1.tar", "b-0.tar", "c/d-0.tar", "c/d-1.tar")
+    code, said = prepare("--split", "train=a-*.tar", "--split", "val=b-*.tar")
+    assert code == 0
+    assert "in no split: 2 shards, such as c/d-0.tar; --split takes more" in said
+    (tmp_path / "hub/_info.json").write_text(json.dumps({"splits": {"train": {"filenames": ["a-0.tar"]}}}))
+    assert "in no split: 4 shards, such as a-1.tar" in prepare("--out", str(tmp_path / "other"))[1]
 
 
 def test_names_become_numbers_by_the_file_of_class_names(tmp_path: Path, prepare: Prepare):
@@ -156,6 +187,15 @@ def test_keys_that_end_at_a_dot_are_told(tmp_path: Path, prepare: Prepare):
     write(tmp_path / "hub", "train-0.tar", members=[(f"photo.{name}", data) for name, data in samples(numbered)])
     code, said = prepare()
     assert (code, "6 images: the sample has" in said, "where a key has a dot" in said) == (1, True, True)
+    dotted = [(f"{n}.5.{field}", data) for n in range(6) for field, data in (("jpg", image_bytes(n, (8, 8))), numbered(n))]
+    write(tmp_path / "hub", "train-0.tar", members=dotted)
+    code, said = prepare()
+    assert (code, "no label: the sample has 5.cls, 5.jpg; give its field" in said, "where a key has a dot" in said) == (
+        1,
+        True,
+        True,
+    )
+    assert not (tmp_path / "out/manifest.json").exists()
 
 
 def test_hidden_files_are_counted_and_a_mask_is_no_image(tmp_path: Path, prepare: Prepare):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from datetime import timedelta
 from types import FrameType
 from typing import NamedTuple
@@ -10,7 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""Requests to save and stop: of a scheduler, of Ctrl-C, of a terminal that is closed."""
+TWICE_SECONDS = 1.0
+"""A second Ctrl-C counts from then on: torchrun passes the terminal's first one on to processes that have it already."""
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later. Schedulers can be told to requeue on it."""
 
@@ -29,15 +34,17 @@ class Agreed(NamedTuple):
 
 
 class Control:
-    """Notes SIGTERM and SIGUSR1; `agree` gives every process the same answer.
+    """Notes `SIGNALS`; `agree` gives every process the same answer.
 
     The agreement is two integers over a gloo group of its own: it costs the hosts one message per step and never waits for
-    a device. A second signal changes nothing.
+    a device. A second signal changes nothing, but a second Ctrl-C ends the process at once.
     """
 
     def __init__(self, timeout: timedelta | None = None) -> None:
         """timeout: of an agreement; None: PyTorch's, half an hour."""
         self.received = False
+        self._interrupted: float | None = None
+        """When Ctrl-C came first, on the clock that never jumps."""
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._group: dist.ProcessGroup | None = None
         if several:
@@ -49,11 +56,22 @@ class Control:
     def listen(self) -> Control:
         """Takes over the signals; only the main thread of a process may."""
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # nohup: it outlives its terminal
+                continue
             signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
+        if number != signal.SIGINT:
+            return
+        if self._interrupted is None:
+            self._interrupted = time.monotonic()
+            # no print: the signal may have come in the middle of one
+            os.write(2, b"\nCtrl-C: saving, then stopping; again: ending at once, without saving\n")
+        elif time.monotonic() - self._interrupted >= TWICE_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def agree(self, poisoned: bool = False) -> Agreed:
         """What any process has to say. A collective: every process calls it at the same points."""

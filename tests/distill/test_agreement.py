@@ -1,6 +1,8 @@
 """What processes agree on between two steps, by real ones."""
 
 import os
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -33,3 +35,13 @@ def test_an_agreement_that_one_process_never_joins_ends_after_the_time_that_was_
     for rank in ranks:
         rank.kill()
     assert "2000ms" in said.read_text() or "imed out" in said.read_text()
+
+
+def test_under_nohup_a_run_outlives_its_terminal():
+    script = (
+        "import os, signal; from distill.agreement import Control; control = Control().listen();"
+        " os.kill(os.getpid(), signal.SIGHUP); print(control.received)"
+    )
+    for before, noted in ((["nohup"], "False"), ([], "True")):
+        done = subprocess.run([*before, sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout.strip()) == (0, noted), done.stderr

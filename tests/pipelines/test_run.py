@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import distill.models
+from distill.agreement import TWICE_SECONDS
 from distill.data.dali_graph import dali_available
 from tests.conftest import TRAIN_IMAGES, VAL_IMAGES
 from tests.processes import finished, start
@@ -160,7 +161,7 @@ def test_killed_at_any_step_and_resumed_is_the_uninterrupted_run(
     assert_same_run(straight, killed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_on_any_rank_saves_and_exits_with_75_and_the_same_command_goes_on(
     digits: Path, tmp_path: Path, number: signal.Signals
 ):
@@ -174,6 +175,21 @@ def test_a_signal_on_any_rank_saves_and_exits_with_75_and_the_same_command_goes_
     assert stopped["meta"]["step"] == len(steps_of(out)), "nothing that was done is lost"
     finished(command, log, world_size=2)
     assert [json.loads(line)["step"] for line in steps_of(out)] == list(range(1, 13))
+
+
+def test_ctrl_c_twice_ends_at_once(digits: Path, tmp_path: Path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    # a loader that does not answer: the first step never ends, and nothing is saved
+    job = start(arguments(digits, out), log, environment={"STALL_LOADER": "0:10"})
+    job.wait_until(lambda: "step/s" in job.text())
+    os.kill(job.ranks[0].pid, signal.SIGINT)
+    job.wait_until(lambda: "Ctrl-C: saving, then stopping; again: ending at once" in job.text())
+    time.sleep(TWICE_SECONDS)
+    assert not job.is_over()
+    os.kill(job.ranks[0].pid, signal.SIGINT)
+    assert job.wait(20) == [-signal.SIGINT], job.text()
+    assert not (out / "checkpoints" / "LAST").exists()
+    assert not (out / "summary.json").exists()
 
 
 def test_bad_requests_get_one_clear_line_and_exit_code_2(digits: Path, tmp_path: Path):

@@ -7,6 +7,7 @@ import difflib
 import functools
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -88,6 +89,16 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def new_file(text: str) -> Path:
+    """A type for `add_argument`: a file that a command writes at its end. What cannot be written is refused before the work."""
+    path = _path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; give a file in it")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.absolute().parent} is no folder; make it first")
+    return path
+
+
 def _options(parser: argparse.ArgumentParser, words: Sequence[str]) -> Iterator[str]:
     """The options of a parser and of the command that the words name; of all its commands where they name none."""
     for action in parser._actions:
@@ -134,11 +145,23 @@ def requests() -> Iterator[None]:
         raise RequestError(str(error)) from error
 
 
+def check_text(words: Sequence[str]) -> None:
+    """RequestError where the bytes of a word of the command line are no UTF-8: names are kept in JSON and printed."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise RequestError(
+                f"{word.encode(errors='backslashreplace').decode()}: is no UTF-8; rename it, or give a link with another name"
+            ) from None
+
+
 def command(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
     """A command's `main`: it calls `run` with the command line (sys.argv where nobody gives one) and returns the exit code.
 
     0, or what `run` returns; 2 for a wrong request (RequestError, or LossError of a user's own loss), after one line that says
-    what is wrong; 75 for a run that was asked to stop and has saved (Interrupted). Any other exception passes: Python prints it
+    what is wrong; 75 for a run that was asked to stop and has saved (Interrupted); 130 for a
+    Ctrl-C that nothing else takes. Any other exception passes: Python prints it
     and exits with 1.
     """
 
@@ -146,8 +169,10 @@ def command(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
     def main(argv: Sequence[str] | None = None) -> int:
         # processes of one machine would say the same; another machine may lack a file that this one has
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+        words = sys.argv[1:] if argv is None else argv
         try:
-            return run(sys.argv[1:] if argv is None else argv) or 0
+            check_text(words)
+            return run(words) or 0
         except Interrupted as interruption:
             if speaks:
                 print(interruption)
@@ -159,5 +184,9 @@ def command(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
                 # torchrun ends all others as soon as one ends: the one that speaks may still be importing
                 time.sleep(SPEAK_SECONDS)
             return 2
+        except KeyboardInterrupt:
+            if speaks:
+                print("interrupted", file=sys.stderr, flush=True)
+            return 128 + signal.SIGINT
 
     return main

@@ -157,6 +157,8 @@ def _resolve_losses(section: Mapping[str, Any], losses: Mapping[str, type]) -> t
     return resolved, problems
 
 
+INITIAL_SHARE = 0.01
+"""Share of its initial weights from which an average is said not to have warmed up."""
 OWNED = {
     "num_classes": "it is that of the data; leave it out",
     "in_chans": "images are RGB, grey ones too; leave it out",
@@ -202,7 +204,7 @@ def combinations(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
     ):
         names = ", ".join(recipe.loss)
         yield (
-            f"teacher.name: {recipe.teacher.name}, but no loss reads a teacher ({names}); add one, such as --loss.kd.weight 1,"
+            f"teacher.name: {recipe.teacher.name}, but no loss reads a teacher ({names}); add one with --loss.NAME.weight 1,"
             " or say --teacher none"
         )
     yield from owned_arguments(recipe)
@@ -218,6 +220,34 @@ def combinations(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
         micro_batch_size(recipe.train.global_batch_size, recipe.train.accumulate, world_size=1)
     except ValueError as error:
         yield f"train.accumulate: {error}"
+
+
+def doubts(recipe: Recipe, steps_per_epoch: int) -> Iterator[str]:
+    """A line for each setting that has no effect, or not the usual one, in a run of this length; it may be meant."""
+    epochs = float(recipe.train.epochs)
+    if recipe.train.max_steps:
+        epochs = min(epochs, recipe.train.max_steps / steps_per_epoch)
+    schedule = recipe.schedule
+    ends = f"the run ends after {epochs:g} epochs"
+    if schedule.warmup_epochs >= epochs:
+        yield f"schedule.warmup_epochs: {schedule.warmup_epochs:g}, and {ends}: the learning rate never reaches its peak"
+    if late := [epoch for epoch in schedule.decay_epochs if epoch >= epochs]:
+        yield f"schedule.decay_epochs: {', '.join(f'{epoch:g}' for epoch in late)} never come, {ends}"
+    for name, entry in recipe.loss.items():
+        term, _ = term_schedule(entry)
+        if term.start_epoch >= epochs:
+            yield f"loss.{name}.start_epoch: {term.start_epoch:g}, and {ends}: the term never counts"
+        elif term.start_epoch + term.warmup_epochs > epochs:
+            yield f"loss.{name}.warmup_epochs: {term.warmup_epochs:g}, and {ends}: the term never has its whole weight"
+        if term.final_weight is not None and term.decay_start_epoch >= epochs:
+            yield f"loss.{name}.decay_start_epoch: {term.decay_start_epoch:g}, and {ends}: final_weight has no effect"
+    ema, steps = recipe.ema, round(epochs * steps_per_epoch)
+    left = 0.0 if ema.warmup else ema.decay**steps
+    if ema.enabled and left > INITIAL_SHARE:
+        yield (
+            f"ema.decay: {ema.decay:g} over {steps} steps leaves {left:.0%} of the initial weights in the average, which is"
+            " evaluated and exported; say ema.warmup true, or a smaller decay"
+        )
 
 
 def merge(base: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from distill.agreement import Control
-from distill.command_line import Parser, command, requests
+from distill.command_line import Parser, command, new_file, requests
 from distill.config import RecipeError, as_dict
 from distill.losses import LOSSES
 from distill.protocols import Batch
@@ -99,8 +99,8 @@ def arguments(argv: Sequence[str]) -> Asked:
         default="wall",
         help="cpu: seconds of this process's threads, for a CPU that others use too; it sees no waiting (%(default)s)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the step there, as PNG, PDF or SVG")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all figures there")
+    parser.add_argument("--plot", type=new_file, metavar="FILE", help="draw the step there, as PNG, PDF or SVG")
     ours, rest = parser.parse_known_args(argv)
     request = parse(rest, LOSSES)
     for name, value, least in (("steps", ours.steps, 1), ("warm-up", ours.warm_up, 1), ("rounds", ours.rounds, 1)):
@@ -108,9 +108,6 @@ def arguments(argv: Sequence[str]) -> Asked:
             raise RecipeError(f"--{name}: {value} is less than {least}")
     if ours.clock == "cpu" and (ours.data != "memory" or torch.cuda.is_available()):
         raise RecipeError("--clock: cpu counts what all threads of this process do; it needs --data memory and no GPU")
-    for name, path in (("json", ours.json), ("plot", ours.plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise RecipeError(f"--{name}: {path.absolute().parent} is no folder; make it first")
     rounds = min(ours.rounds, ours.steps)
     return Asked(request.recipe, ours.steps, ours.warm_up, rounds, ours.data, ours.clock, ours.json, ours.plot)
 

@@ -21,7 +21,7 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
 import distill
-from distill.command_line import Parser, RequestError, command, requests, whole_number
+from distill.command_line import Parser, RequestError, command, new_file, requests, whole_number
 from distill.data.decoding import last_error, run_child
 from distill.data.index import ShardIndex
 from pipelines.checks.finding import Finding, skipped
@@ -55,15 +55,13 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="what is not done then is left out (%(default)s)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings there")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all findings there")
     asked = parser.parse_args(argv)
     names = asked.only.split(",") if asked.only is not None else []
     if unknown := [name for name in names if name not in SECTIONS]:
         raise RequestError(f"--only: {', '.join(unknown) or 'nothing'}: no such section; there are {', '.join(SECTIONS)}")
     if asked.pretend and not (asked.full or names):
         raise RequestError("--pretend: belongs to --full or --only, whose sections it walks on a CPU")
-    if asked.json is not None and (asked.json.is_dir() or not asked.json.absolute().parent.is_dir()):
-        raise RequestError(f"--json: {asked.json} cannot be a file there; give the name of one in a folder that exists")
     if asked.shards:
         with requests():
             ShardIndex.open(asked.shards)

@@ -20,7 +20,7 @@ from pipelines.setup.launcher import end_with_launcher, exit_with
 if __name__ == "__main__":
     end_with_launcher()
 
-from distill.command_line import Parser, RequestError, command, requests, whole_number
+from distill.command_line import Parser, RequestError, command, new_file, requests, whole_number
 from distill.data.decoding import DecodeName
 from distill.data.index import ShardIndex
 from distill.evaluation import evaluate
@@ -69,12 +69,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--decode", choices=get_args(DecodeName), default="auto", help="data.decode of a recipe; auto (default): tried first"
     )
     parser.add_argument("--num-threads", type=whole_number(0), default=0, metavar="N", help="decoding threads per process")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the figures there too")
     asked = parser.parse_args(argv)
     if not 0 <= asked.crop_fraction <= 1:
         raise RequestError(f"--crop-fraction: {asked.crop_fraction} is no share; give one above 0 and up to 1")
-    if asked.json and not asked.json.resolve().parent.is_dir():
-        raise RequestError(f"--json: {asked.json.parent} is no folder; make it first")
     return asked
 
 

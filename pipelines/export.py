@@ -22,7 +22,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from distill.command_line import Parser, command, requests
+from distill.command_line import Parser, command, new_file, requests
 from distill.data.index import MANIFEST, ShardIndex
 from distill.data.pixels import decode
 from distill.data.reference import read_sample
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     """The ONNX file, pushed where that is asked. Raises RecipeError where the student cannot be exported."""
     parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="a run's folder, or its student/")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the ONNX file")
+    parser.add_argument("--out", type=new_file, required=True, metavar="FILE", help="the ONNX file")
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="to check on: shards or image files (default: the run's data.val)"
     )
@@ -55,8 +55,6 @@ def export(arguments: argparse.Namespace) -> None:
     """Writes the ONNX file, and pushes it where that is asked. ValueError where it cannot be done."""
     if arguments.push and get_token() is None:
         raise ValueError(f"--push {arguments.push}: no token for the hub; run `hf auth login`, or set HF_TOKEN")
-    if not arguments.out.resolve().parent.is_dir():
-        raise ValueError(f"--out {arguments.out}: {arguments.out.parent} is no folder; make it first")
     student = student_of(arguments.folder)
     source = arguments.images or validation_of(student)
     model = create_model(f"local-dir:{student}", pretrained=True)

@@ -27,7 +27,7 @@ from torch import nn
 from distill.agreement import Control, Interrupted
 from distill.checkpoint import CheckpointError
 from distill.command_line import command, requests
-from distill.config import as_dict
+from distill.config import as_dict, doubts
 from distill.engine import NonFiniteError, fit
 from distill.evaluation import known_bad_samples
 from distill.losses import LOSSES
@@ -38,7 +38,7 @@ from distill.run import Run, restore
 from distill.watchdog import PeerLostError, Watchdog
 from pipelines.setup.arguments import Request, parse
 from pipelines.setup.build import build, build_settings, rehearse
-from pipelines.setup.data import Splits, build_splits, check_mixing, decoding_facts, eval_spec
+from pipelines.setup.data import Splits, build_splits, check_mixing, decoding_facts, eval_spec, train_order
 from pipelines.setup.machine import (
     build_accelerator,
     collective_timeout,
@@ -155,6 +155,16 @@ def open_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
         return build_splits(recipe, accelerator)
 
 
+def warn(recipe: Recipe, splits: Splits, session: Session) -> None:
+    """Says what of a request is doubtful: it is done as it was asked for."""
+    for doubt in doubts(recipe, train_order(recipe, splits.train.num_samples).steps_per_epoch):
+        session.say(f"warning: {recipe.out}: {doubt}")
+    if splits.train.digest == splits.val.digest:
+        session.say(
+            f"warning: {recipe.out}: data.train and data.val are the same shards: its top-1 says nothing about other images"
+        )
+
+
 def run_once(recipe: Recipe, folder: RunFolder, splits: Splits, session: Session) -> None:
     """Makes one run, from the objects of its recipe to its summary; it goes on where it stopped.
 
@@ -162,6 +172,7 @@ def run_once(recipe: Recipe, folder: RunFolder, splits: Splits, session: Session
     """
     accelerator = session.accelerator
     session.watchdog.progress(0, "building")
+    warn(recipe, splits, session)
     # 1. what is wrong with the request is found before the folder says that it holds a run
     with requests():
         run, models = build(recipe, accelerator, splits, session.control, session.watchdog.progress, session.watchdog.check)

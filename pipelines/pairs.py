@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout 
 
 import torch
 
-from distill.command_line import Parser, command, requests, whole_number
+from distill.command_line import Parser, command, new_file, requests, whole_number
 from distill.models.build import ProbedModel, published_without_classifier
 from distill.models.describe import Description, Uninitialised, create_outline, describe, outlined, probed_with_noise
 from distill.protocols import Criterion, DataFacts, Needs, Regions
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     matrix_parser = commands.add_parser("matrix", help="check every architecture of timm; goes on where it stopped")
     matrix_parser.add_argument("--pattern", default="*", help="names to check, as in timm.list_models")
     matrix_parser.add_argument("--out", type=Path, default=Path("compatibility.csv"), help="rows already there are kept")
-    matrix_parser.add_argument("--page", type=Path, help="write the table as a Markdown page too")
+    matrix_parser.add_argument("--page", type=new_file, help="write the table as a Markdown page too")
     arguments = parser.parse_args(argv)
     with requests():
         if arguments.command == "matrix":
@@ -66,7 +66,7 @@ def explain(teacher_name: str, student_name: str, num_classes: int, teacher_clas
     """What the pair is and what works, as a run would find it."""
     if teacher_classes is None:
         teacher_classes = 0 if published_without_classifier(teacher_name) else num_classes
-    with ExitStack() as noise:
+    with ExitStack() as noise, named_failures(f"{teacher_name} and {student_name}"):
         theirs, ours = (
             noise.enter_context(probed_with_noise(create_outline(name, num_classes=classes), name=name, frozen=frozen))
             for name, classes, frozen in ((teacher_name, teacher_classes, True), (student_name, num_classes, False))
@@ -82,6 +82,18 @@ def explain(teacher_name: str, student_name: str, num_classes: int, teacher_clas
         "warnings": warnings(teacher, student, num_classes),
     }
     return json.dumps(report, indent=2) if as_json else as_text(teacher, student, report)
+
+
+@contextmanager
+def named_failures(names: str) -> Iterator[None]:
+    """ValueError that names the models where something inside fails: timm has more kinds of models than anybody tried."""
+    try:
+        yield
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else ""
+        raise ValueError(f"{names}: cannot be explained ({type(error).__name__}: {first})") from error
 
 
 def as_values(model: Description) -> dict[str, Any]:

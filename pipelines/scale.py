@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
-from distill.command_line import Parser, command
+from distill.command_line import Parser, command, new_file
 from distill.config import RecipeError
 from pipelines.measure.report import Report
 from pipelines.measure.tables import table
@@ -246,7 +246,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--loader-factor", type=float, default=1.0, help="decoding threads over the ledger's (%(default)s)")
     parser.add_argument("--epochs", type=float, help="epochs to plan; default: the recipe's")
     parser.add_argument("--images", type=int, help="images of an epoch; default: the ledger's training split")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the rows there")
     found = parser.parse_args(argv)
     for name, value in vars(found).items():
         for number in value if isinstance(value, list) else [value]:

@@ -42,6 +42,8 @@ def check_all(pattern: str, out: Path, page: Path | None, needs: Needs) -> int:
     names = timm.list_models(pattern)
     if not names:
         raise ValueError(f"--pattern {pattern}: no architecture of timm matches; try '*resnet*'")
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder; give a file in it")
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {row["name"] for row in read(out)}
     for number, name in enumerate(names, start=1):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from timm.models import is_model_pretrained
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill.config import RecipeError, term_schedule
 from distill.loss_options import loss_options, run_parameters
@@ -51,6 +52,7 @@ def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torc
         student = student_of(name, term_schedule(entry)[1], student, teacher)
     student.backbone(Needs())  # raises for what is wrong with the student itself, before a loss is blamed for it
     criteria = build_criteria(recipe, student, teacher, data)
+    check_batchnorm(recipe, student.model, criteria, data.micro_batch)
     student_needs, teacher_needs = needs_of(criteria)
     ours = set_batchnorm(student.backbone(student_needs), recipe.student.batchnorm)
     chosen = memory_format(recipe)
@@ -156,6 +158,9 @@ def build_criterion(
     try:
         criterion = LOSSES[name](**{key: facts[key] for key in run_parameters(LOSSES[name])}, **options)
         student.backbone(criterion.student_needs)
+        read = criterion.teacher_needs
+        if student.facts.num_classes == 1 and read is not None and (read.logits or read.region_logits):
+            raise ValueError("compares the classes of an image, and the data have one; drop it, or take data of several")
         if teacher is not None:
             teacher.backbone(criterion.teacher_needs or Needs())
     except ValueError as error:
@@ -217,6 +222,25 @@ def compile_backbones(recipe: Recipe, models: Models) -> None:
         if backbone is not None and recipe.train.compile in (name, "both"):
             # every training batch has one shape; a general one would be slower
             backbone.compile(mode=recipe.train.compile_mode, dynamic=False)
+
+
+def check_batchnorm(recipe: Recipe, student: nn.Module, criteria: Mapping[str, nn.Module], micro_batch: int) -> None:
+    """Raises RecipeError where BatchNorm would normalise one image by itself: it has no statistics of a batch then, and behind
+    a pooling layer PyTorch refuses it in the first step."""
+    train, mode = recipe.train, recipe.student.batchnorm
+    if micro_batch > 1:
+        return
+    processes = train.global_batch_size // train.accumulate
+    norms = {f"loss.{name}": module for name, module in criteria.items()}
+    if mode == "local" or (mode == "sync" and processes == 1):
+        norms = {f"student {recipe.student.name}": student, **norms}
+    for name, module in norms.items():
+        if any(isinstance(each, _BatchNorm) and each.training for each in module.modules()):
+            raise RecipeError(
+                f"{name}: its BatchNorm would see 1 image at a time: train.global_batch_size {train.global_batch_size} over"
+                f" processes: {processes}, each with train.accumulate {train.accumulate}; raise the batch, lower accumulate, or"
+                " say student.batchnorm frozen"
+            )
 
 
 def check_precision(precision: str, device: torch.device) -> None:

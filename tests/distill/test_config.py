@@ -57,7 +57,7 @@ def test_all_problems_are_reported_together_with_the_nearest_name():
         ({"loss": {}}, "loss: no loss is left"),
         (
             {"loss.sdd": None, "loss.msdcrd": None},
-            "but no loss reads a teacher (cross_entropy); add one, such as --loss.kd.weight 1",
+            "but no loss reads a teacher (cross_entropy); add one with --loss.NAME.weight 1",
         ),
         ({"student.model_kwargs": {"num_classes": 5}}, "student.model_kwargs: num_classes: it is that of the data"),
         ({"student.model_kwargs": {"in_chans": 1}}, "student.model_kwargs: in_chans: images are RGB, grey ones too"),

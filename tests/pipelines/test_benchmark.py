@@ -214,9 +214,10 @@ def test_where_only_the_models_cost_the_next_unused_option_is_named(report: Repo
     ("wrong", "words"),
     [
         (["--steps", "0"], "--steps: 0"),
-        (["--steps", "many"], "invalid int value: 'many'"),
+        (["--steps", "many"], "'many' is no whole number"),
         (["--data", "disk"], "invalid choice: 'disk'"),
         (["--json", "no/such/folder/file.json"], "no folder"),
+        (["--plot", "."], "--plot: . is a folder; give a file in it"),
         (["--clock", "cpu"], "needs --data memory"),
         (["--los.sdd.weight", "1"], "did you mean"),
         (["--teacher", "none"], "needs a teacher"),

@@ -100,6 +100,7 @@ def test_what_cannot_be_exported_or_pushed_is_one_line_and_exit_code_2(
     assert main([str(tmp_path), "--out", file]) == 2
     assert main([str(run), "--out", file, "--images", str(tmp_path / "nowhere"), *mine]) == 2
     assert main([str(run), "--out", str(tmp_path / "nowhere" / "student.onnx")]) == 2
+    assert main([str(run), "--out", str(tmp_path)]) == 2
     assert main([str(run), "--out", file, "--push", "someone/student"]) == 2
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
@@ -108,7 +109,8 @@ def test_what_cannot_be_exported_or_pushed_is_one_line_and_exit_code_2(
     broken.write_text("import nothing_of_that_name")
     assert main([str(run), "--out", file, "--import", str(broken)]) == 2
     errors = capsys.readouterr().err.splitlines()
-    reasons = ["there is no config.json", "no such folder", "make it first", "hf auth login", "offline mode is enabled"]
+    folders = ["make it first", f"--out: {tmp_path} is a folder; give a file in it"]
+    reasons = ["there is no config.json", "no such folder", *folders, "hf auth login", "offline mode is enabled"]
     for line, words in zip(errors, [*reasons, f"--import {broken}: ModuleNotFoundError: No module"], strict=True):
         assert words in line
 

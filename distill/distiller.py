@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from distill.optim import Schedule
@@ -41,9 +42,14 @@ class Distiller(nn.Module):
         # resumed run has rank 0's on every rank, so a run that goes on must have them too. A criterion's state does not: it is
         # kept alike on every rank by the criterion, and a memory bank is gigabytes. DDP reads this list.
         self._ddp_params_and_buffers_to_ignore = [f"criteria.{name}" for name, _ in self.criteria.named_buffers()]
+        self._gradients_checked = False
 
     def forward(self, images: Tensor, teacher: ModelOutput | None, target: Target) -> Losses:
-        """images float [B, 3, H, W] in [0, 1], what the teacher gave for them, and what else the step knows -> `Losses`."""
+        """images float [B, 3, H, W] in [0, 1], what the teacher gave for them, and what else the step knows -> `Losses`.
+
+        Raises LossError for a criterion that gives something else than its protocol says, and, at the first step of training,
+        for one that leaves its own parameters or everything without a gradient.
+        """
         output = self.student(images)
         self.before_losses()
         terms: dict[str, Tensor] = {}
@@ -51,11 +57,28 @@ class Distiller(nn.Module):
         for name, criterion in self.criteria.items():
             terms[name], found = _checked(name, criterion(output, teacher, target))
             statistics |= {f"{name}/{key}": value for key, value in found.items()}
+        if self.training and torch.is_grad_enabled() and not self._gradients_checked:
+            self._check_gradients(terms)
+            self._gradients_checked = True
         weighted = [self.weights[name](target.progress) * term for name, term in terms.items()]
         total = weighted[0]
         for term in weighted[1:]:
             total = total + term
         return Losses(total, terms, statistics)
+
+    def _check_gradients(self, terms: Mapping[str, Tensor]) -> None:
+        """Raises LossError for terms that train nothing, or not all parameters of their criterion: DDP would wait for their
+        gradients and fail a step later, without a name, and one process alone would never say so."""
+        for name, term in terms.items():
+            if not term.requires_grad:
+                raise LossError(f"loss.{name}: its value has no gradient; compute it from the student's output, not detached")
+            reached = _reached(term)
+            own = self.criteria[name].named_parameters()
+            if idle := [key for key, parameter in own if parameter.requires_grad and parameter not in reached]:
+                raise LossError(
+                    f"loss.{name}: its value gives {', '.join(idle)} no gradient; compute it with every parameter in"
+                    " every step, or drop those parameters"
+                )
 
     @property
     def plain_student(self) -> nn.Module:
@@ -81,6 +104,21 @@ def _checked(name: str, given: Any) -> tuple[Tensor, dict[str, Tensor]]:
         if not isinstance(value, Tensor) or value.dim() > 0:
             raise LossError(f"loss.{name}: forward gave {_named(value)} as {what}; it must be a tensor of no dimension")
     return loss, statistics
+
+
+def _reached(value: Tensor) -> set[Tensor]:
+    """The tensors that a backward pass from `value` gives a gradient to. Reads the graph alone: it waits for no device."""
+    if value.grad_fn is None:
+        return {value}
+    waiting, seen, leaves = [value.grad_fn], {value.grad_fn}, set()
+    while waiting:
+        node = waiting.pop()
+        if isinstance(leaf := getattr(node, "variable", None), Tensor):
+            leaves.add(leaf)
+        following = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= following
+        waiting += following
+    return leaves
 
 
 def _named(value: Any) -> str:

@@ -126,3 +126,35 @@ def test_what_a_loss_gives_is_looked_at_when_it_is_called(given: Any, expected: 
     distiller = Distiller(nn.Identity(), {"made": loss()}, {"made": lambda _: 1.0})
     with pytest.raises(LossError, match=rf"^loss\.made: {expected}"):
         distiller(torch.zeros(1), None, Target(torch.zeros(1)))
+
+
+class Idle(Sound):
+    """A loss with a parameter that its value does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle, self.frozen = nn.Linear(2, 2), nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, student, teacher, target):
+        return student.mean() + self.idle.bias.sum(), {}
+
+
+class Detached(Sound):
+    """A loss whose value has no gradient."""
+
+    def forward(self, student, teacher, target):
+        return student.detach().mean(), {}
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [(Idle, r"its value gives idle\.weight no gradient; compute it"), (Detached, "its value has no gradient; compute it")],
+)
+def test_a_loss_that_leaves_something_untrained_is_refused_at_the_first_step_of_training(loss: type, expected: str):
+    distiller = Distiller(nn.Linear(3, 2), {"made": loss()}, {"made": lambda _: 1.0})
+    inputs = (torch.ones(4, 3), None, Target(torch.zeros(4)))
+    with torch.no_grad():
+        distiller(*inputs)
+    distiller.eval()(*inputs)
+    with pytest.raises(LossError, match=rf"^loss\.made: {expected}"):
+        distiller.train()(*inputs)

@@ -81,3 +81,14 @@ def test_a_wrong_loss_is_refused_in_one_line(constructor: str, gives: str, expec
     job = finished(arguments(digits, tmp_path / "run", *asked), tmp_path / "log", codes=2)
     assert f"error: {expected}" in job.text()
     assert "Traceback" not in job.text()
+
+
+def test_a_loss_that_does_not_use_its_parameter_is_refused_on_two_processes_too(digits: Path, tmp_path: Path):
+    """DDP's own error came a step later and named no loss."""
+    asked = wrong_loss(tmp_path / "wrong.py", "self", "(student.logits.mean(), {})")
+    source = (tmp_path / "wrong.py").read_text()
+    parameter = "super().__init__()\n        self.idle = torch.nn.Parameter(torch.zeros(()))\n"
+    (tmp_path / "wrong.py").write_text("import torch\n" + source.replace("super().__init__()\n", parameter))
+    job = finished(arguments(digits, tmp_path / "run", *asked), tmp_path / "log", world_size=2, codes=2)
+    assert "error: loss.wrong: its value gives idle no gradient" in job.text()
+    assert "Traceback" not in job.text()

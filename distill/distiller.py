@@ -47,15 +47,20 @@ class Distiller(nn.Module):
     def forward(self, images: Tensor, teacher: ModelOutput | None, target: Target) -> Losses:
         """images float [B, 3, H, W] in [0, 1], what the teacher gave for them, and what else the step knows -> `Losses`.
 
-        Raises LossError for a criterion that gives something else than its protocol says, and, at the first step of training,
-        for one that leaves its own parameters or everything without a gradient.
+        Raises LossError for a criterion that reads what no needs ask for or gives something else than its protocol says, and,
+        at the first step of training, for one that leaves its own parameters or everything without a gradient.
         """
-        output = self.student(images)
+        output = _asked(self.student(images), "student")
         self.before_losses()
+        teacher = _asked(teacher, "teacher")
         terms: dict[str, Tensor] = {}
         statistics: dict[str, Tensor] = {}
         for name, criterion in self.criteria.items():
-            terms[name], found = _checked(name, criterion(output, teacher, target))
+            try:
+                given = criterion(output, teacher, target)
+            except LossError as error:
+                raise LossError(f"loss.{name}: {error}") from None
+            terms[name], found = _checked(name, given)
             statistics |= {f"{name}/{key}": value for key, value in found.items()}
         if self.training and torch.is_grad_enabled() and not self._gradients_checked:
             self._check_gradients(terms)
@@ -93,6 +98,41 @@ class Distiller(nn.Module):
     def trained_state(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint keeps: the plain student, and the criteria's parameters and state, apart."""
         return {"student": self.plain_student.state_dict(), "criteria": self.criteria.state_dict()}
+
+
+class _Asked(ModelOutput):
+    """A model's output that names the need that is missing, where a criterion reads an entry that nobody asked for."""
+
+    side: str = "a model"
+
+    def __getattribute__(self, name: str) -> Any:
+        """The entry; LossError for one that is absent."""
+        value = super().__getattribute__(name)
+        if value is None and name in ModelOutput._fields:
+            raise LossError(f"reads {self.side}.{name}, and its {self.side}_needs do not say so; set Needs({name}=True)")
+        return value
+
+
+class _AskedMaps(dict[Any, Tensor]):
+    """The tensors of one entry, likewise."""
+
+    def __init__(self, found: Mapping[Any, Tensor], side: str, entry: str) -> None:
+        super().__init__(found)
+        self.side, self.entry = side, entry
+
+    def __missing__(self, key: Any) -> Tensor:
+        where, needs = f"{self.side}.{self.entry}[{key}]", f"Needs({self.entry}=({key},))"
+        raise LossError(f"reads {where}, and its {self.side}_needs do not say so; set {needs}")
+
+
+def _asked(output: Any, side: str) -> Any:
+    """A model's output as criteria are given it; None stays None."""
+    if not isinstance(output, ModelOutput):
+        return output
+    entries: dict[str, Any] = output._asdict()
+    asked = _Asked(**{key: _AskedMaps(each, side, key) if isinstance(each, Mapping) else each for key, each in entries.items()})
+    asked.side = side
+    return asked
 
 
 def _checked(name: str, given: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """A loss of anybody's is looked at before a run: what is wrong with it is one line, with the remedy."""
 
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from distill.distiller import Distiller
 from distill.loss_options import RUN_PARAMETERS, check_loss, loss_options, option_descriptions, summary
 from distill.losses import LOSSES
-from distill.protocols import Criterion, LossError, ModelFacts, Target
+from distill.protocols import Criterion, LossError, ModelFacts, ModelOutput, Regions, Target
 
 
 class Sound(Criterion):
@@ -158,3 +159,24 @@ def test_a_loss_that_leaves_something_untrained_is_refused_at_the_first_step_of_
     distiller.eval()(*inputs)
     with pytest.raises(LossError, match=rf"^loss\.made: {expected}"):
         distiller.train()(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("reads", "expected"),
+    [
+        (lambda student, teacher: student.embedding + 1, "student.embedding, and its student_needs .*Needs(embedding=True)"),
+        (lambda student, teacher: student.logits * teacher.head_bias, "teacher.head_bias, .* teacher_needs .*(head_bias=True)"),
+        (lambda student, teacher: teacher.stages[-2], "teacher.stages[-2], .* teacher_needs do not say so; .*(stages=(-2,))"),
+        (lambda student, teacher: student.region_logits[Regions()], "student.region_logits[Regions("),
+    ],
+)
+def test_a_loss_that_reads_what_it_did_not_ask_for_is_told_the_need(reads: Any, expected: str):
+    """It used to end in a TypeError on None."""
+    loss = type("Made", (Sound,), {"forward": lambda self, student, teacher, target: (reads(student, teacher).mean(), {})})
+    output = ModelOutput(torch.ones(2, 3), torch.ones(2, 4, 1, 1), {}, {}, {})
+    student = nn.Identity()
+    student.forward = lambda images: output
+    distiller = Distiller(student, {"made": loss()}, {"made": lambda _: 1.0})
+    pattern = re.escape(expected).replace(r"\.\*", ".*").replace(r"\ ", " ")
+    with pytest.raises(LossError, match=rf"^loss\.made: reads {pattern}"):
+        distiller(torch.zeros(1), output, Target(torch.zeros(2)))

@@ -13,17 +13,22 @@ from torch import nn
 from distill.agreement import Interrupted
 from distill.batch_transform import to_pixels
 from distill.metrics import classification_metrics, classification_sums
-from distill.protocols import Loader
+from distill.protocols import Batch, Loader, ModelOutput
 
 
 def evaluate(
-    classifier: nn.Module, loader: Loader, accelerator: Accelerator, pulse: Callable[[], bool] = lambda: False
+    classifier: nn.Module,
+    loader: Loader,
+    accelerator: Accelerator,
+    pulse: Callable[[], bool] = lambda: False,
+    observe: Callable[[Batch, ModelOutput], None] | None = None,
 ) -> dict[str, float]:
     """top1, top5 (percent), loss, images and images_per_second of `classifier` over the whole split, exact for any number
     of processes: each counts its own share, the sums are added once. The buffers of rank 0 count. Images that cannot be
     decoded are left out, and `images` says so.
 
-    `pulse` is called once per batch on every process; when it returns True everywhere, Interrupted is raised.
+    `pulse` is called once per batch on every process; when it returns True everywhere, Interrupted is raised. `observe` sees
+    each batch of this process with the classifier's output, without gradient and under the same autocast.
     """
     broadcast_buffers(classifier, accelerator)
     classifier.eval()
@@ -36,8 +41,10 @@ def evaluate(
         batch = next(batches, None)
         if batch is not None and len(batch.labels):
             with torch.no_grad(), accelerator.autocast():
-                logits = classifier(to_pixels(batch.images)).logits
-            sums += classification_sums(logits, batch.labels)
+                output = classifier(to_pixels(batch.images))
+                if observe is not None:
+                    observe(batch, output)
+            sums += classification_sums(output.logits, batch.labels)
         if pulse():
             raise Interrupted("stopped in evaluation; the same command with --resume makes it again and goes on")
     bad = len(known_bad_samples(loader))

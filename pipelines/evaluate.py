@@ -28,6 +28,7 @@ from distill.models.build import ProbedModel, create_teacher
 from distill.protocols import Needs
 from distill.recipe import Train
 from distill.report import say
+from pipelines.reporting.dump import Collector
 from pipelines.setup.arguments import add_import_option, import_files
 from pipelines.setup.data import LOADERS, create_eval_loader
 from pipelines.setup.machine import create_accelerator, leave_together, meet
@@ -37,7 +38,7 @@ EPILOG = """
 examples:
   accelerate launch pipelines/evaluate.py --model cifar_resnet8 --weights runs/digits/distilled/student --val data/digits/val
   accelerate launch --config_file accelerate_config.yaml pipelines/evaluate.py --model resnet34.tv_in1k \\
-      --val data/imagenet/val
+      --val data/imagenet/val --dump runs/r34_r18/teacher.npz
 exit codes: 0 done, 1 failed, 2 the request was wrong.
 """
 
@@ -70,6 +71,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--num-threads", type=whole_number(0), default=0, metavar="N", help="decoding threads per process")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the figures there too")
+    parser.add_argument(
+        "--dump", type=new_file, metavar="FILE", help="write what it says of each image, for pipelines/report.py (.npz)"
+    )
+    parser.add_argument(
+        "--dump-sample",
+        type=whole_number(1),
+        default=2000,
+        metavar="N",
+        help="images of the dump described in full (%(default)s)",
+    )
     asked = parser.parse_args(argv)
     if not 0 <= asked.crop_fraction <= 1:
         raise RequestError(f"--crop-fraction: {asked.crop_fraction} is no share; give one above 0 and up to 1")
@@ -99,13 +110,14 @@ def main(argv: Sequence[str]) -> None:
         index = ShardIndex.open(asked.val)
         probed = build_model(asked, index)
         model = probed.backbone(Needs(logits=True)).to(accelerator.device)
+        collector = Collector(probed, index, asked.dump_sample, accelerator.device) if asked.dump else None
         crop = asked.crop_fraction or model.input_spec.crop_fraction
         spec = dataclasses.replace(model.input_spec, crop_fraction=crop)
         how = {"loader": asked.loader, "decode": asked.decode, "threads": asked.num_threads}
         loader = create_eval_loader(index, spec, asked.batch_size, accelerator, **how)
     if probed.remark:
         say(accelerator, probed.remark)
-    figures = evaluate(model, loader, accelerator)
+    figures = evaluate(model, loader, accelerator, observe=collector)
     loader.close()
     say(
         accelerator,
@@ -113,8 +125,11 @@ def main(argv: Sequence[str]) -> None:
         f" loss {figures['loss']:.5f}, {figures['images_per_second']:.0f} images/s;"
         f" {spec.height}x{spec.width} px, crop {crop:g}, precision {accelerator.mixed_precision}",
     )
+    facts = {"precision": accelerator.mixed_precision, "image_size": [spec.height, spec.width], "crop_fraction": crop}
+    if collector is not None:
+        collector.write(asked.dump, accelerator, {"model": asked.model, "weights": asked.weights, **figures, **facts})
+        say(accelerator, f"{asked.dump}: {len(collector.sample)} of {index.num_samples} images in full")
     if asked.json and accelerator.is_main_process:
-        facts = {"precision": accelerator.mixed_precision, "image_size": [spec.height, spec.width], "crop_fraction": crop}
         asked.json.write_text(json.dumps({**figures, **facts}, indent=2) + "\n")
     leave_together(meet)
 

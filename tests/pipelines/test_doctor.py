@@ -67,7 +67,7 @@ def test_what_there_is_no_time_for_is_said(tmp_path: Path):
         (["--pretend"], "error: --pretend: belongs to --full or --only"),
         (["--only", ""], "error: --only: nothing: no such section; there are versions, gpus,"),
         (["--minutes", "0"], "error: --minutes: "),
-        (["--json", "."], "error: --json: . cannot be a file there"),
+        (["--json", "."], "error: --json: . is a folder"),
         (["--only", "gpu"], "error: --only: gpu: no such section; there are versions, gpus,"),
         (["--ful"], "error: --ful: unknown option, did you mean --full?"),
         (["--json", "no/folder/x.json"], "error: --json: "),

@@ -67,6 +67,12 @@ class Reporter:
             }
             self._bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
 
+    def note(self, event: str, step: int) -> None:
+        """Appends a line to events.jsonl: what happened to the run from outside, which its metrics must not depend on."""
+        if self.main:
+            with (self.folder / "events.jsonl").open("a") as file:
+                file.write(json.dumps({"event": event, "step": step}) + "\n")
+
     def say(self, text: str) -> None:
         """Prints one line for people, on the main process only, above the bar."""
         say(self.accelerator, text)

@@ -135,6 +135,7 @@ def go_on(run: Run) -> None:
     snapshot = run.checkpoints.newest()
     if snapshot is not None:
         restore(run, snapshot)
+        run.reporter.note("resumed", run.counters.step)
         run.reporter.say(f"going on from step {run.counters.step}")
     steps = run.accelerator.gather(torch.tensor([run.counters.step], device=run.accelerator.device)).tolist()
     if len(set(steps)) > 1:

@@ -28,7 +28,7 @@ from distill.models.build import ProbedModel, create_teacher
 from distill.protocols import Needs
 from distill.recipe import Train
 from distill.report import say
-from pipelines.reporting.dump import Collector
+from pipelines.reporting.collect import Collector
 from pipelines.setup.arguments import add_import_option, import_files
 from pipelines.setup.data import LOADERS, create_eval_loader
 from pipelines.setup.machine import create_accelerator, leave_together, meet

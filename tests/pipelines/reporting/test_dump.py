@@ -16,7 +16,8 @@ from distill.data.pixels import decode
 from distill.data.reference import read_sample
 from distill.models.export import export_student
 from distill.models.input_spec import input_spec_of
-from pipelines.reporting.dump import Dump, choose_sample
+from pipelines.reporting.collect import choose_sample
+from pipelines.reporting.dump import Dump
 from tests.conftest import VAL_IMAGES
 
 ROOT = Path(__file__).parents[3]

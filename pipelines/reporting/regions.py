@@ -1,0 +1,44 @@
+"""Numbers of regions: their places in the picture, and which agree with the whole image. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from distill.loss_options import loss_options
+from distill.losses import LOSSES
+from pipelines.reporting.dump import Array
+
+
+class Cell(NamedTuple):
+    """One region's place: cell (row, column) of a grid of `scale` x `scale`."""
+
+    scale: int
+    row: int
+    column: int
+
+
+def cells(scales: Sequence[int]) -> list[Cell]:
+    """The regions in the order of a dump: scale by scale, row-major."""
+    return [Cell(scale, place // scale, place % scale) for scale in scales for place in range(scale * scale)]
+
+
+def rule_of(losses: Mapping[str, Mapping[str, Any]]) -> str:
+    """The rule that the run's losses call regions complementary by; `class` where none has a rule."""
+    for name, options in losses.items():
+        known = loss_options(LOSSES[name]) if name in LOSSES else {}
+        if "rule" in known:
+            return str(options.get("rule", known["rule"][1]))
+    return "class"
+
+
+def complementary(region_classes: Array, labels: Array, rule: str) -> Array:
+    """Which regions disagree with the whole image, which comes first; classes [N, R], labels [N] -> bool [N, R].
+
+    `class`: another class than that of the whole image. `label`: right where the whole image is wrong, or wrong where it is
+    right (the released code of SDD).
+    """
+    if rule == "class":
+        return region_classes != region_classes[:, :1]
+    right = region_classes == labels[:, None]
+    return right != right[:, :1]

@@ -29,9 +29,9 @@ def logit_correlations(dump: Dump) -> Array:
 
 
 def absolute_difference(first: Array, second: Array) -> Array:
-    """|first - second| of two matrices, with a diagonal of 0 as in the figure of SDD."""
+    """|first - second| of two matrices, with a diagonal of 0 as in the figure of SDD; NaN stays NaN, on the diagonal too."""
     found = np.abs(first - second)
-    np.fill_diagonal(found, 0)
+    np.fill_diagonal(found, 0 * np.diag(found))
     return found
 
 

@@ -1,0 +1,43 @@
+"""What the student learned, from whom, and where not: `python pipelines/report.py RUN [RUN ...] --out report.html`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
+
+from distill.command_line import Parser, RequestError, command, requests
+from pipelines.reporting.report import write
+from pipelines.reporting.runs import Comparison
+
+EPILOG = """
+Give the run of the student alone beside the distilled one: what is gained is the difference. The dumps RUN/student.npz and
+RUN/teacher.npz, which pipelines/evaluate.py --dump writes, give the panels about images and classes. docs/report.md explains.
+"""
+
+
+@command
+def main(argv: Sequence[str]) -> None:
+    """Writes the page and a Markdown summary beside it, and prints both paths."""
+    parser = Parser(description=__doc__, epilog=EPILOG)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, finished or not")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (%(default)s)")
+    parser.add_argument("--published", type=float, metavar="TOP1", help="top-1 of the paper for this pair, in percent")
+    parser.add_argument("--val", type=Path, metavar="DIR", help="where the validation shards lie now")
+    asked = parser.parse_args(argv)
+    if not asked.out.resolve().parent.is_dir():
+        raise RequestError(f"--out: {asked.out.parent} is no folder; make it first")
+    if find_spec("matplotlib") is None:
+        raise RequestError("matplotlib is not installed, and draws the figures; say `pip install matplotlib`")
+    if asked.out.suffix != ".html":
+        raise RequestError(f"--out: {asked.out} is no page; let its name end in .html")
+    with requests():
+        beside = write(Comparison.read(asked.runs, asked.published, asked.val), asked.out)
+    print(f"{asked.out} (in words: {beside})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Pictures of a split's images, read from the shards by their row in the index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from PIL import Image
+
+from distill.data.index import ShardIndex
+from distill.data.pixels import decode
+from distill.data.reader import BadSample, ShardLost
+from distill.data.reference import read_sample
+from pipelines.reporting.page import picture, thumbnail
+from pipelines.reporting.runs import Comparison
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images of one split; `reason` says why there are none."""
+
+    index: ShardIndex | None
+    reason: str = ""
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> Pictures:
+        """The validation images: where they were asked for, else where the dumps and the runs found them."""
+        digests = [dump.facts["split_digest"] for dump in comparison.voices.values()]
+        digests += [run.manifest.get("val_shards") for run in comparison.distilled]
+        dumped = [dump.facts["split"] for dump in comparison.voices.values()]
+        places = [comparison.split, *dumped, *(run.recipe["data"]["val"] for run in comparison.distilled)]
+        reason = "no place is known"
+        for place in filter(None, places):
+            try:
+                index = ShardIndex.open(place)
+            except ValueError as error:
+                reason = str(error)
+                continue
+            if digests and index.digest != digests[0]:
+                reason = f"{place} holds other images than the run was evaluated on"
+                continue
+            return cls(index)
+        return cls(None, f"no pictures, for the validation shards cannot be read ({reason}); give their folder as --val")
+
+    def read(self, sample: int) -> Image.Image | None:
+        """The image of a row; None where it cannot be had."""
+        if self.index is None:
+            return None
+        try:
+            return decode(read_sample(self.index, sample))
+        except (BadSample, ShardLost, KeyError):
+            return None
+
+    def thumbnail(self, sample: int, caption: str, wide: bool = False, over: str = "") -> str:
+        """An image with its caption; a grey square where it cannot be had. over: an <svg> that lies on it."""
+        image = self.read(sample)
+        content = "<img alt='not readable' src='data:,'>" if image is None else picture(square(image), caption)
+        return thumbnail(f"<div class=over>{content}{over}</div>" if over else content, caption, wide)
+
+
+def square(image: Image.Image) -> Image.Image:
+    """The largest square in the middle, which is what models are shown, but for a margin."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def overlay(shapes: Sequence[str], alt: str) -> str:
+    """Shapes over a picture whose sides are 100."""
+    return f"<svg viewBox='0 0 100 100' role=img aria-label='{escape(alt, quote=True)}'>{''.join(shapes)}</svg>"

@@ -1,0 +1,154 @@
+"""What models see where: the class of every region over the picture, and heat maps of the stages."""
+
+from __future__ import annotations
+
+from html import escape
+
+import numpy as np
+from PIL import Image
+
+from pipelines.reporting.confidence import doubtful_labels
+from pipelines.reporting.drawing import heat
+from pipelines.reporting.dump import Dump
+from pipelines.reporting.page import Panel, missing, picture, thumbnail, thumbnails
+from pipelines.reporting.pictures import Pictures, overlay
+from pipelines.reporting.regions import Cell, cells, complementary, rule_of
+from pipelines.reporting.runs import Comparison, RunRecord
+
+MOST_REGIONS, MOST_HEAT, MOST_DOUBTFUL = 12, 4, 12
+
+
+def sampled_labels(dump: Dump) -> np.ndarray:
+    """The labels of the sample's images."""
+    labels: np.ndarray = dump["labels"][np.searchsorted(dump["sample_ids"], dump["sampled_ids"])]
+    return labels
+
+
+def shares(dump: Dump, rule: str) -> dict[int, float]:
+    """Percent of complementary regions at each scale, over the sample."""
+    outside = complementary(dump["region_classes"], sampled_labels(dump), rule)
+    places = cells(dump.facts["scales"])
+    scales = [scale for scale in dump.facts["scales"] if scale > 1]
+    return {scale: 100 * float(outside[:, [cell.scale == scale for cell in places]].mean()) for scale in scales}
+
+
+def speaker(run: RunRecord) -> tuple[str, Dump] | None:
+    """Whose regions are shown: the teacher's, which the losses go by; the student's own where it has none."""
+    for name, dump in ((f"teacher {run.teacher}", run.teacher_dump), (run.name, run.dump)):
+        if dump is not None and "region_classes" in dump:
+            return name, dump
+    return None
+
+
+def region_facts(run: RunRecord) -> list[str]:
+    """Shares of complementary regions in words."""
+    found = speaker(run)
+    if found is None:
+        absent = [dump.facts["absent"].get("regions") for dump in (run.teacher_dump, run.dump) if dump is not None]
+        why = next(filter(None, absent), "there is no dump")
+        return [f"Not shown: regions of {run.name}; {why}"]
+    name, dump = found
+    rule = rule_of(run.recipe["loss"])
+    said = ", ".join(f"{share:.1f} % of {scale} x {scale}" for scale, share in shares(dump, rule).items())
+    return [f"{run.name}: of {name}'s regions, complementary by the rule `{rule}` are {said or 'none, for there is one scale'}"]
+
+
+def region_panel(comparison: Comparison, pictures: Pictures) -> Panel:
+    """The finest grid over some images, each cell with its class."""
+    said, body = [], ""
+    for run in comparison.distilled:
+        said += region_facts(run)
+        found = speaker(run)
+        if found is None:
+            continue
+        name, dump = found
+        rule = rule_of(run.recipe["loss"])
+        outside = complementary(dump["region_classes"], sampled_labels(dump), rule)
+        rows = np.searchsorted(dump["sampled_ids"], dump["pictured_ids"])
+        # images with both kinds of regions show more than those where all agree
+        rows = rows[np.argsort(-np.minimum(outside[rows].sum(1), 4), kind="stable")][:MOST_REGIONS]
+        for scale in (scale for scale in dump.facts["scales"] if scale > 1):
+            shown = [_regions(dump, int(row), outside[row], scale, pictures) for row in np.sort(rows)]
+            body += f"<h3>{escape(run.name)}: {escape(name)}, {scale} x {scale}</h3>{thumbnails(shown)}"
+    if body:
+        said.append(
+            "Blue and whole: consistent. Orange and dashed: complementary. Captions: label, then class of the whole image."
+        )
+    if pictures.index is None and body:
+        said.append(f"Not shown: {pictures.reason}")
+    return Panel("Regions", body, tuple(said))
+
+
+def heat_panel(comparison: Comparison, pictures: Pictures) -> Panel:
+    """Norms of the stages' maps beside the picture, for teacher and students."""
+    there = {name: dump for name, dump in comparison.voices.items() if dump.facts["stages"] and len(dump["pictured_ids"])}
+    if not there:
+        return missing("Heat maps", ["no dump has stages"])
+    first = next(iter(there.values()))
+    chosen = first["pictured_ids"][np.linspace(0, len(first["pictured_ids"]) - 1, MOST_HEAT).astype(int)]
+    body = ""
+    for sample in dict.fromkeys(chosen.tolist()):
+        label = first.class_names[first["labels"][np.searchsorted(first["sample_ids"], sample)]]
+        row = [pictures.thumbnail(sample, label)]
+        for name, dump in there.items():
+            if sample in dump["pictured_ids"]:
+                row += _heats(name, dump, int(sample))
+        body += thumbnails(row)
+    note = "Norm over channels of each stage's map, first stage to last, each map from its own least to its own greatest."
+    return Panel("Heat maps", body, (note,))
+
+
+def data_panel(comparison: Comparison, pictures: Pictures) -> Panel:
+    """Labels that teacher and student both speak against, and samples that were bad."""
+    said, body = [], ""
+    for run in comparison.distilled:
+        bad = [] if run.summary is None else [run.summary.get("bad_samples", 0)]
+        said += [f"{run.name}: {count} samples could not be decoded; faults-rank*.jsonl names them" for count in bad if count]
+        teacher = run.teacher_dump
+        if run.dump is None or teacher is None or teacher.facts["split_digest"] != run.dump.facts["split_digest"]:
+            said.append(f"Not shown: doubtful labels of {run.name}; this needs the dumps of student and teacher")
+            continue
+        rows, names = doubtful_labels(run.dump, teacher), run.dump.class_names
+        images = len(run.dump["labels"])
+        said.append(f"{run.name} and its teacher name one class against the label for {len(rows)} of {images:,} images")
+        shown = []
+        for row in rows[:MOST_DOUBTFUL]:
+            caption = f"label {names[run.dump['labels'][row]]}, both say {names[run.dump.predicted[row]]}"
+            shown.append(pictures.thumbnail(int(run.dump["sample_ids"][row]), caption))
+        body += thumbnails(shown)
+    return Panel("Doubtful labels and bad samples", body, tuple(said))
+
+
+def _regions(dump: Dump, row: int, outside: np.ndarray, scale: int, pictures: Pictures) -> str:
+    names, sample = dump.class_names, int(dump["sampled_ids"][row])
+    label, whole = names[sampled_labels(dump)[row]], names[dump["region_classes"][row, 0]]
+    shapes = [
+        _cell(cell, names[dump["region_classes"][row, place]], bool(outside[place]))
+        for place, cell in enumerate(cells(dump.facts["scales"]))
+        if cell.scale == scale
+    ]
+    alt = f"{int(sum(outside[i] for i, c in enumerate(cells(dump.facts['scales'])) if c.scale == scale))} complementary regions"
+    return pictures.thumbnail(sample, f"{label}: {whole}", wide=True, over=overlay(shapes, alt))
+
+
+def _cell(cell: Cell, name: str, outside: bool) -> str:
+    """One region: its frame and the beginning of its class's name. Colour is not the only sign: the line is dashed too."""
+    side, width = 100 / cell.scale, 3.2 / cell.scale**0.5
+    colour, dash = ("#e69f00", " stroke-dasharray='4 2'") if outside else ("#56b4e9", "")
+    x, y = cell.column * side, cell.row * side
+    size = side / 3
+    text = escape(name[: max(2, int(1.5 * side / size))])
+    return (
+        f"<rect x='{x + width:g}' y='{y + width:g}' width='{side - 2 * width:g}' height='{side - 2 * width:g}' fill='none'"
+        f" stroke='{colour}' stroke-width='{width / 1.7:g}'{dash}/><text x='{x + 2.2 * width:g}' y='{y + 1.2 * width + size:g}'"
+        f" font-size='{size:g}' fill='{colour}' stroke='#000' stroke-width='{size / 7:g}' paint-order='stroke'>{text}</text>"
+    )
+
+
+def _heats(name: str, dump: Dump, sample: int) -> list[str]:
+    row = int(np.searchsorted(dump["pictured_ids"], sample))
+    found = []
+    for stage in range(-dump.facts["stages"], 0):
+        image = Image.fromarray(heat(dump[f"heat{stage}"][row]))
+        found.append(thumbnail(picture(image, f"{name}, stage {stage}"), f"{name}, stage {stage}"))
+    return found

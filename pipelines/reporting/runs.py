@@ -1,0 +1,207 @@
+"""Runs as their folders tell them: what was asked, what came of it, and who is whose teacher and baseline."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipelines.reporting.dump import Dump
+
+STUDENT_DUMP, TEACHER_DUMP = "student.npz", "teacher.npz"
+EVENTS = "events.jsonl"
+OWN_KEYS = ("seed", "out")
+"""Recipe keys by which two runs of one experiment differ."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    """What a run's folder holds. A run that was stopped early has no summary."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    summary: dict[str, Any] | None
+    metrics: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    dump: Dump | None
+    """Of its student."""
+    teacher_dump: Dump | None
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord:
+        """The run in a folder. Raises ValueError for a folder without one."""
+        manifest = folder / "manifest.json"
+        if not manifest.is_file():
+            raise ValueError(f"{folder}: no manifest.json, so no run began here; give the --out of a run")
+        said = json.loads(manifest.read_text())
+        summary = folder / "summary.json"
+        return cls(
+            folder,
+            said,
+            json.loads(summary.read_text()) if summary.is_file() else None,
+            _lines(folder / "metrics.jsonl"),
+            _lines(folder / EVENTS),
+            _dump(folder / STUDENT_DUMP),
+            # the teacher's own run lies beside its weights: RUN/student holds them, RUN/student.npz what they say
+            _dump(folder / TEACHER_DUMP, Path(said["recipe"]["teacher"]["weights"]).parent / STUDENT_DUMP),
+        )
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The whole recipe."""
+        found: dict[str, Any] = self.manifest["recipe"]
+        return found
+
+    @property
+    def student(self) -> str:
+        """timm's name."""
+        return str(self.recipe["student"]["name"])
+
+    @property
+    def teacher(self) -> str | None:
+        """timm's name; None for a student that learns alone."""
+        name = self.recipe["teacher"]["name"]
+        return None if name == "none" else str(name)
+
+    @property
+    def method(self) -> str:
+        """The losses by name."""
+        return " + ".join(self.recipe["loss"])
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of the log that hold an evaluation."""
+        return [line for line in self.metrics if "eval/top1" in line]
+
+    @cached_property
+    def steps(self) -> list[dict[str, Any]]:
+        """The lines of the log that hold a training step."""
+        return [line for line in self.metrics if "loss/total" in line]
+
+    @property
+    def top1(self) -> float | None:
+        """Percent: of the exported student; of the last evaluation where the run did not end; None before the first."""
+        if self.summary is not None:
+            return float(self.summary["top1"])
+        return float(self.evaluations[-1]["eval/top1"]) if self.evaluations else None
+
+    @property
+    def best_top1(self) -> float | None:
+        """Percent: the best evaluation."""
+        return max((float(line["eval/top1"]) for line in self.evaluations), default=self.top1)
+
+    @property
+    def teacher_top1(self) -> float | None:
+        """Percent, of the teacher on the same images; None where nobody evaluated it."""
+        if self.summary is not None and self.summary.get("teacher_top1") is not None:
+            return float(self.summary["teacher_top1"])
+        return None if self.teacher_dump is None or self.teacher is None else float(self.teacher_dump.facts["top1"])
+
+    @property
+    def last_step(self) -> int:
+        """The last step of the log."""
+        return max((int(line["step"]) for line in self.metrics), default=0)
+
+    @property
+    def state(self) -> str:
+        """`finished`, or how far it came."""
+        if self.summary is not None:
+            return "finished"
+        planned = self.recipe["train"]["epochs"] * math.floor(
+            self.manifest["train_samples"] / self.recipe["train"]["global_batch_size"]
+        )
+        return f"stopped at step {self.last_step:,} of {planned:,}"
+
+    @property
+    def experiment(self) -> str:
+        """What it has in common with the same recipe at other seeds."""
+        return json.dumps({key: value for key, value in self.recipe.items() if key not in OWN_KEYS}, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs that one report is about."""
+
+    runs: tuple[RunRecord, ...]
+    published: float | None = None
+    """The top-1 that the paper has for this pair and method, in percent."""
+    split: Path | None = None
+    """Where the validation shards lie, if not where the dumps found them."""
+
+    @classmethod
+    def read(cls, folders: Sequence[Path], published: float | None = None, split: Path | None = None) -> Comparison:
+        """The runs in these folders. Raises ValueError where one holds none."""
+        return cls(tuple(RunRecord.read(folder) for folder in folders), published, split)
+
+    @property
+    def distilled(self) -> tuple[RunRecord, ...]:
+        """The runs that the report is about: those with a teacher; all, where none has one."""
+        return tuple(run for run in self.runs if run.teacher is not None) or self.runs
+
+    def baseline_of(self, run: RunRecord) -> RunRecord | None:
+        """The same student, trained alone on the same validation images, among the runs."""
+        alone = (
+            other
+            for other in self.runs
+            if other is not run
+            and other.teacher is None
+            and other.student == run.student
+            and other.manifest.get("val_shards") == run.manifest.get("val_shards")
+        )
+        return next(alone, None) if run.teacher is not None else None
+
+    @cached_property
+    def voices(self) -> dict[str, Dump]:
+        """The dumps by the name of who speaks: teacher, students alone, distilled students; none twice, of one split."""
+        found: dict[str, Dump] = {}
+        for run in self.distilled:
+            if run.teacher is not None and run.teacher_dump is not None:
+                found.setdefault(f"teacher {run.teacher}", run.teacher_dump)
+        for run in self.distilled:
+            baseline = self.baseline_of(run)
+            if baseline is not None and baseline.dump is not None:
+                found.setdefault(baseline.name, baseline.dump)
+        for run in self.distilled:
+            if run.dump is not None:
+                found[run.name] = run.dump
+        digest = next((dump.facts["split_digest"] for dump in reversed(found.values())), None)
+        return {name: dump for name, dump in found.items() if dump.facts["split_digest"] == digest}
+
+    def without_dump(self) -> list[str]:
+        """A sentence for every dump that is missing, with the command that writes it."""
+        lines = []
+        for run in dict.fromkeys([*self.distilled, *filter(None, map(self.baseline_of, self.distilled))]):
+            if run.dump is None:
+                lines.append(_advice(run, run.student, run.folder / "student", STUDENT_DUMP))
+            if run.teacher is not None and run.teacher_dump is None:
+                lines.append(_advice(run, run.teacher, run.recipe["teacher"]["weights"], TEACHER_DUMP))
+        return lines
+
+
+def _advice(run: RunRecord, model: str, weights: Path | str, file: str) -> str:
+    return (
+        f"{run.folder / file} is missing; `python pipelines/evaluate.py --model {model} --weights {weights}"
+        f" --val {run.recipe['data']['val']} --dump {run.folder / file}` writes it"
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file; one that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _dump(*places: Path) -> Dump | None:
+    """The dump in the first of these files that is there."""
+    found = next((place for place in places if place.is_file()), None)
+    return None if found is None else Dump.load(found)

@@ -146,4 +146,5 @@ def _flip(run: RunRecord, baseline: RunRecord, row: int, other: int, pictures: P
     if teacher is not None and teacher.facts["split_digest"] == run.dump.facts["split_digest"]:
         place = np.flatnonzero(teacher["sample_ids"] == sample)
         said += [f"teacher {names[teacher.predicted[place[0]]]}"] if len(place) else []
-    return pictures.thumbnail(sample, ", ".join(said))
+    # four long names below a narrow picture would be a column of single words
+    return pictures.thumbnail(sample, ", ".join(said), wide=max(map(len, names)) > 6)

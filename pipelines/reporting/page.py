@@ -36,7 +36,7 @@ max-width:100%;min-width:min(100%,16rem)}
 .warn,.missing{color:var(--grey);border-left:3px solid var(--line);padding-left:.7rem}.card .warn{color:var(--bad)}
 .thumbs{display:flex;flex-wrap:wrap;gap:.7rem}.thumb{width:6.5rem;font-size:.78rem;line-height:1.3;overflow-wrap:anywhere}
 .thumb img{width:6.5rem;height:6.5rem;object-fit:cover;border-radius:.3rem;display:block;background:var(--card)}
-.thumb img.small{image-rendering:pixelated}
+.thumb .nothing{aspect-ratio:1;border-radius:.3rem;background:var(--card)}.thumb img.small{image-rendering:pixelated}
 .thumb.wide,.thumb.wide img{width:10.5rem}.thumb.wide img{height:10.5rem}
 .over{position:relative}.over svg{position:absolute;inset:0;width:100%;height:100%}
 pre{font:13px/1.45 ui-monospace,monospace;background:var(--card);padding:.7rem;border-radius:.4rem;

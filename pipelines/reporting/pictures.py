@@ -55,7 +55,8 @@ class Pictures:
     def thumbnail(self, sample: int, caption: str, wide: bool = False, over: str = "") -> str:
         """An image with its caption; a grey square where it cannot be had. over: an <svg> that lies on it."""
         image = self.read(sample)
-        content = "<img alt='not readable' src='data:,'>" if image is None else picture(square(image), caption)
+        nothing = "<div class=nothing role=img aria-label='no picture'></div>"
+        content = nothing if image is None else picture(square(image), caption)
         return thumbnail(f"<div class=over>{content}{over}</div>" if over else content, caption, wide)
 
 

@@ -215,6 +215,7 @@ def test_moved_shards_are_found_by_an_option_and_missed_in_words(copied: Path, d
     manifest.write_text(manifest.read_text().replace(str(digits), "/nowhere"))
     said = said_by([copied / "distilled"], tmp_path / "x.html")
     assert "no pictures, for the validation shards cannot be read" in said
+    assert "class=nothing" in (tmp_path / "x.html").read_text()  # a place without a picture, not a broken one
     assert "no pictures" not in said_by([copied / "distilled"], tmp_path / "y.html", "--val", str(digits / "val"))
     other = said_by([copied / "distilled"], tmp_path / "z.html", "--val", str(digits / "train"))
     assert "no pictures" in other

@@ -130,7 +130,8 @@ def _asked(output: Any, side: str) -> Any:
     if not isinstance(output, ModelOutput):
         return output
     entries: dict[str, Any] = output._asdict()
-    asked = _Asked(**{key: _AskedMaps(each, side, key) if isinstance(each, Mapping) else each for key, each in entries.items()})
+    entries |= {key: _AskedMaps(each, side, key) for key, each in entries.items() if isinstance(each, Mapping)}
+    asked = _Asked(**entries)
     asked.side = side
     return asked
 

@@ -43,8 +43,8 @@ def poison(run: Run, step: int) -> None:
     """One pixel of one image is not a number at `step`."""
     transform = run.transform
 
-    def poisoned(batch: Batch):
-        images, labels = transform(batch)
+    def poisoned(batch: Batch, epoch: int):
+        images, labels = transform(batch, epoch)
         if run.counters.step == step:
             images[0, 0, 0, 0] = torch.nan
         return images, labels

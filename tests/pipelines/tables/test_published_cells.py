@@ -54,6 +54,16 @@ def test_exactly_the_methods_that_this_project_lacks_have_no_recipe():
             setting_of(cell)
 
 
+@pytest.fixture
+def one_thread():
+    """Threads of many small operations wait for each other: 31 s of one core become minutes on a machine that is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_networks_and_losses_of_every_cell_can_be_built():
     assert len(distinct()) > 500
     problems, seen = [], set()

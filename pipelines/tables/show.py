@@ -20,8 +20,10 @@ INDENT = "#" + 12 * " "
 
 def shortened(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data without the keys that have their default value; it loads as the whole one does."""
-    asked = {"loss": {name: {} for name in recipe.loss}, "teacher.name": "any"}  # a loss alone may need a teacher
-    return _without(as_dict(recipe), as_dict(load_recipe(None, asked, LOSSES)))
+    # what the losses ask of a teacher is checked in the defaults too, so they have the recipe's
+    defaults = as_dict(load_recipe(None, {"loss": {n: {} for n in recipe.loss}, "teacher.name": recipe.teacher.name}, LOSSES))
+    del defaults["teacher"]["name"]
+    return _without(as_dict(recipe), defaults)
 
 
 def _without(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def explain(teacher_name: str, student_name: str, num_classes: int, teacher_clas
     """What the pair is and what works, as a run would find it."""
     if teacher_classes is None:
         teacher_classes = 0 if published_without_classifier(teacher_name) else num_classes
-    with ExitStack() as noise, named_failures(f"{teacher_name} and {student_name}"):
+    with ExitStack() as noise, named_failures(teacher_name, student_name):
         theirs, ours = (
             noise.enter_context(probed_with_noise(create_outline(name, num_classes=classes), name=name, frozen=frozen))
             for name, classes, frozen in ((teacher_name, teacher_classes, True), (student_name, num_classes, False))
@@ -85,15 +85,15 @@ def explain(teacher_name: str, student_name: str, num_classes: int, teacher_clas
 
 
 @contextmanager
-def named_failures(names: str) -> Iterator[None]:
+def named_failures(*names: str) -> Iterator[None]:
     """ValueError that names the models where something inside fails: timm has more kinds of models than anybody tried."""
     try:
         yield
-    except (ValueError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, ValueError) and any(name in str(error) for name in names):
+            raise
         first = str(error).splitlines()[0] if str(error) else ""
-        raise ValueError(f"{names}: cannot be explained ({type(error).__name__}: {first})") from error
+        raise ValueError(f"{' and '.join(names)}: cannot be explained ({type(error).__name__}: {first})") from error
 
 
 def as_values(model: Description) -> dict[str, Any]:

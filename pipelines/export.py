@@ -27,6 +27,7 @@ from distill.data.index import MANIFEST, ShardIndex
 from distill.data.pixels import decode
 from distill.data.reference import read_sample
 from distill.models.build import create_model
+from distill.models.input_spec import input_spec_of
 from distill.models.onnx_file import export_onnx
 from distill.models.weights import CONFIG
 from pipelines.setup.arguments import add_import_option, import_files
@@ -58,6 +59,7 @@ def export(arguments: argparse.Namespace) -> None:
     student = student_of(arguments.folder)
     source = arguments.images or validation_of(student)
     model = create_model(f"local-dir:{student}", pretrained=True)
+    input_spec_of(model)  # raises for a model that is not fed RGB images
     found = export_onnx(model, batch_of(source, model), arguments.out)
     print(
         f"{arguments.out}: checked on {found.images} images of {source}, largest difference {found.largest_difference:.1e}"

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models._hub import save_config_for_hf
 
 from distill.models.build import create_model
 from distill.models.export import export_student
@@ -102,3 +104,15 @@ def test_weights_of_other_classes_start_a_student_with_a_fresh_classifier_on_req
     body = [key for key in same if "running" not in key]
     assert len(trained["head.fc.weight"]) == 10
     assert all(torch.allclose(trained[key], state(7)[key], atol=1e-5) for key in body)
+
+
+def test_weights_for_grey_images_are_refused_by_evaluation_and_export(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fresh_accelerate: None
+):
+    model = timm.create_model("resnet10t", num_classes=10, in_chans=1)
+    save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_config_for_hf(model, str(tmp_path / "config.json"))
+    assert evaluate(["--model", "resnet10t", "--weights", str(tmp_path), "--val", str(digits / "val")]) == 2
+    assert export([str(tmp_path), "--out", str(tmp_path / "net.onnx"), "--images", str(digits / "val")]) == 2
+    assert capsys.readouterr().err.splitlines() == ["error: ResNet takes 1 channels; only RGB images are served"] * 2
+    assert not (tmp_path / "net.onnx").exists()

@@ -233,6 +233,8 @@ def doubts(recipe: Recipe, steps_per_epoch: int) -> Iterator[str]:
         yield f"schedule.warmup_epochs: {schedule.warmup_epochs:g}, and {ends}: the learning rate never reaches its peak"
     if late := [epoch for epoch in schedule.decay_epochs if epoch >= epochs]:
         yield f"schedule.decay_epochs: {', '.join(f'{epoch:g}' for epoch in late)} never come, {ends}"
+    if recipe.augment.mix_off_epoch >= epochs:
+        yield f"augment.mix_off_epoch: {recipe.augment.mix_off_epoch} never comes, {ends}"
     for name, entry in recipe.loss.items():
         term, _ = term_schedule(entry)
         if term.start_epoch >= epochs:

@@ -37,7 +37,7 @@ def test_evaluation_has_images_of_its_own_size_and_training_keeps_its(digits: Pa
 
 def test_a_student_of_one_size_only_is_refused_before_it_is_trained(digits: Path, tmp_path: Path, fresh_accelerate: None):
     student = ("--student", "vit_tiny_patch16_224", "--data.image_size", "32", "--loss.msdcrd", "null", "--loss.sdd", "null")
-    recipe = recipe_of(digits, tmp_path, *student, "--data.eval_image_size", "48")
+    recipe = recipe_of(digits, tmp_path, *student, "--loss.kd.weight", "1", "--data.eval_image_size", "48")
     accelerator = build_accelerator(recipe)
     with pytest.raises(RecipeError, match=r"data.eval_image_size: 48: vit_tiny_patch16_224 does not take it: "):
         build(recipe, accelerator, build_splits(recipe, accelerator), Control())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from html import escape
 from itertools import pairwise
 from typing import Any
 
@@ -51,7 +52,7 @@ def panel(comparison: Comparison) -> Panel:
         said += facts(run)
         figures = _figures(comparison, run)
         if figures:
-            body += f"<h3>{run.name}</h3>{grid(figures)}"
+            body += f"<h3>{escape(run.name)}</h3>{grid(figures)}"
     return Panel("Curves", body, tuple(said))
 
 

@@ -28,7 +28,7 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 def _figure(alt: str, out: list[str], height: float = 2.6, width: float = 4.6) -> Iterator[Any]:
     """Axes to draw on; what was drawn is put into `out` as a <figure>."""
     import matplotlib
-    from cycler import cycler
+    from matplotlib.rcsetup import cycler
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -23,6 +23,8 @@ class RunRecord:
     """What a run's folder holds. A run that was stopped early has no summary."""
 
     folder: Path
+    name: str
+    """What the report calls it: the folder's name, or more of its path where two have one name."""
     manifest: dict[str, Any]
     summary: dict[str, Any] | None
     metrics: list[dict[str, Any]]
@@ -32,8 +34,8 @@ class RunRecord:
     teacher_dump: Dump | None
 
     @classmethod
-    def read(cls, folder: Path) -> RunRecord:
-        """The run in a folder. Raises ValueError for a folder without one."""
+    def read(cls, folder: Path, name: str = "") -> RunRecord:
+        """The run in a folder, called `name` or as its folder. Raises ValueError for a folder without one."""
         manifest = folder / "manifest.json"
         if not manifest.is_file():
             raise ValueError(f"{folder}: no manifest.json, so no run began here; give the --out of a run")
@@ -41,6 +43,7 @@ class RunRecord:
         summary = folder / "summary.json"
         return cls(
             folder,
+            name or folder.resolve().name,
             said,
             json.loads(summary.read_text()) if summary.is_file() else None,
             _lines(folder / "metrics.jsonl"),
@@ -49,11 +52,6 @@ class RunRecord:
             # the teacher's own run lies beside its weights: RUN/student holds them, RUN/student.npz what they say
             _dump(folder / TEACHER_DUMP, Path(said["recipe"]["teacher"]["weights"]).parent / STUDENT_DUMP),
         )
-
-    @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return self.folder.resolve().name
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -140,7 +138,13 @@ class Comparison:
     @classmethod
     def read(cls, folders: Sequence[Path], published: float | None = None, split: Path | None = None) -> Comparison:
         """The runs in these folders. Raises ValueError where one holds none."""
-        return cls(tuple(RunRecord.read(folder) for folder in folders), published, split)
+        once = list(dict.fromkeys(folder.resolve() for folder in folders))
+        longest = max(len(place.parts) for place in once)
+        # the shortest ends of their paths that tell them apart: methods/a/seed0 and methods/b/seed0 are a/seed0 and b/seed0
+        ends = ([str(Path(*place.parts[-depth:])) for place in once] for depth in range(1, longest + 1))
+        names = dict(zip(once, next(each for each in ends if len(set(each)) == len(once)), strict=True))
+        asked = {folder.resolve(): folder for folder in reversed(folders)}
+        return cls(tuple(RunRecord.read(asked[place], names[place]) for place in once), published, split)
 
     @property
     def distilled(self) -> tuple[RunRecord, ...]:

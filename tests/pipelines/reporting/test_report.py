@@ -221,6 +221,13 @@ def test_moved_shards_are_found_by_an_option_and_missed_in_words(copied: Path, d
     assert "no pictures" in other
 
 
+def test_runs_of_one_folder_name_are_told_apart_by_their_paths(copied: Path):
+    second = shutil.copytree(copied / "distilled", copied / "other" / "distilled")
+    folders = [copied / "baseline", copied / "distilled", second, second]
+    names = [run.name for run in Comparison.read(folders).runs]
+    assert names == [f"{copied.name}/baseline", f"{copied.name}/distilled", "other/distilled"]
+
+
 def test_seeds_of_one_experiment_are_one_bar_with_a_spread(copied: Path, tmp_path: Path):
     second = shutil.copytree(copied / "distilled", copied / "seed1")
     for name, change in (("manifest.json", {}), ("summary.json", {"top1": 99.0})):

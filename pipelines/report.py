@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
-from distill.command_line import Parser, RequestError, command, requests
+from distill.command_line import Parser, RequestError, command, new_file, requests
 from pipelines.reporting.report import write
 from pipelines.reporting.runs import Comparison
 
@@ -24,12 +24,10 @@ def main(argv: Sequence[str]) -> None:
     """Writes the page and a Markdown summary beside it, and prints both paths."""
     parser = Parser(description=__doc__, epilog=EPILOG)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, finished or not")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (%(default)s)")
+    parser.add_argument("--out", type=new_file, default=Path("report.html"), metavar="FILE", help="the page (%(default)s)")
     parser.add_argument("--published", type=float, metavar="TOP1", help="top-1 of the paper for this pair, in percent")
     parser.add_argument("--val", type=Path, metavar="DIR", help="where the validation shards lie now")
     asked = parser.parse_args(argv)
-    if not asked.out.resolve().parent.is_dir():
-        raise RequestError(f"--out: {asked.out.parent} is no folder; make it first")
     if find_spec("matplotlib") is None:
         raise RequestError("matplotlib is not installed, and draws the figures; say `pip install matplotlib`")
     if asked.out.suffix != ".html":

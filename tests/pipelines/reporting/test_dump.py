@@ -104,7 +104,7 @@ def test_a_sample_is_a_function_of_the_labels_and_has_groups_of_a_few_classes():
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--dump", "nowhere/x.npz"], "--dump: nowhere is no folder; make it first"),
+        (["--dump", "nowhere/x.npz"], "nowhere is no folder; make it first"),
         (["--dump-sample", "0"], "0 is no whole number of at least 1"),
     ],
 )

@@ -57,7 +57,8 @@ def add_import_option(parser: argparse.ArgumentParser) -> None:
 
 
 def import_files(files: Sequence[Path]) -> None:
-    """Runs the user's files. Raises RecipeError for one that cannot be run, or that adds a loss that no run could use."""
+    """Runs the user's files. Raises RequestError for one that cannot be run, that adds a loss that no run could use, or that
+    puts another loss in the place of one: a recipe's name would then mean something else without a word."""
     if not files:
         return
     from distill.losses import LOSSES
@@ -65,7 +66,11 @@ def import_files(files: Sequence[Path]) -> None:
 
     with requests():
         for file in files:
+            before = dict(LOSSES)
             import_models(file)
+            if replaced := [name for name, loss in before.items() if LOSSES.get(name) is not loss]:
+                LOSSES.update(before)
+                raise ValueError(f"--import {file}: replaces loss {', '.join(replaced)}; give your own another name")
         for name, loss in LOSSES.items():
             check_loss(name, loss)
 

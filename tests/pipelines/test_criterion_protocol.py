@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.command_line import RequestError
+from distill.losses import LOSSES
+from pipelines.setup.arguments import import_files
 from tests.processes import finished, start
 from tests.runs import arguments, assert_same_run, last_state, metrics, steps_of
 
@@ -92,3 +95,12 @@ def test_a_loss_that_does_not_use_its_parameter_is_refused_on_two_processes_too(
     job = finished(arguments(digits, tmp_path / "run", *asked), tmp_path / "log", world_size=2, codes=2)
     assert "error: loss.wrong: its value gives idle no gradient" in job.text()
     assert "Traceback" not in job.text()
+
+
+def test_a_file_that_replaces_a_loss_is_refused(tmp_path: Path):
+    file = tmp_path / "replaces.py"
+    file.write_text("from distill.losses import LOSSES\n\nLOSSES['kd'] = LOSSES['dkd']\n")
+    before = dict(LOSSES)
+    with pytest.raises(RequestError, match=r"^--import .*replaces\.py: replaces loss kd; give your own another name"):
+        import_files([file])
+    assert before == LOSSES

@@ -115,9 +115,31 @@ def unknown_arguments(arguments: Sequence[str], parser: argparse.ArgumentParser,
     for argument in arguments:
         if argument.startswith("--"):
             name = argument.split("=")[0]
-            close = nearest(name, options)
-            problems.append(f"{name}: unknown option" + (f", did you mean {close}?" if close else "; see --help"))
+            problems.append(f"{name}: unknown option{_remedy(name, options)}")
     return problems or [f"{argument}: not expected here; see --help" for argument in arguments[:1]]
+
+
+def _remedy(name: str, options: Sequence[str]) -> str:
+    """The end of a message about an unknown option: the nearest of its section comes before those of other sections."""
+    section, _, last = name.rpartition(".")
+    inside = _names_in(section, options)
+    if close := nearest(last, inside):
+        return f", did you mean {section}.{close}?"
+    above, _, inner = section.rpartition(".")
+    if above and inside:
+        return f"; {section} has {', '.join(inside)}"
+    if above and (sections := _names_in(above, options)):
+        close = nearest(inner, sections)
+        meant = [each for each in (f"{above}.{close}.{last}", f"{above}.{close}") if each in options]
+        return f", did you mean {meant[0]}?" if meant else f"; {above} has {', '.join(sections)}"
+    close = nearest(name, options)
+    return f", did you mean {close}?" if close else "; see --help"
+
+
+def _names_in(section: str, options: Sequence[str]) -> list[str]:
+    """The names that may follow a section and a dot; not NAME, which stands for all of them."""
+    found = [each.removeprefix(f"{section}.").split(".")[0] for each in options if section and each.startswith(f"{section}.")]
+    return [each for each in dict.fromkeys(found) if each != "NAME"]
 
 
 def nearest(name: str, names: Sequence[str]) -> str | None:

@@ -153,6 +153,22 @@ def test_an_unknown_option_is_refused_with_the_nearest(argument: str):
         parse([argument, "3"], LOSSES)
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--loss.sp.scale", ", did you mean --loss.sp.scales[?]$"),
+        ("--loss.spp.weight", ", did you mean --loss.sp.weight[?]$"),
+        ("--loss.nonsense.weight", "; --loss has cross_entropy, kd, .*"),
+        ("--loss.pkt.zzz", "; --loss.pkt has .*weight"),
+        ("--optim.epochs", ", did you mean --train.epochs[?]$"),
+    ],
+)
+def test_an_unknown_option_of_a_loss_is_answered_with_that_loss_or_the_names_of_losses(given: str, told: str):
+    """`--loss.sp.scale` used to be taken for `--augment.scale`, `--loss.nonsense.weight` for `--loss.sp.weight`."""
+    with pytest.raises(RequestError, match=f"^{given}: unknown option{told}"):
+        parse([given, "3"], LOSSES)
+
+
 def test_unknown_options_unreadable_values_and_wrong_ones_are_reported_together():
     with pytest.raises(RecipeError) as caught:
         parse(["--train.epoch", "3", "--optim.momentum", "[1", "--train.epochs", "0", "--loss.sdd.scales", "x"], LOSSES)

@@ -217,6 +217,8 @@ def execute(request: Request, session: Session) -> None:
     session.watchdog.progress(0, "building")
     with RunFolder.claim(request.recipe, request.resume, session.accelerator) as folder:
         recipe = folder.recipe
+        if request.resume and not folder.resumed:  # no error: a job's queue gives the same command at its first start
+            session.say(f"--resume: {folder.path} holds no run; a new one begins")
         splits = open_splits(recipe, session.accelerator)
         folder.check(digests(splits))
         if folder.summary is not None and folder.summary["steps"] >= build_settings(recipe, splits.train.num_samples).last_step:

@@ -172,6 +172,7 @@ def test_two_at_once_in_one_folder_never_meet(digits: Path, tmp_path: Path):
     assert "another process is writing" in second.text()
     os.kill(first.ranks[0].pid, signal.SIGCONT)
     assert first.wait() == [0]
+    assert f"--resume: {out} holds no run; a new one begins" in first.text()
     assert [json.loads(line)["step"] for line in steps_of(out)] == list(range(1, 13))
 
 

@@ -148,9 +148,11 @@ def check_choices(base: str, rule: str, reduction: str, base_options: Mapping[st
         if value not in allowed:
             raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(allowed)}")
     taken = [name for name in signature(BASES[base]).parameters if name not in ("student_logits", "teacher_logits", "labels")]
-    for name in base_options or {}:
-        if name not in taken:
-            raise ValueError(f"base {base!r} takes no option {name!r}; it takes {', '.join(taken)}")
+    if unknown := [name for name in base_options or {} if name not in taken]:
+        raise ValueError(
+            f"base {base!r} takes no option {' and no '.join(map(repr, unknown))}; it takes {', '.join(taken)};"
+            f" drop what it does not take: {' '.join(f'--loss.sdd.{name} null' for name in unknown)}"
+        )
 
 
 @torch.compiler.assume_constant_result

@@ -8,7 +8,7 @@ from distill.config import RecipeError, load_recipe
 from distill.losses import LOSSES
 from distill.models.build import probe
 from distill.protocols import DataFacts
-from pipelines.setup.arguments import DEFAULT_RECIPE
+from pipelines.setup.arguments import DEFAULT_RECIPE, parse
 from pipelines.setup.models import build_criteria
 
 DATA = DataFacts(num_samples=8, sample_labels=torch.arange(8), micro_batch=4)
@@ -23,3 +23,12 @@ def test_every_loss_that_the_pair_or_the_mixed_images_rule_out_is_named():
     assert [line.split(":")[0] for line in lines] == ["loss.dkd", "loss.semckd", "loss.ctkd"]
     assert "images mixed by augment.mixup" in lines[0]
     assert "8" in lines[1]
+
+
+def test_an_option_that_another_base_has_is_dropped_by_the_words_of_the_refusal():
+    student, teacher = (probe(timm.create_model(name, num_classes=10)) for name in ("cifar_resnet8", "cifar_resnet14"))
+    words = ["--loss.sdd.base", "kd", "--loss.msdcrd", "null"]
+    with pytest.raises(RecipeError, match="base 'kd' takes no option 'alpha' and no 'beta'; it takes temperature") as caught:
+        build_criteria(parse(words, LOSSES).recipe, student, teacher, DATA)
+    words += str(caught.value).partition("drop what it does not take: ")[2].split()
+    assert build_criteria(parse(words, LOSSES).recipe, student, teacher, DATA)["sdd"].base_options == {"temperature": 4.0}

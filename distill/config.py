@@ -12,6 +12,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import yaml
@@ -19,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from distill.command_line import RequestError, nearest
 from distill.data.order import micro_batch_size
-from distill.loss_options import TERM_OPTIONS, loss_adapter, loss_options
+from distill.loss_options import TERM_OPTIONS, loss_adapter, loss_options, option_descriptions
 from distill.recipe import Recipe, TermSchedule
 
 
@@ -105,11 +106,22 @@ UNION_MEMBER = re.compile(r"(?:literal|tuple|list|dict)\[.*|constrained-.*|int|f
 """A type that pydantic tried, as it names it inside of the place of the error: `stages.tuple[int, ...]`."""
 
 
-def _explain(errors: Sequence[Any], prefix: str, names_at: typing.Callable) -> list[str]:
-    """One line for each place: where several types are allowed, pydantic has an error for each of them."""
+def _explain(
+    errors: Sequence[Any], prefix: str, names_at: typing.Callable, data: Any, described: Mapping[str, str]
+) -> list[str]:
+    """One line for each place: where several types are allowed, pydantic has an error for each of them.
+
+    An error inside of one of several types says little of the others: the line is then about the whole value, and has the
+    option's description.
+    """
     found: dict[str, list[str]] = {}
+    inside = {e["loc"][0] for e in errors if len(e["loc"]) > 2 and UNION_MEMBER.fullmatch(str(e["loc"][1]))}
     for error in errors:
         parts = [str(part) for part in error["loc"]]
+        if parts[0] in inside and parts[0] in described:
+            value = json.dumps(data[parts[0]], default=str)
+            found[f"{prefix}.{parts[0]}: {value}: must be "] = [described[parts[0]]]
+            continue
         if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             where = ".".join([prefix, *parts] if prefix else parts)
             found[f"{where}: unknown key, "] = [_nearest(parts[-1], names_at(error["loc"][:-1]))]
@@ -121,12 +133,14 @@ def _explain(errors: Sequence[Any], prefix: str, names_at: typing.Callable) -> l
     return [where + ", or ".join(messages) for where, messages in found.items()]
 
 
-def _validate(adapter: TypeAdapter, data: Any, prefix: str, names_at: typing.Callable) -> tuple[Any, list[str]]:
+def _validate(
+    adapter: TypeAdapter, data: Any, prefix: str, names_at: typing.Callable, described: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Any, list[str]]:
     # JSON mode: arrays may become tuples and integers floats, but nothing else is converted.
     try:
         return adapter.validate_json(json.dumps(data, default=str), strict=True), []
     except ValidationError as error:
-        return None, _explain(error.errors(), prefix, names_at)
+        return None, _explain(error.errors(), prefix, names_at, data, described)
 
 
 @cache
@@ -150,7 +164,11 @@ def _resolve_losses(section: Mapping[str, Any], losses: Mapping[str, type]) -> t
         elif isinstance(options, dict):  # another type was reported with the rest of the tree
             names = [*loss_options(losses[name]), *TERM_OPTIONS]
             entry, found = _validate(
-                loss_adapter(losses[name]), options, f"loss.{name}", lambda path, n=names: n if not path else []
+                loss_adapter(losses[name]),
+                options,
+                f"loss.{name}",
+                lambda path, n=names: n if not path else [],
+                option_descriptions(losses[name]),
             )
             problems += found
             resolved[name] = {} if found else entry.model_dump()

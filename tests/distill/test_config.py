@@ -1,5 +1,6 @@
 """The recipe is strict: what is wrong with it is said all at once, before anything is built."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,15 @@ def test_all_problems_are_reported_together_with_the_nearest_name():
 )
 def test_a_wrong_value_or_combination_is_named_with_its_rule(overrides: dict, expected: str):
     assert expected in problems(overrides)
+
+
+@pytest.mark.parametrize("pairs", [[0, 1], [[0, "x"]], [[0, 1, 2]]])
+def test_an_error_inside_of_one_of_several_types_is_one_line_with_the_options_description(pairs: list):
+    """Each type that was tried used to have a line, and none said what a pair is."""
+    said = problems({"loss.at.pairs": pairs})
+    assert f"loss.at.pairs: {json.dumps(pairs)}: must be all that both have, from the end; last; or (student, teacher)" in said
+    assert said.endswith("such as [[-1, -1], [0, 0]].")
+    assert "\n" not in said
 
 
 def test_what_is_done_to_an_image_has_one_home_of_its_defaults():

@@ -35,6 +35,28 @@ class Stored(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
+class Options(Mapping[str, Any]):
+    """The method's own options in a case; remembers which of them were read: one that is not changes nothing."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values_by_name = dict(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        found = self.values_by_name[name]
+        self.read.add(name)
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.values_by_name
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_name)
+
+    def __len__(self) -> int:
+        return len(self.values_by_name)
+
+
 @dataclass
 class Case:
     """One entry of an index."""
@@ -42,7 +64,7 @@ class Case:
     id: str
     method: str
     """What its adapter is found by."""
-    options: dict[str, Any]
+    options: Mapping[str, Any]
     """The method's own options, under the reference's names."""
     entry: dict[str, Any]
     """The whole entry of the index."""
@@ -68,14 +90,24 @@ ROUNDING = torch.finfo(torch.float64).eps
 
 
 def cases(folder: Path) -> list[Case]:
-    """Every case of a folder's `index.json`, its tensors not yet loaded."""
-    index = json.loads((folder / "index.json").read_text())
-    listed = index["cases"]
+    """Every case of a folder's `index.json`, its tensors not yet loaded. ValueError for an index of another format."""
+    path = folder / "index.json"
+    try:
+        index = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: is no JSON: {error}") from None
+    listed = index.get("cases") if isinstance(index, dict) else None
+    if not listed or not isinstance(listed, list | dict):
+        raise ValueError(f"{path}: has no `cases`; give the folder of an index that lists them")
+    wanted = {"kind"} if isinstance(listed, dict) else {"id", "method", "hyper"}
+    for number, entry in enumerate(listed.values() if isinstance(listed, dict) else listed):
+        if missing := sorted(wanted - entry.keys()):
+            raise ValueError(f"{path}: case {number} has no {', '.join(missing)}; its index is of another format")
     if isinstance(listed, dict):  # ceiling: name -> options with a kind
         return [Case(name, entry["kind"], entry, entry, noise=UNNAMED_NOISE) for name, entry in listed.items()]
     # methods/b says its absolute noise, methods/a does not
     noises = [max(entry.get("absolute_noise", UNNAMED_NOISE), ROUNDING) for entry in listed]
-    return [Case(e["id"], e["method"], e["hyper"], e, noise=noise) for e, noise in zip(listed, noises, strict=True)]
+    return [Case(e["id"], e["method"], Options(e["hyper"]), e, noise=noise) for e, noise in zip(listed, noises, strict=True)]
 
 
 def load(case: Case, folder: Path) -> None:

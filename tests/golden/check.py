@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.command_line import Parser, RequestError, command
+from distill.command_line import Parser, RequestError, command, requests
 from tests.golden import adapters_a, adapters_b
-from tests.golden.case import Adapter, Case, Stored, cases, load
+from tests.golden.case import Adapter, Case, Options, Stored, cases, load
 
 ADAPTERS: dict[str, Adapter] = {**adapters_a.ADAPTERS, **adapters_b.ADAPTERS}
 """Method, as the indices call it -> what computes its cases with our code. `names.NAMES` has the parameters' names."""
@@ -33,6 +33,23 @@ ORDINARY = 1e6
 """Larger gradients are the reference's explosion where ours is ordinary, and a slope like any other where ours is not."""
 EXPLOSION = 1e7
 """The reference's gradients from here on are 1/eps of a norm that is 0, no slope of anything: ours must stay below, no more."""
+
+UNREAD = {
+    "crd": "embedding eps gradient_to_teacher_features negatives num_samples",
+    "ctkd": "alpha beta decay_max decay_min lambda_",
+    "fitnet": "convolution kernel padding parameters stride",
+    "lskd": "alpha beta standardise",
+    "mgd": "align",
+    "ofd": "reduction stage_factors",
+    "reviewkd": "in_channels out_channels student_sizes teacher_sizes",
+    "sdd_kd+crd": "warmup",
+    "sdd_kd+sp": "warmup",
+    "semckd": "factor unused_parameters",
+    "wcord_gckt": "critic embedding negatives num_samples spectral_norm",
+    "wcord_lckt": "cost marginals order",
+}
+"""Options that an adapter need not read: sizes that the stored tensors have, constants of the reference, and what only some
+cases of the method depend on. Any other that is not read is a problem: it would change nothing without a word."""
 
 
 @dataclass
@@ -92,6 +109,9 @@ def check(case: Case, folder: Path, found: Found, device: str = "cpu") -> None:
     except Exception as error:  # whatever it is, the other cases are run
         found.problems.append(f"{case.id}: cannot be run, {type(error).__name__}: {error}")
         return
+    if isinstance(case.options, Options):
+        for name in sorted(set(case.options) - case.options.read - set(UNREAD.get(case.method, "").split())):
+            found.problems.append(f"{case.id}: option {name} is given, and the adapter does not read it")
     # a value or a gradient is an output even where an adapter has looked at it
     expected = {name for name in case.inputs if name not in case.inputs.read or re.search(r"\b(loss|grad)", name)}
     for name in sorted(computed.keys() | expected):
@@ -133,7 +153,8 @@ def main(argv: Sequence[str]) -> int:
     for folder in arguments.folders:
         if not (folder / "index.json").is_file():
             raise RequestError(f"{folder}: has no index.json; give the folder of one")
-        results = check_folder(folder, arguments.device)
+        with requests():
+            results = check_folder(folder, arguments.device)
         print(f"{folder}: {sum(found.cases for found in results.values())} cases")
         for method, found in results.items():
             worst = ", ".join(f"{error:.1e} in {str(dtype)[6:]}" for dtype, error in found.worst.items())

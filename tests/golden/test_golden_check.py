@@ -82,6 +82,31 @@ def test_a_folder_without_an_index_is_refused(tmp_path, capsys):
     assert "has no index.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("index", "told"),
+    [
+        ('{"cases": []}', "has no `cases`"),
+        ('{"sdd_cases": [{}]}', "has no `cases`"),
+        ('{"cases": [{"id": "a", "method": "at"}]}', "case 0 has no hyper"),
+        ("{", "is no JSON"),
+    ],
+)
+def test_an_index_of_another_format_or_without_cases_is_refused(index: str, told: str, tmp_path: Path, capsys):
+    (tmp_path / "index.json").write_text(index)
+    assert check.main([str(tmp_path)]) == 2
+    assert f"error: {tmp_path / 'index.json'}: {told}" in capsys.readouterr().err
+
+
+def test_an_option_that_no_adapter_reads_is_a_miss(some_cases: Path, capsys):
+    index = json.loads((some_cases / "index.json").read_text())
+    index["cases"][0]["hyper"]["mystery"] = 3
+    (some_cases / "index.json").write_text(json.dumps(index))
+    assert check.main([str(some_cases)]) == 1
+    assert (
+        f"MISS {index['cases'][0]['id']}: option mystery is given, and the adapter does not read it" in capsys.readouterr().out
+    )
+
+
 def test_where_the_reference_explodes_or_is_no_number_ours_must_be_ordinary():
     expected = torch.tensor([[1.0, 2.0], [1e11, 3.0], [torch.nan, 4.0]], dtype=torch.float64)
     ordinary = torch.tensor([[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)

@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parent
 @pytest.mark.parametrize("part", ["methods/a", "methods/b", "ceiling"])
 def test_every_public_case_passes(part):
     results = check.check_folder(FOLDER / part)
+    assert all(found.worst.keys() == {torch.float64, torch.float32} for found in results.values())
     assert sum(found.cases for found in results.values()) == len(
         json.loads((FOLDER / part / "index.json").read_text())["cases"]
     )
@@ -50,6 +51,18 @@ def test_the_command_counts_cases_and_gives_the_worst_error(some_cases, capsys):
     assert ": 10 cases" in printed
     assert "at              10 cases, worst relative error" in printed
     assert "MISS" not in printed
+
+
+def test_a_method_that_is_right_in_float64_alone_is_a_miss(some_cases, capsys, monkeypatch):
+    def coarse(case):
+        size = 1e-4 if case.inputs["student.0"].dtype == torch.float32 else 0.0
+        return {name: value * (1 + size) for name, value in ADAPTERS["at"](case).items()}
+
+    monkeypatch.setitem(check.ADAPTERS, "at", coarse)
+    assert check.main([str(some_cases)]) == 1
+    printed = capsys.readouterr().out
+    assert "MISS at/equal: loss: off by" in printed
+    assert "10 cases, worst relative error" in printed
 
 
 @pytest.mark.parametrize("name", ["loss", "loss_rows", "grad.student.0"])

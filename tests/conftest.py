@@ -1,5 +1,6 @@
 """What several tests share: small shards of real scans, made once."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from shards.digits import load_digits_split
 from shards.prepare import main as prepare
 from tests.runs import fp16_on_cpus
 
-# each of pytest's workers is one core's: threads of several that wait for each other in a busy loop cost five times the work
+# each of pytest's workers is one core's: threads of several that wait for each other in a busy loop cost five times the work;
+# commands that tests start are one core's too
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TRAIN_IMAGES, VAL_IMAGES = 145, 37
 """Neither divides by what the tests split it into: 6 steps of 24 an epoch, and evaluation shares of unequal size."""

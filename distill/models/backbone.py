@@ -125,7 +125,9 @@ class Backbone(nn.Module):
         input_spec: that of its images, where it is not this one's; its size only for needs without maps or regions.
         """
         options: dict[str, Any] = {"frozen": self.frozen, "class_tokens": self.class_tokens, "class_map": self.class_map}
-        anatomy = self.anatomy if input_spec is None else replace(self.anatomy, input_spec=input_spec)
+        anatomy = self.anatomy
+        if input_spec is not None and input_spec != anatomy.input_spec:
+            anatomy = replace(anatomy, input_spec=input_spec)
         return Backbone(self.model if model is None else model, anatomy, needs, **options)
 
     def train(self, mode: bool = True) -> Backbone:

@@ -97,7 +97,8 @@ def _check_format(file: Path) -> None:
     safetensors = start[8:9] == b"{"
     found = "safetensors" if safetensors else next((name for magic, name in FORMATS.items() if start.startswith(magic)), None)
     if found is None:
-        raise ValueError(f"{file}: holds no weights: it is {what_starts(start)}")
+        what = what_starts(start)
+        raise ValueError(f"{file}: holds no weights: it {what if what.startswith('starts') else f'is {what}'}")
     wanted, other = ("safetensors", ".pth") if file.suffix == ".safetensors" else ("PyTorch's", ".safetensors")
     if found != wanted:
         remedy = f"name it {file.stem}{other}" if found in ("safetensors", "PyTorch's") else "save model.state_dict()"
@@ -111,7 +112,7 @@ def _why(error: Exception) -> str:
         return "it is a TorchScript archive; save model.state_dict() instead"
     if "weights_only" in text:
         named = re.search(r"Unsupported globals: (.*?)\. ", text)
-        what = f" ({', '.join(named[1].split(', ')[:3])}, ...)" if named else ""
+        what = f" ({', '.join(sorted(named[1].split(', '))[:3])}, ...)" if named else ""
         return f"it holds Python objects{what} beside tensors, which could run code; save model.state_dict() instead"
     return (
         f"{text.splitlines()[0][:120] if text else type(error).__name__}; it is damaged or cut short, fetch or write it again"

@@ -14,6 +14,8 @@ from pipelines.reporting.dump import Dump
 
 STUDENT_DUMP, TEACHER_DUMP = "student.npz", "teacher.npz"
 EVENTS = "events.jsonl"
+SUMMARY = ("top1", "best_top1", "seconds", "images_per_second")
+"""Numbers of a finished run that are read."""
 OWN_KEYS = ("seed", "out")
 """Recipe keys by which two runs of one experiment differ."""
 
@@ -39,13 +41,13 @@ class RunRecord:
         manifest = folder / "manifest.json"
         if not manifest.is_file():
             raise ValueError(f"{folder}: no manifest.json, so no run began here; give the --out of a run")
-        said = json.loads(manifest.read_text())
+        said = _object(manifest, ("recipe",))
         summary = folder / "summary.json"
         return cls(
             folder,
             name or folder.resolve().name,
             said,
-            json.loads(summary.read_text()) if summary.is_file() else None,
+            _object(summary, SUMMARY) if summary.is_file() else None,
             _lines(folder / "metrics.jsonl"),
             _lines(folder / EVENTS),
             _dump(folder / STUDENT_DUMP),
@@ -196,6 +198,17 @@ def _advice(run: RunRecord, model: str, weights: Path | str, file: str) -> str:
         f"{run.folder / file} is missing; `python pipelines/evaluate.py --model {model} --weights {weights}"
         f" --val {run.recipe['data']['val']} --dump {run.folder / file}` writes it"
     )
+
+
+def _object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """The object of a JSON file. Raises ValueError where it is none, or has no number or object under one of these keys."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), (int, float, dict)) for key in keys):
+        raise ValueError(f"{path}: no file of this version of the program, or a damaged one; it needs {', '.join(keys)}")
+    return found
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

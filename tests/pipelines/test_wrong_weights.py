@@ -48,7 +48,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "text.pth": (lambda file: file.write_text("epoch 1, loss 2.3"), "starts with b'epoch 1,'"),
     "torch.safetensors": (lambda file: torch.save(state(), file), "another format, PyTorch's; name it torch.pth"),
     "safe.pth": (lambda file: save_file(state(), file), "another format, safetensors; name it safe.safetensors"),
-    "whole.pth": (lambda file: torch.save(create_model(NAME, num_classes=10), file), "holds Python objects (torch.nn."),
+    "whole.pth": (lambda file: torch.save(create_model(NAME, num_classes=10), file), "holds Python objects (distill."),
     "script.pt": (torchscript, "a TorchScript archive; save model.state_dict()"),
     "cut.pth": (lambda file: (torch.save(state(), file), file.write_bytes(file.read_bytes()[:9000])), "damaged or cut short"),
     "nan.pth": (lambda file: torch.save(not_finite(), file), "hold values that are not finite, the first is "),

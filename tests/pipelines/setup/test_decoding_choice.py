@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[3]
 SPEC = InputSpec(32, 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear", 1.0)
 
 RANKS = """
+import os
 import sys
 from accelerate import Accelerator
 from distill.data.decoding import Decoding
@@ -34,7 +35,7 @@ def first_finds_host(asked, index, device, threads):
 
 data.choose_decoding = first_finds_host
 found = data.find_decoding("auto", None, accelerator, 1)
-print(f"rank {accelerator.process_index} of {accelerator.num_processes}: {found.mode}", flush=True)
+os.write(1, f"rank {accelerator.process_index} of {accelerator.num_processes}: {found.mode}\\n".encode())  # in one piece
 """
 """Two processes without a GPU: what the first one finds out is made up, the rest is real."""
 

@@ -153,6 +153,7 @@ def _contrast_rows(
     cosine = (unit * own).sum(1)
     scaled = unit / temperature
     exponent = torch.mm(round_to_tf32_(scaled) if precision == "tf32" else scaled, columns.T)
+    del scaled  # as large as the rows: it would be alive beside the products that follow
     own_exponent = cosine / temperature
     sharp = 1 / temperature > MILDEST_EXPONENT
     if sharp:

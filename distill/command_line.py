@@ -182,9 +182,8 @@ def command(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
     """A command's `main`: it calls `run` with the command line (sys.argv where nobody gives one) and returns the exit code.
 
     0, or what `run` returns; 2 for a wrong request (RequestError, or LossError of a user's own loss), after one line that says
-    what is wrong; 75 for a run that was asked to stop and has saved (Interrupted); 130 for a
-    Ctrl-C that nothing else takes. Any other exception passes: Python prints it
-    and exits with 1.
+    what is wrong; 75 for a run that was asked to stop and has saved (Interrupted); 130 for a Ctrl-C that nothing else takes.
+    Any other exception passes: Python prints it and exits with 1.
     """
 
     @functools.wraps(run)

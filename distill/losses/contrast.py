@@ -95,6 +95,10 @@ class Contrast(torch.autograd.Function):
         want_gradient: bool,
         precision: Precision,
     ) -> tuple[Tensor, Tensor]:
+        """student [N, D], unit columns [M, D], categories int64 [N], column_categories int64 [M] -> two scalars.
+
+        first_own: the column that belongs to the first row; the others follow. chunk_rows: rows that are swept at once.
+        """
         count = len(student)
         # the row's own column keeps its precision: its cosine is a sum of its own, and the loss hangs on it most
         operands = round_to_tf32_(columns.clone()) if precision == "tf32" else columns

@@ -17,8 +17,8 @@ from distill.data.index import ShardIndex
 from distill.data.loaders import Task, eval_task, train_task
 from distill.protocols import Batch, InputSpec
 from pipelines.checks.finding import Finding, at_least, at_most, judged, passed, skipped
-from pipelines.checks.host import threads
 from pipelines.checks.place import Place
+from pipelines.setup.machine import num_threads
 
 LEAST_RATE = 12_000
 """Images per second that keep a fast GPU fed: 1.3 times the step of ResNet-34 -> ResNet-18."""
@@ -41,7 +41,7 @@ def decoding(place: Place) -> Iterator[Finding]:
     images = proof_images(index)
     modes: tuple[DecodeMode, ...] = get_args(DecodeMode) if place.on_gpu else ("window",)
     for mode in modes:
-        trial = try_decode(mode, images, place.device, threads(), TRIAL_SECONDS)
+        trial = try_decode(mode, images, place.device, num_threads(0), TRIAL_SECONDS)
         if not trial.works:
             yield Finding("WARN", f"decode {mode}", trial.error, "data.decode: auto does without it")
             continue
@@ -53,7 +53,7 @@ def decoding(place: Place) -> Iterator[Finding]:
     if not place.on_gpu:
         yield skipped("decoding on a GPU", "there is none" if not place.pretend else "a CPU stands in for it")
         return
-    chosen = choose_decoding("auto", index, place.device, threads(), TRIAL_SECONDS)
+    chosen = choose_decoding("auto", index, place.device, num_threads(0), TRIAL_SECONDS)
     place.decode.write_text(chosen.mode)
     yield judged("data.decode: auto", not chosen.warning, chosen.warning or f"takes {chosen.mode}", "", "WARN")
     rate = next((t.images_per_second for t in chosen.trials if t.mode == chosen.mode and t.images_per_second), 0.0)
@@ -64,7 +64,7 @@ def decoding(place: Place) -> Iterator[Finding]:
 def tasks(place: Place, device: torch.device) -> dict[str, Callable[[], Task]]:
     """Every kind of graph over the place's shards."""
     train, val = ShardIndex.open(place.train), ShardIndex.open(place.val)
-    shared = {"rank": 0, "world_size": 1, "device": device, "num_threads": threads()}
+    shared = {"rank": 0, "world_size": 1, "device": device, "num_threads": num_threads(0)}
 
     def views(**options: object) -> Task:
         transform = TrainTransform(**options)  # type: ignore[arg-type]
@@ -122,6 +122,7 @@ def ownership(place: Place) -> Iterator[Finding]:
     count = 40 if place.on_gpu else 8
 
     def sums(late: bool) -> list[int]:
+        """The sum of each batch, read at once, or not before all batches were made."""
         nonlocal load
         found: list[torch.Tensor] = []
         epochs = (batch for epoch in range(10**6) for batch in loader.epoch(epoch))

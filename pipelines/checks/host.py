@@ -15,15 +15,15 @@ import numpy as np
 import torch
 
 from distill.data.augment.parameters import TrainTransform
-from distill.data.dali import READERS, DaliLoader
-from distill.data.dali_graph import dali_available
+from distill.data.dali import READERS
 from distill.data.index import ShardIndex
 from distill.data.loaders import train_task
-from distill.data.reader import BadSample, SampleReader
-from distill.data.reference import ReferenceLoader
+from distill.data.reader import BadSample, SampleReader, files_allowed
 from distill.files import locked, sync
 from pipelines.checks.finding import Finding, at_least, judged, passed, skipped
 from pipelines.checks.place import Place
+from pipelines.setup.data import LOADERS, loader_name
+from pipelines.setup.machine import num_threads
 
 FREE_GIB, MEMORY_GIB = 20.0, 8.0
 """Room for checkpoints and logs of a long run; memory of a process with its decoder, beside the page cache."""
@@ -51,7 +51,7 @@ def host(place: Place) -> Iterator[Finding]:
     shards = len(ShardIndex.open(place.read).shards)
     text = f"{soft:,} (hard limit {hard:,}), {shards:,} shards"
     remedy = "ulimit -n: shards above a quarter of it are opened anew for every image"
-    yield judged("open files", hard < 0 or shards <= max(soft // 4, hard - soft), text, remedy, "WARN")
+    yield judged("open files", files_allowed(shards) >= shards, text, remedy, "WARN")
     locked_memory, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     yield passed("locked memory", "unlimited" if locked_memory < 0 else f"{locked_memory / 2**20:,.0f} MiB")
 
@@ -86,8 +86,7 @@ def storage(place: Place) -> Iterator[Finding]:
     else:
         yield at_least("reading shards at random", megabytes, LEAST_READ, "MB/s", remedy)
     yield judged("samples", not bad, f"{images:,} read, {bad} bad", f"python shards/prepare.py verify {place.read} --full")
-    name = "DALI" if dali_available() else "PIL"
-    text = f"{decode_rate(index):,.0f} images/s on {threads()} threads ({index.num_samples:,} images; {name})"
+    text = f"{decode_rate(index):,.0f} images/s on {num_threads(0)} threads, loader {loader_name('auto')}"
     yield passed("decoding on the CPU", text)
 
 
@@ -133,6 +132,7 @@ def read_rate(index: ShardIndex) -> tuple[float, int, int]:
     end = time.perf_counter() + READ_SECONDS
 
     def read(_: int) -> tuple[int, int, int]:
+        """Bytes, images and bad samples that one thread reads until the time is over."""
         size = images = bad = 0
         while time.perf_counter() < end and (sample := next(order, None)) is not None:
             try:
@@ -151,11 +151,6 @@ def read_rate(index: ShardIndex) -> tuple[float, int, int]:
     return size / seconds / 1e6, images, bad
 
 
-def threads() -> int:
-    """Threads that a run on this machine would decode with."""
-    return len(os.sched_getaffinity(0))
-
-
 def decode_rate(index: ShardIndex) -> float:
     """Images per second that the CPU's loader makes ready at 224 pixels."""
     batch = min(64, index.num_samples)
@@ -169,9 +164,9 @@ def decode_rate(index: ShardIndex) -> float:
         world_size=1,
         seed=0,
         device=torch.device("cpu"),
-        num_threads=threads(),
+        num_threads=num_threads(0),
     )
-    loader = DaliLoader(task) if dali_available() else ReferenceLoader(task)
+    loader = LOADERS[loader_name("auto")](task)
     batches = (each for epoch in range(10**6) for each in loader.epoch(epoch))
     for _ in islice(batches, 3):  # what the start made ready
         pass

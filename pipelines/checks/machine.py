@@ -78,7 +78,7 @@ def network(place: Place) -> Iterator[Finding]:
     """An all-reduce between this machine's processes: NCCL for its GPUs, gloo for two processes of a CPU."""
     count = torch.cuda.device_count() if place.on_gpu else 2
     command = [*LAUNCH, str(count), "-m", "pipelines.checks.all_reduce"]
-    done = subprocess.run(command, capture_output=True, text=True, env=place.environment())
+    done = place.run(command)
     name = f"all-reduce of {count} {'GPUs by NCCL' if place.on_gpu else 'CPU processes by gloo'}"
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:

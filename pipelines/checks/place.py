@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,11 +93,15 @@ class Place:
             *("--data.decode", self.decode.read_text() if self.decode.is_file() else "auto"),
         ]
 
+    def run(self, command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+        """A command of this checkout, run to its end, with what it printed; `environment` is added to this place's."""
+        environ = {**self.environment(), **environment}
+        return subprocess.run(command, capture_output=True, text=True, env=environ, cwd=ROOT)
+
     def environment(self) -> dict[str, str]:
-        """The environment of commands that are started here."""
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        """The environment of commands that are started here, in the checkout's folder."""
         alone = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if not self.on_gpu else {}
-        return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **alone}
+        return {**os.environ, "HF_HUB_OFFLINE": "1", **alone}
 
 
 def make_pictures(count: int, width: int, height: int) -> list[bytes]:

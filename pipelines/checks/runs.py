@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +35,9 @@ LEDGER_SECONDS = 40.0
 """Time that one measurement may take; it is not begun where less is left."""
 
 
-class Done(tuple[int, str, str]):
-    """Exit code, stdout and stderr of a command that has ended."""
-
-    @property
-    def last_line(self) -> str:
-        """What it said last."""
-        lines = (self[2].strip() or self[1].strip() or "nothing was said").splitlines()
-        return lines[-1]
-
-
-def run(place: Place, command: Sequence[str], **environment: str) -> Done:
-    """A command that can import this project, run to its end."""
-    environ = {**place.environment(), **environment}
-    done = subprocess.run(list(command), capture_output=True, text=True, env=environ, cwd=ROOT)
-    return Done((done.returncode, done.stdout, done.stderr))
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    """What a command said last."""
+    return (done.stderr.strip() or done.stdout.strip() or "nothing was said").splitlines()[-1]
 
 
 def losses(place: Place) -> Iterator[Finding]:
@@ -59,11 +47,16 @@ def losses(place: Place) -> Iterator[Finding]:
         yield skipped("golden values", "this is no checkout: tests/golden is not here")
         return
     command = [sys.executable, "-m", "tests.golden.check", *map(str, folders), "--device", place.device.type]
-    code, out, err = run(place, command)
-    cases = sum(int(line.split()[-2]) for line in out.splitlines() if line.endswith(" cases") and line.startswith("/"))
-    missed = [line.strip() for line in out.splitlines() if line.strip().startswith("MISS")]
+    done = place.run(command)
+    cases = sum(int(line.split()[-2]) for line in done.stdout.splitlines() if line.endswith(" cases") and line.startswith("/"))
+    missed = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith("MISS")]
     text = f"{cases - len(missed)} of {cases} cases hold" + "".join(f"; {line}" for line in missed[:3])
-    yield judged("golden values", not code and cases > 0, text if cases else err[-300:], "report it: losses are wrong here")
+    yield judged(
+        "golden values",
+        not done.returncode and cases > 0,
+        text if cases else last_line(done),
+        "report it: losses are wrong here",
+    )
 
 
 def resume(place: Place) -> Iterator[Finding]:
@@ -79,15 +72,19 @@ def resumed(place: Place, name: str, *more: str, exact: bool) -> Iterator[Findin
     options += ["--train.evaluate_every", "1000", *(["--train.mixed_precision", "bf16"] if place.on_gpu else []), *more]
     folders = [Path(place.folder) / f"{name.split()[0]}-{kind}" for kind in ("straight", "stopped")]
     commands = [[sys.executable, TRAIN, *options, "--out", str(folder)] for folder in folders]
-    straight = run(place, commands[0])
-    if straight[0]:
-        yield Finding("FAIL", f"a run, {name}", f"exit code {straight[0]}: {straight.last_line}")
+    straight = place.run(commands[0])
+    if straight.returncode:
+        yield Finding("FAIL", f"a run, {name}", f"exit code {straight.returncode}: {last_line(straight)}")
         return
     code = stopped(place, commands[1], folders[1])
     yield judged(f"stopped, {name}", code == EXIT_CODE, f"exit code {code} (75 is wanted)", "report it")
-    again = run(place, [*commands[1], "--resume"])
-    yield judged(f"resumed, {name}", not again[0], f"exit code {again[0]}" + (f": {again.last_line}" if again[0] else ""))
-    if again[0]:
+    again = place.run([*commands[1], "--resume"])
+    yield judged(
+        f"resumed, {name}",
+        not again.returncode,
+        f"exit code {again.returncode}" + (f": {last_line(again)}" if again.returncode else ""),
+    )
+    if again.returncode:
         return
     steps = [[row["step"] for row in logged(folder)] for folder in folders]
     yield judged(f"steps, {name}", steps[0] == steps[1] == list(range(1, RESUMED_STEPS + 1)), "every step once in both logs")
@@ -125,16 +122,20 @@ def launchers(place: Place) -> Iterator[Finding]:
     cases["several processes without a GPU"] = {"CUDA_VISIBLE_DEVICES": ""}
     for name, environment in cases.items():
         asked = {**environment, "ACCELERATE_USE_CPU": "false"}
-        done = run(place, [*several, *request], **asked)
-        told = [line for line in done[2].splitlines() if line.startswith("error: ")]
+        done = place.run([*several, *request], **asked)
+        told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         # torchrun itself exits with 1 whatever its processes exit with, and says so at length
-        codes = set(re.findall(r"exitcode\s*:\s*(-?\d+)", done[2]))  # -15: torchrun ends the others once one has ended
-        text = told[0] if told else done.last_line
+        codes = set(re.findall(r"exitcode\s*:\s*(-?\d+)", done.stderr))  # -15: torchrun ends the others once one has ended
+        text = told[0] if told else last_line(done)
         yield judged(name, len(told) == 1 and "2" in codes <= {"2", "-15"}, text[:300], "report it")
     request += ["--train.global_batch_size", str(8 * (gpus or 2))]  # whatever their number, it divides
     fitting = [*LAUNCH, str(gpus or 2), *request] if gpus > 1 or not place.on_gpu else [sys.executable, *request]
-    done = run(place, fitting)
-    yield judged("the launch that fits", not done[0], f"exit code {done[0]}" + (f": {done.last_line}" if done[0] else ""))
+    done = place.run(fitting)
+    yield judged(
+        "the launch that fits",
+        not done.returncode,
+        f"exit code {done.returncode}" + (f": {last_line(done)}" if done.returncode else ""),
+    )
 
 
 def evaluation(place: Place) -> Iterator[Finding]:
@@ -146,9 +147,9 @@ def evaluation(place: Place) -> Iterator[Finding]:
         command = [sys.executable, str(ROOT / "pipelines" / "evaluate.py"), "--model", name, "--val", place.val]
         command += ["--weights", str(random_weights(place, name)), "--loader", loader, "--json", str(path)]
         command += ["--decode", place.decode.read_text()] if place.decode.is_file() else []
-        done = run(place, command)
-        if done[0]:
-            yield Finding("FAIL", f"evaluation, {loader}", f"exit code {done[0]}: {done.last_line}")
+        done = place.run(command)
+        if done.returncode:
+            yield Finding("FAIL", f"evaluation, {loader}", f"exit code {done.returncode}: {last_line(done)}")
             return
         found[loader] = json.loads(path.read_text())
     wanted = ShardIndex.open(place.val).num_samples
@@ -195,9 +196,9 @@ def ledger(place: Place, name: str, recipe: str, options: list[str], limited: bo
     else:
         shared += ["--rounds", "1", "--steps", "2", "--warm-up", "1"]
     benchmark = str(ROOT / "pipelines" / "benchmark.py")
-    done = run(place, [sys.executable, benchmark, *shared, "--json", str(path), *options])
-    if done[0] or not path.is_file():
-        yield Finding("FAIL", name, f"exit code {done[0]}: {done.last_line}")
+    done = place.run([sys.executable, benchmark, *shared, "--json", str(path), *options])
+    if done.returncode or not path.is_file():
+        yield Finding("FAIL", name, f"exit code {done.returncode}: {last_line(done)}")
         return
     report = json.loads(path.read_text())
     step, ceiling = report["step"], report["ceiling"]

@@ -53,9 +53,9 @@ def dali_versions() -> Iterator[Finding]:
         remedy = "pip install '.[train,dali-cuda130]' (or dali-cuda120 for drivers of CUDA 12); without it PIL decodes"
         yield Finding("WARN", "DALI", "not installed", remedy)
         return
-    try:
-        known = library_versions()
-    except ImportError as error:
-        yield Finding("FAIL", "DALI", f"cannot be imported: {error}", "install it anew, or say --data.loader reference")
+    known = library_versions()
+    if not known:
+        text = "is installed, and cannot be imported; `python -c 'import nvidia.dali'` says why"
+        yield Finding("FAIL", "DALI", text, "install it anew, or say --data.loader reference")
         return
     yield passed("DALI", ", ".join(f"{name} {version}" for name, version in known.items()))

@@ -21,8 +21,8 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
 import distill
+from distill.children import last_error, run_child
 from distill.command_line import Parser, RequestError, command, new_file, requests, whole_number
-from distill.data.decoding import last_error, run_child
 from distill.data.index import ShardIndex
 from pipelines.checks.finding import Finding, skipped
 from pipelines.checks.place import Place, make_shards

@@ -9,7 +9,7 @@ import pytest
 from distill.losses import LOSSES
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"distill.protocols", "distill.seeds", "distill.files", "distill.precision", "distill.parent"}
+LEAVES = {"distill.protocols", "distill.seeds", "distill.files", "distill.precision", "distill.children"}
 """They import nothing of ours."""
 
 ALLOWED: dict[str, set[str]] = {

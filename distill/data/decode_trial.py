@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from distill.children import end_with_parent
 from distill.data.augment.parameters import TrainTransform
 from distill.data.batch_plan import TrainPlan, whole_windows
 from distill.data.dali_graph import IN_FLIGHT, DecodeMode, HostBatch, build_pipeline, feed
 from distill.data.pixels import decode
 from distill.data.stream import Position
-from distill.parent import end_with_parent
 
 ROUNDS, SECONDS = 20, 3.0
 """Batches against the clock, and the time after which no more are begun: images of 12 megapixels take seconds a batch."""

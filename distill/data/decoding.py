@@ -12,10 +12,9 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from distill.children import last_error, run_child
 from distill.data.dali_graph import DecodeMode, dali_parses, dali_version
 from distill.data.index import ShardIndex
 from distill.data.pixels import decode_as_indexed, png_bytes
@@ -113,31 +113,6 @@ def try_decode(
     return result_of(mode, code, out, err, seconds)
 
 
-def run_child(command: Sequence[str], seconds: float, environment: Mapping[str, str] = os.environ) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command that can import this package; SIGKILL ends it, and all that it started, after
-    `seconds`."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        # files, not pipes: a child that the driver keeps from dying would keep pipes open too
-        shown = {**environment, "PYTHONPATH": path}
-        child = subprocess.Popen(command, stdout=out, stderr=err, env=shown, start_new_session=True)
-        try:
-            code = child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            try:
-                code = child.wait(10)
-            except subprocess.TimeoutExpired:  # inside a system call that does not end
-                code = -signal.SIGKILL
-        except BaseException:  # an interrupted parent leaves no child behind
-            os.killpg(child.pid, signal.SIGKILL)
-            raise
-        out.seek(0)
-        err.seek(0)
-        return code, out.read(), err.read()
-
-
 def result_of(mode: DecodeMode, code: int, out: str, err: str, seconds: float) -> DecodeTrial:
     """The trial that a child's exit code and output tell of."""
     said = last_error(err)
@@ -158,13 +133,6 @@ def result_of(mode: DecodeMode, code: int, out: str, err: str, seconds: float) -
         f" ({MAX_ERROR} and {MEAN_ERROR} are allowed)"
     )
     return DecodeTrial(mode, code, **figures, error=error if wrong else "")
-
-
-def last_error(err: str, length: int = 300) -> str:
-    """What stderr ends with, in one line: from the last exception on, whose text has many lines in DALI; else its last line."""
-    lines = err.strip().splitlines()
-    raised = [number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): ", line)]
-    return " ".join(lines[raised[-1] :] if raised else lines[-1:])[:length]
 
 
 def candidates(versions: Versions) -> tuple[DecodeMode, ...]:

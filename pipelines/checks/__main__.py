@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from distill.parent import end_with_parent
+from distill.children import end_with_parent
 from pipelines.checks.place import Place
 from pipelines.checks.sections import SECTIONS
 

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import distributed
 
-from distill.parent import end_with_parent
+from distill.children import end_with_parent
 
 BYTES, TURNS = 64 * 2**20, 10
 

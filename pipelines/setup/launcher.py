@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from distill.parent import end_with_parent
+from distill.children import end_with_parent
 
 STARTED_BY_US = "DISTILL_STARTED"
 """Variable that a command of this project sets for the runs it starts."""

@@ -1,4 +1,4 @@
-"""A process that ends with its parent, in a session of its own too."""
+"""A child ends with its parent, in a session of its own too."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import time
 
 CHILD = """
 import signal, sys, time
-from distill.parent import end_with_parent
+from distill.children import end_with_parent
 end_with_parent(signal.SIGKILL)
 print("ready", flush=True)
 time.sleep(600)

@@ -25,7 +25,7 @@ from distill.children import last_error, run_child
 from distill.command_line import Parser, RequestError, command, new_file, requests, whole_number
 from distill.data.index import ShardIndex
 from pipelines.checks.finding import Finding, skipped
-from pipelines.checks.place import Place, make_shards
+from pipelines.checks.place import Place, make_own_shards
 from pipelines.checks.sections import SECTIONS, Section
 
 EPILOG = """
@@ -103,7 +103,7 @@ def make_pictures_of(place: Place, full: bool) -> Iterator[Finding]:
     if (Path(place.folder) / "made").exists():
         return
     try:
-        make_shards(Path(place.folder) / "made", large=place.on_gpu, copies=8 if full and place.on_gpu else 1)
+        make_own_shards(Path(place.folder) / "made", large=place.on_gpu, copies=8 if full and place.on_gpu else 1)
     except (ImportError, OSError, RuntimeError) as error:
         yield Finding("FAIL", "shards of the examination", str(error), "pip install '.[train]'")
 

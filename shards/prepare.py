@@ -20,12 +20,14 @@ from distill.command_line import Parser, command, percent, requests, whole_numbe
 from distill.data.index import ShardIndex
 from shards.archives import cifar_source, cub200_source, imagenet_source
 from shards.folders import folder_source, kaggle_source
+from shards.indexing import Reading, index_existing
 from shards.items import Source, SourceChanged
-from shards.preparation import Options, Reading, SplitSummary, index_existing, prepare, split_folders, split_jobs
+from shards.preparation import Options, prepare, split_jobs
 from shards.refusals import MAX_REFUSED, TooManyRefused, reasons_of
 from shards.renew import renew_split
 from shards.show import describe, write_sheet
 from shards.sources import digits_source
+from shards.split_work import SplitSummary, split_folders
 from shards.splits import parse_assignments, split_of, split_word
 from shards.tarwalk import BrokenTar
 from shards.verify import find_split_folders, unfinished_splits, verify_split

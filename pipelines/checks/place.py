@@ -122,7 +122,7 @@ def make_pictures(count: int, width: int, height: int) -> list[bytes]:
     return pictures
 
 
-def make_shards(folder: Path, large: bool, copies: int) -> None:
+def make_own_shards(folder: Path, large: bool, copies: int) -> None:
     """Shards `folder/train` and `folder/val` of made pictures, by the preparing command: 256 of 500 x 375 pixels where `large`,
     else 64 of 64 x 48; those of training `copies` times. Raises RuntimeError where they cannot be made."""
     pictures = make_pictures(DISTINCT, 500, 375) if large else make_pictures(64, 64, 48)

@@ -61,7 +61,7 @@ def stall_loader(rank: int, reads: int) -> None:
 
 def spoil_loss(rank: int, call: int) -> None:
     """This rank's cross-entropy is not a number at its call of this number, as one absurd image makes it."""
-    from distill.losses.logits import CrossEntropy
+    from distill.losses.cross_entropy import CrossEntropy
 
     real, calls = CrossEntropy.forward, [0]
 

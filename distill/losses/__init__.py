@@ -3,10 +3,11 @@
 from distill.losses.at import AT
 from distill.losses.cat_kd import CATKD
 from distill.losses.crd import CRD
+from distill.losses.cross_entropy import CrossEntropy
 from distill.losses.ctkd import CTKD
 from distill.losses.dist_kd import Dist
 from distill.losses.fitnet import FitNet
-from distill.losses.logits import DKD, KD, NKD, CrossEntropy
+from distill.losses.logits import DKD, KD, NKD
 from distill.losses.mgd import MGD
 from distill.losses.msdcrd import MSDCRD
 from distill.losses.ofd import OFD

@@ -7,7 +7,8 @@ import torch
 from outputs import facts
 
 from distill.losses import LOSSES
-from distill.losses.logits import CrossEntropy, dkd_loss, kd_loss, nkd_loss
+from distill.losses.cross_entropy import CrossEntropy
+from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
 from distill.losses.msdcrd import MSDCRD, contrastive_loss
 from distill.losses.projector import AttentionProjector, build_projector
 from distill.losses.sdd import SDD, sdd_loss

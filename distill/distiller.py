@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from distill.optim import Schedule
@@ -73,17 +74,30 @@ class Distiller(nn.Module):
 
     def _check_gradients(self, terms: Mapping[str, Tensor]) -> None:
         """Raises LossError for terms that train nothing, or not all parameters of their criterion: DDP would wait for their
-        gradients and fail a step later, without a name, and one process alone would never say so."""
+        gradients and fail a step later, without a name, and one process alone would never say so.
+
+        With several processes, also where no term reaches a parameter of the student; one process trains the others (a hint
+        alone, before the classifier's turn).
+        """
+        trained: set[Tensor] = set()
         for name, term in terms.items():
             if not term.requires_grad:
                 raise LossError(f"loss.{name}: its value has no gradient; compute it from the student's output, not detached")
             reached = _reached(term)
+            trained |= reached
             own = self.criteria[name].named_parameters()
             if idle := [key for key, parameter in own if parameter.requires_grad and parameter not in reached]:
                 raise LossError(
                     f"loss.{name}: its value gives {', '.join(idle)} no gradient; compute it with every parameter in"
                     " every step, or drop those parameters"
                 )
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        if idle := [key for key, p in self.student.named_parameters() if p.requires_grad and p not in trained]:
+            raise LossError(
+                f"loss: no term gives {', '.join(idle[:3])} of the student a gradient, and several processes wait for it; add"
+                " one that reads the student's logits, with weight 0 if it is not to count, or train on one process"
+            )
 
     @property
     def plain_student(self) -> nn.Module:

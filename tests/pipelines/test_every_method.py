@@ -96,3 +96,14 @@ def test_simkds_student_is_the_same_after_a_kill_and_is_loaded_by_plain_timm(
     head = {name: value for name, value in last_state(killed).items() if name.endswith("head.fc.weight")}
     assert any(torch.equal(value, model.head.fc.weight) for value in head.values()), "the teacher's classifier never moved"
     assert "# simkd_student" in (killed / "student" / "README.md").read_text()
+
+
+def test_a_student_that_is_trained_in_part_is_refused_on_two_processes_and_its_remedy_trains(digits: Path, tmp_path: Path):
+    """A hint alone reaches no classifier: DDP failed at the second step and named neither parameters nor losses."""
+    hint = ["--loss.sdd", "null", "--loss.msdcrd", "null", "--loss.fitnet.weight", "1", "--train.max_steps", "2"]
+    alone = [*hint, "--loss.cross_entropy", "null"]
+    job = finished(arguments(digits, tmp_path / "two", *alone), tmp_path / "two.log", world_size=2, codes=2)
+    assert "error: loss: no term gives model.stages.2.0.conv1.weight, " in job.text()
+    finished(arguments(digits, tmp_path / "one", *alone), tmp_path / "one.log")
+    weighted = [*hint, "--loss.cross_entropy.weight", "0"]
+    finished(arguments(digits, tmp_path / "remedy", *weighted), tmp_path / "remedy.log", world_size=2)

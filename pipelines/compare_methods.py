@@ -29,6 +29,7 @@ from distill.config import RecipeError, as_dict, load_recipe, parse_yaml
 from distill.files import write_atomically
 from distill.losses import LOSSES
 from distill.recipe import Recipe
+from pipelines.measure.tables import markdown
 from pipelines.setup.arguments import add_import_option, parse
 from pipelines.setup.child_run import REFUSED, add_launch_option, ended_badly, made, summary_of, train_command
 from pipelines.setup.teacher import losses_without_teacher, teacher_recipe
@@ -154,10 +155,8 @@ def report(rows: Sequence[Row]) -> str:
     """The table in Markdown, and in sentences which methods are better and which are worse than none."""
     header = ["method", "top-1 %, mean", "deviation", "seeds", "difference to alone", "extra parameters", "seconds"]
     alone = rows[0]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    lines += [cells(row, alone) for row in rows if row.summaries]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([table, "", *verdicts(rows, alone)]) + "\n"
+    lines = [header, *(cells(row, alone) for row in rows if row.summaries)]
+    return "\n".join([markdown(lines, "lrrrrrr"), "", *verdicts(rows, alone)]) + "\n"
 
 
 def cells(row: Row, alone: Row) -> list[str]:

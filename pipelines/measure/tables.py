@@ -17,3 +17,9 @@ def table(rows: Sequence[Sequence[str]], columns: str) -> str:
         "  ".join(align[side](cell, width) for side, cell, width in zip(columns, row, widths, strict=True)).rstrip()
         for row in (rows[0], rule, *rows[1:])
     )
+
+
+def markdown(rows: Sequence[Sequence[str]], columns: str) -> str:
+    """The same rows as a table in Markdown; columns as in `table`."""
+    rule = [{"l": "---", "r": "---:"}[side] for side in columns]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill.config import RecipeError
+from pipelines.measure.tables import markdown
 from pipelines.tables.cells import Cell, doubts
 from pipelines.tables.runs import finished_runs, measured
 from pipelines.tables.settings import setting_of
@@ -58,8 +59,8 @@ def remarks(cell: Cell) -> list[str]:
 
 def as_markdown(cells: Sequence[Cell], out: Path) -> str:
     """The lines of these cells as a Markdown table."""
-    rows = [HEADER, ["---"] * len(HEADER), *([*line(cell, out).values()] for cell in cells)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    rows = [HEADER, *([*line(cell, out).values()] for cell in cells)]
+    return markdown(rows, "l" * len(HEADER)) + "\n"
 
 
 def as_csv(cells: Sequence[Cell], out: Path) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.measure.report import Report
-from tests.processes import CONTEXT, Job, free_port
+from tests.processes import CONTEXT, Job, rank_environments
 
 
 def _enter(argv: list[str], environment: dict[str, str], log: str) -> None:
@@ -44,16 +44,12 @@ def note_gathers(file: Path) -> None:
 
 def start_benchmark(argv: Sequence[str], log: Path, world_size: int = 1, gathered: Path | None = None) -> Job:
     """Starts `pipelines/benchmark.py ARGV` on `world_size` CPU processes; the first notes its gathers in `gathered`."""
-    shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    if world_size > 1:
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
-        shared |= {"LOCAL_WORLD_SIZE": str(world_size)}
+    environments = rank_environments(world_size)
+    if gathered is not None:
+        environments[0]["GATHERED"] = str(gathered)
     ranks = []
-    for rank in range(world_size):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
-        if gathered is not None and rank == 0:
-            own["GATHERED"] = str(gathered)
-        ranks.append(CONTEXT.Process(target=_enter, args=(list(argv), {**shared, **own}, str(log))))
+    for environment in environments:
+        ranks.append(CONTEXT.Process(target=_enter, args=(list(argv), environment, str(log))))
         ranks[-1].start()
     return Job(ranks, log)
 

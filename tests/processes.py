@@ -124,16 +124,21 @@ def start(
     argv: Sequence[str], log: Path, world_size: int = 1, environment: dict[str, str] | None = None, file_limit: int = 0
 ) -> Job:
     """Starts `pipelines/imagenet.py ARGV` on `world_size` CPU processes that can write files of `file_limit` bytes (0: any)."""
-    shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(environment or {})}
-    if world_size > 1:
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
-        shared |= {"LOCAL_WORLD_SIZE": str(world_size)}
     ranks = []
-    for rank in range(world_size):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
-        ranks.append(CONTEXT.Process(target=_enter, args=(list(argv), {**shared, **own}, str(log), file_limit)))
+    for own in rank_environments(world_size):
+        ranks.append(CONTEXT.Process(target=_enter, args=(list(argv), {**own, **(environment or {})}, str(log), file_limit)))
         ranks[-1].start()
     return Job(ranks, log)
+
+
+def rank_environments(world_size: int) -> list[dict[str, str]]:
+    """What a launcher sets for each of `world_size` CPU processes of this machine."""
+    shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    if world_size == 1:
+        return [shared]
+    size = str(world_size)
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
 def finished(

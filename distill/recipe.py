@@ -74,6 +74,9 @@ class Augment:
     flip: Fraction = _doc("probability of a horizontal flip", TrainTransform.flip)
     rand_augment: str | None = _doc("timm's notation, such as rand-m9-mstd0.5-inc1; null is off", TrainTransform.rand_augment)
     color_jitter: NonNegative = _doc("brightness, contrast and saturation by up to this share", TrainTransform.color_jitter)
+    repeats: Positive = _doc(
+        "views of each image in a global batch (repeated augmentation); an epoch has as many views, of 1/N of the images", 1
+    )
     mixup: NonNegative = _doc("alpha of Mixup, 0 is off", 0.0)
     cutmix: NonNegative = _doc("alpha of CutMix, 0 is off", 0.0)
     mix_probability: Fraction = _doc("share of batches that are mixed at all", 1.0)

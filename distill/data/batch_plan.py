@@ -96,10 +96,13 @@ class TrainPlan:
         world_size: int,
         seed: int,
         shuffle_block: int = 0,
+        repeats: int = 1,
     ) -> None:
         rows = [micro_batch_rows(global_batch_size, accumulate, rank, world_size, micro) for micro in range(accumulate)]
         self.identity = {"seed": seed, "global_batch_size": global_batch_size, "shuffle_block": shuffle_block}
-        self.order = TrainOrder(num_samples, global_batch_size, seed, shuffle_block)
+        if repeats > 1:  # without it a state of before there were repeats is the state of the same stream
+            self.identity["repeats"] = repeats
+        self.order = TrainOrder(num_samples, global_batch_size, seed, shuffle_block, repeats)
         self.transform = transform
         self.size = size
         self.interpolation = transform.interpolation
@@ -122,7 +125,7 @@ class TrainPlan:
         return self.order.samples(position.epoch, step)[self._rows[micro]]
 
     def first_row(self, position: Position) -> int:
-        """The place in the epoch's permutation of the micro-batch's first sample; its other samples follow."""
+        """The place in the epoch of the micro-batch's first image; its other images follow."""
         step, micro = divmod(position.micro, len(self._rows))
         return step * self.order.global_batch_size + self._rows[micro].start
 

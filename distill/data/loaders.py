@@ -96,6 +96,7 @@ def train_task(
     device: torch.device,
     num_threads: int,
     shuffle_block: int = 0,
+    repeats: int = 1,
     max_bad_rate: float = 1e-4,
     fault_report: Path | None = None,
     decode: DecodeMode | None = None,
@@ -117,6 +118,7 @@ def train_task(
         world_size=world_size,
         seed=seed,
         shuffle_block=shuffle_block,
+        repeats=repeats,
     )
     return Task(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads, decode)
 

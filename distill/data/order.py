@@ -40,9 +40,14 @@ class TrainOrder:
     The tail of each permutation that does not fill a global batch is dropped (`dropped` samples per epoch, others in every
     epoch), so that all processes have the same number of steps. `shuffle_block` is the block size of the block shuffle, 0
     asks for the global one. Raises ValueError where there is not one global batch of samples.
+
+    With `repeats` R every sample comes R times in a row, and position q of the epoch shows sample q // R of the permutation:
+    repeated augmentation, as timm's RepeatAugSampler. An epoch keeps its steps and its images, so it shows 1/R of the split.
+    In a global batch the first views of all its samples come first, then the second ones, and so on: as far as R processes
+    or more share it, no process gets a sample twice, which is timm's reason for dealing positions out in turn.
     """
 
-    def __init__(self, num_samples: int, global_batch_size: int, seed: int, shuffle_block: int = 0) -> None:
+    def __init__(self, num_samples: int, global_batch_size: int, seed: int, shuffle_block: int = 0, repeats: int = 1) -> None:
         if global_batch_size < 1:
             raise ValueError(f"global batch size {global_batch_size}: must be at least 1")
         if num_samples < global_batch_size:
@@ -52,8 +57,11 @@ class TrainOrder:
             )
         if shuffle_block < 0:
             raise ValueError(f"shuffle_block {shuffle_block}: must be a number of samples, or 0 for a global shuffle")
+        if repeats < 1:
+            raise ValueError(f"repeats {repeats}: must be a number of views of each image, 1 or more")
         self.num_samples = num_samples
         self.global_batch_size = global_batch_size
+        self.repeats = repeats
         self.seed = seed
         self.shuffle_block = shuffle_block
         self.steps_per_epoch = num_samples // global_batch_size
@@ -65,7 +73,10 @@ class TrainOrder:
         if not 0 <= step < self.steps_per_epoch:
             raise ValueError(f"step {step}: an epoch has steps 0 to {self.steps_per_epoch - 1}")
         first = step * self.global_batch_size
-        return self._permutation(epoch)[first : first + self.global_batch_size].astype(np.int64)
+        positions = np.arange(first, first + self.global_batch_size)
+        # stable: views of the same number stay in the order of the permutation; without repeats nothing moves
+        positions = positions[np.argsort(positions % self.repeats, kind="stable")]
+        return self._permutation(epoch)[positions // self.repeats].astype(np.int64)
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         cached = self._cached  # one read of the attribute: two threads may ask at once

@@ -60,7 +60,8 @@ class ReferenceLoader(PlannedLoader):
 
     def _produce(self, position: Position) -> Batch:
         # Decoded by the pool ahead of `gather`, which asks for them one by one; only substitutes are decoded in its turn.
-        ahead = {sample: self._pool.submit(self._decode, sample) for sample in self.task.plan.samples(position).tolist()}
+        wanted = set(self.task.plan.samples(position).tolist())  # once each, however many views of it the batch has
+        ahead = {sample: self._pool.submit(self._decode, sample) for sample in wanted}
 
         def read(sample: int) -> Image.Image:
             return ahead[sample].result() if sample in ahead else self._decode(sample)

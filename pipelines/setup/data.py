@@ -62,7 +62,8 @@ def build_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
 
 def train_order(recipe: Recipe, num_samples: int) -> TrainOrder:
     """The global batches of a run, for the numbers that follow from them. Raises ValueError where there is not one."""
-    return TrainOrder(num_samples, recipe.train.global_batch_size, recipe.seed, recipe.data.shuffle_block)
+    batch, blocks, repeats = recipe.train.global_batch_size, recipe.data.shuffle_block, recipe.augment.repeats
+    return TrainOrder(num_samples, batch, recipe.seed, blocks, repeats)
 
 
 def data_facts(recipe: Recipe, train: ShardIndex, world_size: int) -> DataFacts:
@@ -162,6 +163,7 @@ def build_train_loader(recipe: Recipe, splits: Splits, models: Models, accelerat
         world_size=accelerator.num_processes,
         seed=recipe.seed,
         shuffle_block=recipe.data.shuffle_block,
+        repeats=recipe.augment.repeats,
         device=accelerator.device,
         num_threads=num_threads(recipe.data.num_threads),
         max_bad_rate=recipe.data.max_bad_rate,

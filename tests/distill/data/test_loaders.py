@@ -42,6 +42,7 @@ def train(
     accumulate: int = 1,
     batch: int = 12,
     side: int = 40,
+    repeats: int = 1,
     faults: dict | None = None,
     **transform,
 ):
@@ -54,6 +55,7 @@ def train(
         rank=rank,
         world_size=world,
         seed=11,
+        repeats=repeats,
         device=CPU,
         num_threads=2,
         **(faults or {}),

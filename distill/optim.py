@@ -18,8 +18,15 @@ FUSED = ("sgd", "adam", "adamw")
 Schedule = Callable[[Progress], float]
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, decay_bias_and_norm: bool) -> list[dict[str, Any]]:
-    """The trained parameters of `module`: one group that is decayed and, where there are any, one that is not.
+def parameter_groups(
+    module: nn.Module,
+    weight_decay: float,
+    decay_bias_and_norm: bool,
+    layer_decay: float = 1.0,
+    layer_decay_min_scale: float = 0.0,
+) -> list[dict[str, Any]]:
+    """The trained parameters of `module`: one group that is decayed and, where there are any, one that is not; with
+    `layer_decay` below 1 such a pair for each share of the learning rate, which is the group's `lr_scale` (`layer_scales`).
 
     The papers decay every parameter; most recipes since leave biases and normalisation (1-d parameters) alone, and with them
     what a timm model names in `no_weight_decay`: position embeddings, class tokens, tables of relative positions. What
@@ -29,16 +36,43 @@ def parameter_groups(module: nn.Module, weight_decay: float, decay_bias_and_norm
     if not decay_bias_and_norm:
         by_models = _spared_by_models(module)
         spared = spared | {name for name, _ in module.named_parameters() if any(fnmatchcase(name, each) for each in by_models)}
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    scales = layer_scales(module, layer_decay, layer_decay_min_scale) if layer_decay < 1 else {}
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         of_norm_or_bias = parameter.ndim <= 1 or name.endswith(".bias")
         spare = name in spared or (of_norm_or_bias and not decay_bias_and_norm)
-        (plain if spare else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        scale = scales.get(name, 1.0)
+        fresh = {"params": [], "weight_decay": 0.0 if spare else weight_decay, **({"lr_scale": scale} if scales else {})}
+        groups.setdefault((scale, spare), fresh)["params"].append(parameter)
+    # from the head down, whatever parameter comes first: the log has the first group's rate, which is then the whole one
+    return [groups[key] for key in sorted(groups, key=lambda key: (-key[0], key[1]))]
+
+
+def layer_scales(module: nn.Module, layer_decay: float, min_scale: float = 0.0) -> dict[str, float]:
+    """Each parameter's share of the learning rate, by name, for what lies in timm's models inside of `module`.
+
+    A model's layers are those of its own `group_matcher`: blocks one by one, the embedding below them, the head on top. The
+    head has share 1, every layer below `layer_decay` times that of the one above it, and none less than `min_scale`. What is
+    in no such model (projectors) has the whole rate. Raises ValueError where there is no model that names its layers.
+    Source: BEiT; the shares are those of timm's `param_groups_layer_decay`.
+    """
+    from timm.models import group_parameters
+
+    scales: dict[str, float] = {}
+    models: list[str] = []
+    for prefix, model in module.named_modules():
+        if not hasattr(model, "group_matcher") or any(prefix.startswith(f"{outer}.") for outer in models):
+            continue
+        models.append(prefix)
+        layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+        top = max(layers.values())
+        start = f"{prefix}." if prefix else ""
+        scales |= {f"{start}{name}": max(min_scale, layer_decay ** (top - layer)) for name, layer in layers.items()}
+    if not models:
+        raise ValueError("optim.layer_decay: the student does not name its layers (timm's group_matcher); say 1")
+    return scales
 
 
 def _spared_by_models(module: nn.Module) -> set[str]:
@@ -59,6 +93,8 @@ def create_optimizer(
     weight_decay: float,
     momentum: float,
     decay_bias_and_norm: bool,
+    layer_decay: float = 1.0,
+    layer_decay_min_scale: float = 0.0,
     options: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     """An optimiser of timm's factory over the trained parameters of `module`.
@@ -73,7 +109,7 @@ def create_optimizer(
     arguments = {"nesterov": False, **(options or {})} if name == "sgd" else dict(options or {})
     if name in FUSED and all(p.device.type == "cuda" for p in module.parameters()):
         arguments.setdefault("fused", True)
-    groups = parameter_groups(module, weight_decay, decay_bias_and_norm)
+    groups = parameter_groups(module, weight_decay, decay_bias_and_norm, layer_decay, layer_decay_min_scale)
     try:
         optimizer = create_optimizer_v2(
             groups, opt=name, lr=learning_rate, weight_decay=weight_decay, momentum=momentum, **arguments

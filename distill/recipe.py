@@ -184,6 +184,12 @@ class Optim:
     decay_bias_and_norm: bool = _doc(
         "decay 1-d parameters too, and what timm's models name in no_weight_decay, as the papers do", True
     )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = _doc(
+        "share of the learning rate that each layer of the student has of the one above it, as timm groups layers; 1: all"
+        " have the whole rate",
+        1.0,
+    )
+    layer_decay_min_scale: Fraction = _doc("with layer_decay: least share of a layer", 0.0)
     momentum: Fraction = _doc("of SGD and its like", 0.9)
     options: dict[str, Any] = _doc("more arguments of the optimiser, such as {nesterov: true} or {betas: [0.9, 0.95]}", {})
 

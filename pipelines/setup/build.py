@@ -77,6 +77,8 @@ def build_optimizer(recipe: Recipe, distiller: Distiller) -> torch.optim.Optimiz
         weight_decay=optim.weight_decay,
         momentum=optim.momentum,
         decay_bias_and_norm=optim.decay_bias_and_norm,
+        layer_decay=optim.layer_decay,
+        layer_decay_min_scale=optim.layer_decay_min_scale,
         options=optim.options,
     )
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import timm
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from distill.optim import create_optimizer, learning_rate_schedule, parameter_groups, weight_schedule
+from distill.optim import create_optimizer, layer_scales, learning_rate_schedule, parameter_groups, weight_schedule
 from distill.protocols import Progress
 
 
@@ -92,6 +92,47 @@ def test_what_timm_spares_by_name_is_decayed_only_where_everything_is():
     assert {"pos_embed", "cls_token"} <= expected
     assert names(parameter_groups(inside, 0.1, decay_bias_and_norm=False)) == expected
     assert names(parameter_groups(inside, 0.1, decay_bias_and_norm=True)) == set()
+
+
+@pytest.mark.parametrize("min_scale", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
+def test_each_layers_share_of_the_rate_and_decay_are_timms(name: str, min_scale: float):
+    model = timm.create_model(name, num_classes=3)
+    inside = nn.ModuleDict({"student": model, "projector": nn.Linear(2, 2)})
+
+    def settings(groups: list[dict], of: nn.Module) -> dict[str, tuple[float, float]]:
+        names = {id(p): name for name, p in of.named_parameters()}
+        return {names[id(p)]: (each["lr_scale"], each["weight_decay"]) for each in groups for p in each["params"]}
+
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    options = {"layer_decay": 0.75, "min_scale": min_scale}
+    theirs = settings(param_groups_layer_decay(model, 0.1, spared, **options), model)
+    ours = settings(parameter_groups(inside, 0.1, False, 0.75, min_scale), inside)
+    assert ours == {f"student.{key}": value for key, value in theirs.items()} | {
+        "projector.weight": (1.0, 0.1),
+        "projector.bias": (1.0, 0.0),
+    }
+    assert {scale for scale, _ in settings(parameter_groups(inside, 0.1, True, 0.75), inside).values()} == {
+        *layer_scales(inside, 0.75).values()
+    }
+
+
+def test_the_layers_of_a_vit_and_of_a_convnext_have_these_shares():
+    vit = layer_scales(timm.create_model("vit_tiny_patch16_224"), 0.75)
+    by_layer = {"cls_token": 13, "pos_embed": 13, "patch_embed.proj.weight": 13, "blocks.0.attn.qkv.weight": 12}
+    by_layer |= {"blocks.10.mlp.fc2.bias": 2, "blocks.11.norm1.weight": 1, "norm.weight": 1, "head.weight": 0}
+    assert {name: vit[name] for name in by_layer} == {name: 0.75**below for name, below in by_layer.items()}
+    convnext = layer_scales(timm.create_model("convnext_atto"), 0.5)
+    by_layer = {"stem.0.weight": 13, "stages.0.blocks.0.conv_dw.weight": 12, "stages.0.blocks.1.conv_dw.weight": 11}
+    by_layer |= {"stages.1.downsample.1.weight": 10, "stages.3.blocks.1.mlp.fc2.weight": 1, "head.fc.weight": 0}
+    assert {name: convnext[name] for name in by_layer} == {name: 0.5**below for name, below in by_layer.items()}
+
+
+def test_without_layer_decay_groups_have_no_share_and_a_model_without_layers_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert [set(group) for group in parameter_groups(model, 0.1, False)] == [{"params", "weight_decay"}] * 2
+    with pytest.raises(ValueError, match=r"the student does not name its layers \(timm's group_matcher\); say 1"):
+        parameter_groups(model, 0.1, False, 0.9)
 
 
 def test_sgd_is_the_papers_sgd_unless_nesterov_is_asked():

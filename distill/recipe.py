@@ -70,9 +70,17 @@ class Augment:
     crop: Crop = _doc("how a training view is cut", TrainTransform.crop)
     scale: tuple[float, float] = _doc("random_resized: range of the view's share of the image's area", TrainTransform.scale)
     ratio: tuple[float, float] = _doc("random_resized: range of the view's width / height", TrainTransform.ratio)
-    padding: Count = _doc("pad: black pixels added on each side before a crop of the input size", TrainTransform.padding)
+    padding: Count = _doc(
+        "pixels added on each side before a crop of the input size; pad: black ones; simple_random: mirrored ones, after the"
+        " shorter side is resized to it",
+        TrainTransform.padding,
+    )
     flip: Fraction = _doc("probability of a horizontal flip", TrainTransform.flip)
     rand_augment: str | None = _doc("timm's notation, such as rand-m9-mstd0.5-inc1; null is off", TrainTransform.rand_augment)
+    three_augment: bool = _doc(
+        "each image is made grey, solarised or blurred, one of the three, before colour jitter: 3-Augment (timm's 3a)",
+        TrainTransform.three_augment,
+    )
     color_jitter: NonNegative = _doc("brightness, contrast and saturation by up to this share", TrainTransform.color_jitter)
     repeats: Positive = _doc(
         "views of each image in a global batch (repeated augmentation); an epoch has as many views, of 1/N of the images", 1
@@ -95,6 +103,7 @@ class Augment:
             flip=self.flip,
             interpolation=interpolation,
             rand_augment=self.rand_augment,
+            three_augment=self.three_augment,
             color_jitter=self.color_jitter,
         )
 

@@ -13,7 +13,15 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.augment.parameters import TrainTransform, crop_windows, eval_geometry, flips, layers, uniforms
+from distill.data.augment.parameters import (
+    TrainTransform,
+    covering_sizes,
+    crop_windows,
+    eval_geometry,
+    flips,
+    layers,
+    uniforms,
+)
 from distill.data.faults import Quarantine
 from distill.data.order import TrainOrder, eval_batches, eval_samples, micro_batch_rows, micro_batch_size
 from distill.data.reader import BadSample
@@ -33,7 +41,8 @@ class Work:
     resized: NDArray[np.int64]
     """[B, 2] (height, width): the size to resize that part to."""
     anchors: NDArray[np.int64]
-    """[B, 2] (top, left): where the output is cut out of it; black where it reaches outside."""
+    """[B, 2] (top, left): where the output is cut out of it; black where it reaches outside, and outside of what the plan
+    mirrors around it."""
     flips: NDArray[np.int32]
     """[B]: 1 where the output is flipped left to right."""
     operations: NDArray[np.int32]
@@ -58,6 +67,8 @@ class Plan(Protocol):
     """False where no image is ever resized: `resized` is then the size of the window."""
     slices: bool
     """False where the resized image is the output: all `anchors` are then 0."""
+    mirrored: int
+    """Pixels mirrored around the resized image before the output is cut out of it."""
     exact: bool
     """False where images are resized and flipped and no more: another resizer than Pillow may then do both at once."""
     batch_size: int
@@ -109,7 +120,10 @@ class TrainPlan:
         self.num_layers = transform.num_layers
         self.fill = transform.fill
         self.resizes = transform.crop != "pad"
-        self.slices = transform.crop == "pad"
+        self.slices = transform.crop in ("pad", "simple_random")
+        self.mirrored = transform.mirrored
+        if self.mirrored >= min(size):
+            raise ValueError(f"padding {self.mirrored}: must be less than the side of the views, {min(size)}, to be mirrored")
         self.exact = self.slices or self.num_layers > 0
         self.batch_size = micro_batch_size(global_batch_size, accumulate, world_size)
         self.batches_per_epoch = self.order.steps_per_epoch * accumulate
@@ -137,11 +151,13 @@ class TrainPlan:
     def work(self, position: Position, sizes: NDArray[np.int64]) -> Work:
         """What to do with each image, from the images' `sizes` [B, 2] as (height, width)."""
         numbers = uniforms(self.order.seed, position.epoch, self.first_row(position), len(sizes))
-        windows = crop_windows(self.transform, sizes, self.size, numbers)
         flipped = flips(self.transform, numbers)
         drawn = layers(self.transform, self.size, numbers)
-        if self.transform.crop == "pad":
-            return Work(whole_windows(sizes), sizes, windows[:, :2], flipped, *drawn)
+        if self.slices:
+            resized = covering_sizes(sizes, self.size) if self.resizes else sizes
+            windows = crop_windows(self.transform, resized, self.size, numbers)
+            return Work(whole_windows(sizes), resized, windows[:, :2], flipped, *drawn)
+        windows = crop_windows(self.transform, sizes, self.size, numbers)
         resized = np.broadcast_to(np.array(self.size, np.int64), sizes.shape)
         return Work(windows, resized, np.zeros_like(sizes), flipped, *drawn)
 
@@ -161,6 +177,7 @@ class EvalPlan:
         self.fill = (0, 0, 0)
         self.resizes = True
         self.slices = True
+        self.mirrored = 0
         self.exact = True
         self.batch_size = batch_size
         self.batches_per_epoch = eval_batches(num_samples, batch_size, rank, world_size)

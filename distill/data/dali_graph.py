@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distill.data.augment.dali_ops import add_layer, resize
+from distill.data.augment.dali_ops import add_layer, mirrored, resize
 from distill.data.augment.policy import affine_matrices
 from distill.data.batch_plan import Plan, Work
 
@@ -93,6 +93,8 @@ def build_pipeline(
         if plan.resizes:
             size = source("resized", types.FLOAT, 1) if plan.slices else plan.size
             images = resize(modules, images, size, plan.interpolation)
+        if plan.mirrored:
+            images = mirrored(modules, images, plan.mirrored)
         if plan.slices:
             anchor = source("anchor", types.INT32, 1)
             images = fn.slice(images, start=anchor, shape=plan.size, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
@@ -137,7 +139,7 @@ def feed(pipeline: Any, plan: Plan, batch: HostBatch, decode_only: bool) -> None
     if plan.resizes and plan.slices:
         pipeline.feed_input("resized", work.resized.astype(np.float32))
     if plan.slices:
-        pipeline.feed_input("anchor", work.anchors.astype(np.int32))
+        pipeline.feed_input("anchor", (work.anchors + plan.mirrored).astype(np.int32))
     pipeline.feed_input("flip", work.flips)
     for layer in range(plan.num_layers):
         operations, arguments = work.operations[:, layer], work.arguments[:, layer]

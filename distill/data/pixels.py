@@ -44,7 +44,9 @@ def transform_image(image: Image.Image, work: Work, row: int, plan: Plan) -> np.
     resized_h, resized_w = work.resized[row].tolist()
     if (resized_h, resized_w) != (height, width):
         image = image.resize((resized_w, resized_h), PIL_FILTERS[plan.interpolation])
-    top, left = work.anchors[row].tolist()
+    if margin := plan.mirrored:
+        image = Image.fromarray(np.pad(np.asarray(image), ((margin, margin), (margin, margin), (0, 0)), mode="reflect"))
+    top, left = (work.anchors[row] + margin).tolist()
     if (top, left, image.height, image.width) != (0, 0, *plan.size):
         image = image.crop((left, top, left + plan.size[1], top + plan.size[0]))
     if work.flips[row]:

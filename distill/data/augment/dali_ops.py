@@ -17,6 +17,7 @@ from distill.data.augment.policy import (
     COLOR,
     CONTRAST,
     EQUALIZE,
+    GAUSSIAN_BLUR,
     INVERT,
     NONE,
     POSTERIZE,
@@ -68,9 +69,20 @@ def add_layer(
             images = dali.fn.filter(
                 images, dali.types.Constant(SMOOTH) * (1.0 - argument) + dali.types.Constant(SAME) * argument
             )
+        elif operation == GAUSSIAN_BLUR:
+            images = dali.fn.gaussian_blur(images, sigma=argument)
         else:
             images = warp(dali, images, matrix, fill)
     return images
+
+
+def mirrored(dali: SimpleNamespace, images: Any, margin: int) -> Any:
+    """Images with so many rows and columns more on each side, mirrored at the outermost ones, which are not repeated."""
+    first, last = slice(1, margin + 1), slice(-margin - 1, -1)
+    top, bottom = (dali.fn.flip(images[rows], horizontal=0, vertical=1) for rows in (first, last))
+    images = dali.fn.cat(top, images, bottom, axis=0)
+    left, right = (dali.fn.flip(images[:, columns]) for columns in (first, last))
+    return dali.fn.cat(left, images, right, axis=1)
 
 
 def posterize(dali: SimpleNamespace, images: Any, bits: Any) -> Any:

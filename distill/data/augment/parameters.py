@@ -15,11 +15,18 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.augment.policy import JITTER_LAYERS, draw_color_jitter, draw_rand_augment, parse_rand_augment
+from distill.data.augment.policy import (
+    JITTER_LAYERS,
+    THREE_NUMBERS,
+    draw_color_jitter,
+    draw_rand_augment,
+    draw_three_augment,
+    parse_rand_augment,
+)
 from distill.protocols import InputSpec, Interpolation
 from distill.seeds import derive_seed
 
-Crop = Literal["random_resized", "pad", "resize"]
+Crop = Literal["random_resized", "pad", "simple_random", "resize"]
 
 TRIES = 10
 """Windows that random-resized-crop draws before it falls back to the centre, as torchvision and timm do."""
@@ -36,7 +43,8 @@ class TrainTransform:
     """The settings of a training view: all that happens to an image before it becomes uint8 pixels of the wanted size.
 
     `crop` is `random_resized` (a window of `scale` of the area and `ratio` of the sides, resized), `pad` (a window of the
-    wanted size out of the image padded by `padding` black pixels on each side; nothing is resized) or `resize` (the whole
+    wanted size out of the image padded by `padding` black pixels on each side; nothing is resized), `simple_random` (the
+    same out of the image resized to cover the wanted size and padded by mirrored pixels: DeiT III) or `resize` (the whole
     image). `flip` is the probability of a horizontal flip. Raises ValueError for values that make no sense: a line for each
     of them, which begins with the field's name.
     """
@@ -49,8 +57,10 @@ class TrainTransform:
     interpolation: Interpolation = "bilinear"
     rand_augment: str | None = None
     """timm's notation, such as `rand-m9-mstd0.5-inc1`; after the flip."""
+    three_augment: bool = False
+    """One of grey, solarised and blurred, after the flip: 3-Augment of DeiT III. Not together with `rand_augment`."""
     color_jitter: float = 0.0
-    """Brightness, contrast and saturation by up to this share; after the flip. Not together with `rand_augment`, as timm."""
+    """Brightness, contrast and saturation by up to this share; last. Not together with `rand_augment`, as timm."""
     fill: tuple[int, int, int] = (124, 116, 104)
     """The colour that comes in from outside in rotations and shifts: ImageNet's mean."""
 
@@ -75,6 +85,8 @@ class TrainTransform:
             yield f"color_jitter {self.color_jitter}: must not be negative"
         if self.color_jitter and self.rand_augment is not None:
             yield f"color_jitter {self.color_jitter} with rand_augment {self.rand_augment!r}: give one of them"
+        if self.three_augment and self.rand_augment is not None:
+            yield f"three_augment with rand_augment {self.rand_augment!r}: give one of them"
         if self.rand_augment is not None:
             try:
                 parse_rand_augment(self.rand_augment)
@@ -86,7 +98,12 @@ class TrainTransform:
         """Layers of operations that follow the flip."""
         if self.rand_augment is not None:
             return parse_rand_augment(self.rand_augment).layers
-        return JITTER_LAYERS if self.color_jitter else 0
+        return int(self.three_augment) + (JITTER_LAYERS if self.color_jitter else 0)
+
+    @property
+    def mirrored(self) -> int:
+        """Mirrored pixels around the resized image, out of which the view is cut."""
+        return self.padding if self.crop == "simple_random" else 0
 
 
 def uniforms(seed: int, epoch: int, first: int, count: int) -> NDArray[np.float64]:
@@ -104,11 +121,12 @@ def crop_windows(
 ) -> NDArray[np.int64]:
     """int64 [B, 4], (top, left, height, width) of each image's window, from `sizes` [B, 2] as (height, width).
 
-    A `pad` window has the size `out_size` and may reach outside of the image, top and left may then be negative.
+    A `pad` or `simple_random` window has the size `out_size` and may reach outside of the image, top and left may then be
+    negative. For `simple_random` the `sizes` are those of the resized images.
     """
     if transform.crop == "random_resized":
         return _random_resized_windows(transform, sizes, numbers)
-    if transform.crop == "pad":
+    if transform.crop in ("pad", "simple_random"):
         return _pad_windows(transform.padding, sizes, out_size, numbers)
     return np.concatenate([np.zeros_like(sizes), sizes], axis=1)  # resize: the whole image
 
@@ -124,9 +142,24 @@ def layers(
     """The operations after the flip, int32 [B, L], and their arguments, float32 [B, L], for output of `size`."""
     if transform.rand_augment is not None:
         return draw_rand_augment(parse_rand_augment(transform.rand_augment), size, numbers[:, LAYER_NUMBERS:])
+    drawn = [(np.zeros((len(numbers), 0), np.int32), np.zeros((len(numbers), 0), np.float32))]
+    first = LAYER_NUMBERS
+    if transform.three_augment:
+        drawn.append(draw_three_augment(numbers[:, first:]))
+        first += THREE_NUMBERS
     if transform.color_jitter:
-        return draw_color_jitter(transform.color_jitter, numbers[:, LAYER_NUMBERS:])
-    return np.zeros((len(numbers), 0), np.int32), np.zeros((len(numbers), 0), np.float32)
+        drawn.append(draw_color_jitter(transform.color_jitter, numbers[:, first:]))
+    operations, arguments = zip(*drawn, strict=True)
+    return np.concatenate(operations, axis=1), np.concatenate(arguments, axis=1)
+
+
+def covering_sizes(sizes: NDArray[np.int64], out_size: tuple[int, int]) -> NDArray[np.int64]:
+    """int64 [B, 2]: each image's size after resizing it, its shape kept, so that it just covers `out_size`; the longer side
+    truncated, as torchvision's Resize."""
+    wanted = np.broadcast_to(np.array(out_size, np.int64), sizes.shape)
+    tight = (sizes / wanted).argmin(axis=1)[:, None]
+    one, other = np.take_along_axis(wanted, tight, axis=1), np.take_along_axis(sizes, tight, axis=1)
+    return np.maximum(np.where(np.arange(2) == tight, one, one * sizes // other), wanted)
 
 
 def _random_resized_windows(

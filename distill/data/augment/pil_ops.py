@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from distill.data.augment import policy
 
@@ -36,6 +36,8 @@ def apply_operation(image: Image.Image, operation: int, argument: float, fill: t
         return ImageOps.solarize(image, int(argument))
     if operation == policy.SOLARIZE_ADD:
         return image.point([min(255, value + int(argument)) if value < 128 else value for value in range(256)] * 3)
+    if operation == policy.GAUSSIAN_BLUR:
+        return image.filter(ImageFilter.GaussianBlur(argument))
     return _geometric(image, operation, argument, fill)
 
 

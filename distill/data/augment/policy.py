@@ -1,4 +1,4 @@
-"""timm's RandAugment and colour jitter as layers of operations, all parameters drawn on the host.
+"""timm's RandAugment, 3-Augment and colour jitter as layers of operations, all parameters drawn on the host.
 
 A layer is an operation and its argument per image; both loaders apply the layers in their order. Source: timm 1.0.31,
 `timm/data/auto_augment.py`. Where we differ: geometric operations interpolate bilinearly whatever the crop does.
@@ -15,13 +15,16 @@ from numpy.typing import NDArray
 
 NONE, AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD = range(8)
 COLOR, CONTRAST, BRIGHTNESS, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(8, 16)
+GAUSSIAN_BLUR = 16
 CHOICES = np.arange(AUTO_CONTRAST, TRANSLATE_Y + 1)
-"""The operations of timm's default set, each as likely as any other."""
+"""The operations of RandAugment's default set in timm, each as likely as any other."""
 LEVELS = 10.0
 """timm's `_LEVEL_DENOM`: the magnitude at which an operation is at its full range."""
 NUMBERS_PER_LAYER = 5
 MAX_LAYERS = 8
 JITTER_LAYERS = 3
+THREE_NUMBERS = 2
+BLUR_RADIUS = (0.1, 2.0)
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,20 @@ def _arguments(
     for operation, values in table.items():
         arguments = np.where(operations == operation, values, arguments)
     return arguments
+
+
+def draw_three_augment(numbers: NDArray[np.float64]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """3-Augment's one operation of each image, each as likely: grey, levels from 128 on inverted, Gaussian blur.
+
+    int32 [B, 1] and float32 [B, 1]; `numbers` is [B, >= 2], uniform in [0, 1): which, and the radius of the blur. Source:
+    Touvron et al. 2022 (DeiT III); timm's policy `3a`.
+    """
+    low, high = BLUR_RADIUS
+    which = (numbers[:, 0] * 3).astype(np.int64)
+    operations = np.array([COLOR, SOLARIZE, GAUSSIAN_BLUR], np.int32)[which]
+    radius = low + (high - low) * numbers[:, 1]
+    arguments = np.choose(which, [0.0, 128.0, radius])  # colour by a factor of 0 is grey
+    return operations[:, None], arguments[:, None].astype(np.float32)
 
 
 def draw_color_jitter(strength: float, numbers: NDArray[np.float64]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:

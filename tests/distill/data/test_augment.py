@@ -91,7 +91,7 @@ def test_evaluation_sizes_and_anchors_are_timms(out, crop_fraction):
 
 
 def test_impossible_transforms_are_refused_with_the_value():
-    with pytest.raises(ValueError, match="crop 'rrc': must be one of random_resized, pad, resize"):
+    with pytest.raises(ValueError, match="crop 'rrc': must be one of random_resized, pad, simple_random, resize"):
         TrainTransform(crop="rrc")
     with pytest.raises(ValueError, match=r"scale \(0.5, 0.1\)"):
         TrainTransform(scale=(0.5, 0.1))

@@ -63,8 +63,9 @@ OTHER_MEANINGS = {"at", "dist", "cross_entropy"}
 the whole string."""
 CLASSES = re.compile(rf"(?<![A-Z])(?:{'|'.join(cls.__name__ for cls in LOSSES.values())})(?=$|[A-Z][a-z])")
 """A loss's class, alone or as a part of a longer name."""
-MAY_NAME_A_LOSS = {"distill.recipe", "distill.models", "distill.models.simkd"}
-"""The default recipe, the student that a loss builds, and the package that registers it with timm; beside the losses."""
+MAY_NAME_A_LOSS = {"distill.recipe", "distill.models", "distill.models.simkd", "pipelines.setup.timm_args"}
+"""The default recipe, the student that a loss builds, the package that registers it with timm, and the translation of timm's
+losses; beside the losses."""
 
 
 def module_name(path: Path) -> str:

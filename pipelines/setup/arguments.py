@@ -16,6 +16,7 @@ from distill.command_line import Parser, requests, unknown_arguments
 from distill.config import as_dict, load_recipe, parse_yaml, recipe_fields
 from distill.loss_options import TERM_OPTIONS, check_loss, loss_options, option_descriptions, summary
 from distill.recipe import Recipe, TermSchedule
+from pipelines.setup.timm_args import convert_file, header
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "digits" / "distilled.yaml"
 
@@ -132,6 +133,13 @@ def make_parser(losses: Mapping[str, type]) -> Parser:
         default=argparse.SUPPRESS,
         help="write a trace of three steps to OUT/profile (--report.profile_steps 3)",
     )
+    parser.add_argument(
+        "--from-timm-args",
+        dest="timm_args",
+        type=Path,
+        metavar="FILE",
+        help="args.yaml that timm's train.py saved: print it as a recipe, with what of it has no counterpart, and stop",
+    )
     parser.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
     groups: dict[str, Any] = {}
     for key, kind, default, text, _ in recipe_fields():
@@ -161,7 +169,7 @@ def parse(argv: Sequence[str], losses: Mapping[str, type]) -> Request:
     """The request of a command line, whose `--import` files are run first: a loss of theirs has options here.
 
     Raises RecipeError that lists all unknown options, unreadable values and problems of the recipe together. Prints and exits 0
-    for --help and --print_config.
+    for --help, --print_config and --from-timm-args.
     """
     files = Parser(add_help=False)
     add_import_option(files)
@@ -170,10 +178,19 @@ def parse(argv: Sequence[str], losses: Mapping[str, type]) -> Request:
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
     recipe_path, resume, print_config = given.pop("recipe"), given.pop("resume"), given.pop("print_config")
+    timm_args = given.pop("timm_args")
     del given["imports"]
     overrides, unreadable = _values(given)
-    recipe = load_recipe(recipe_path or DEFAULT_RECIPE, overrides, losses, [*unknown_arguments(unknown, parser), *unreadable])
-    if print_config:
+    others = [*unknown_arguments(unknown, parser), *unreadable]
+    if timm_args is not None:
+        if recipe_path is not None:
+            others.append(f"--recipe {recipe_path}: --from-timm-args makes a recipe of its own; drop either")
+        found = convert_file(timm_args, overrides.get("train.global_batch_size"))
+        recipe = load_recipe(None, {**found.values, **overrides}, losses, others)
+        print(header(found, timm_args), end="")
+    else:
+        recipe = load_recipe(recipe_path or DEFAULT_RECIPE, overrides, losses, others)
+    if print_config or timm_args is not None:
         yaml.safe_dump(as_dict(recipe), sys.stdout, sort_keys=False)
         raise SystemExit(0)
     return Request(recipe, resume)

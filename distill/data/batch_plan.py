@@ -6,7 +6,7 @@ Both loaders follow these plans; a plan holds no position, it answers for any.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -23,11 +23,10 @@ from distill.data.augment.parameters import (
     uniforms,
 )
 from distill.data.faults import Quarantine
-from distill.data.order import TrainOrder, eval_batches, eval_samples, micro_batch_rows, micro_batch_size
+from distill.data.order import Lanes, TrainOrder, eval_batches, eval_samples, micro_batch_rows, micro_batch_size
 from distill.data.reader import BadSample
 from distill.data.stream import Position, next_position
 from distill.protocols import InputSpec, Interpolation
-from distill.seeds import derive_seed
 
 Loaded = TypeVar("Loaded")
 
@@ -54,7 +53,7 @@ class Work:
 class Plan(Protocol):
     """Answers for any position which samples it has and what is done with them."""
 
-    identity: dict[str, int]
+    identity: Mapping[str, int | str]
     """All that the order of samples depends on, beside index and position."""
     size: tuple[int, int]
     """(height, width) of the output."""
@@ -108,12 +107,11 @@ class TrainPlan:
         seed: int,
         shuffle_block: int = 0,
         repeats: int = 1,
+        lanes: Lanes | None = None,
     ) -> None:
         rows = [micro_batch_rows(global_batch_size, accumulate, rank, world_size, micro) for micro in range(accumulate)]
-        self.identity = {"seed": seed, "global_batch_size": global_batch_size, "shuffle_block": shuffle_block}
-        if repeats > 1:  # without it a state of before there were repeats is the state of the same stream
-            self.identity["repeats"] = repeats
-        self.order = TrainOrder(num_samples, global_batch_size, seed, shuffle_block, repeats)
+        self.order = TrainOrder(num_samples, global_batch_size, seed, shuffle_block, repeats, lanes)
+        self.identity: Mapping[str, int | str] = self.order.identity
         self.transform = transform
         self.size = size
         self.interpolation = transform.interpolation
@@ -145,8 +143,7 @@ class TrainPlan:
 
     def substitute(self, position: Position, row: int, attempt: int) -> int:
         """A sample drawn at random: a function of the row's place in the epoch, so the same whoever finds the bad one, when."""
-        place = self.first_row(position) + row
-        return derive_seed(self.order.seed, "substitute", position.epoch, place, attempt) % self.order.num_samples
+        return self.order.substitute(position.epoch, self.first_row(position) + row, attempt)
 
     def work(self, position: Position, sizes: NDArray[np.int64]) -> Work:
         """What to do with each image, from the images' `sizes` [B, 2] as (height, width)."""
@@ -168,7 +165,7 @@ class EvalPlan:
     def __init__(self, num_samples: int, *, spec: InputSpec, batch_size: int, rank: int, world_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: must be at least 1")
-        self.identity: dict[str, int] = {}
+        self.identity: Mapping[str, int | str] = {}
         self.num_samples = num_samples
         self.spec = spec
         self.size = (spec.height, spec.width)

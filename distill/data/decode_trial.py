@@ -46,8 +46,10 @@ def pil_pixels(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def create_batches(images: list[NDArray[np.uint8]]) -> tuple[TrainPlan, HostBatch, HostBatch]:
     """A plan over the images, their random crops of training, and the whole images, as evaluation wants them."""
     count = len(images)
-    options = {"global_batch_size": count, "accumulate": 1, "rank": 0, "world_size": 1, "seed": 0}
-    plan = TrainPlan(count, size=(224, 224), transform=TrainTransform(), **options)
+    transform = TrainTransform()
+    plan = TrainPlan(
+        count, size=(224, 224), transform=transform, global_batch_size=count, accumulate=1, rank=0, world_size=1, seed=0
+    )
     sizes = np.array([pil_pixels(data).shape[:2] for data in images], np.int64)
     work = plan.work(Position(0, 0), sizes)
     crops = HostBatch(images, sizes, work, np.zeros(count, np.int64), np.arange(count))

@@ -139,6 +139,11 @@ class ShardIndex:
         return len(self.records)
 
     @property
+    def shard_samples(self) -> tuple[int, ...]:
+        """Samples of each shard."""
+        return tuple(shard.samples for shard in self.shards)
+
+    @property
     def num_classes(self) -> int:
         """Classes of the split's class map; a class may have no sample here."""
         return len(self.class_names)

@@ -14,6 +14,7 @@ from distill.data.batch_plan import EvalPlan, Plan, TrainPlan
 from distill.data.dali_graph import DecodeMode
 from distill.data.faults import Quarantine
 from distill.data.index import ShardIndex
+from distill.data.order import Lanes
 from distill.data.prefetch import prefetched
 from distill.data.stream import Position
 from distill.protocols import Batch, InputSpec
@@ -65,8 +66,14 @@ class PlannedLoader:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes over the bad samples of a state. Raises ValueError for one of another stream, TooManyFaults above the limit."""
-        own = self._identity().items()
-        different = [f"{name} {state.get(name)} there, {value} here" for name, value in own if state.get(name) != value]
+        own = self._identity()
+        named = dict.fromkeys([*own, *state])  # of both: each order has parameters of its own
+        del named["bad_samples"]
+        different = [
+            f"{name} {state.get(name, 'not set')} there, {own.get(name, 'not set')} here"
+            for name in named
+            if state.get(name) != own.get(name)
+        ]
         if different:
             raise ValueError(
                 f"{self.task.index.folder}: the saved state is of another stream ({'; '.join(different)}); "
@@ -97,6 +104,7 @@ def train_task(
     num_threads: int,
     shuffle_block: int = 0,
     repeats: int = 1,
+    lanes: Lanes | None = None,
     max_bad_rate: float = 1e-4,
     fault_report: Path | None = None,
     decode: DecodeMode | None = None,
@@ -119,6 +127,7 @@ def train_task(
         seed=seed,
         shuffle_block=shuffle_block,
         repeats=repeats,
+        lanes=lanes,
     )
     return Task(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads, decode)
 

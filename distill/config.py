@@ -19,9 +19,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from distill.command_line import RequestError, nearest
-from distill.data.order import micro_batch_size
+from distill.data.order import check_lanes, micro_batch_size
 from distill.loss_options import TERM_OPTIONS, loss_adapter, loss_options, option_descriptions
-from distill.recipe import Recipe, TermSchedule
+from distill.recipe import LANE_WINDOW, LANES, Data, Recipe, TermSchedule, Train
 
 
 class RecipeError(RequestError):
@@ -238,6 +238,33 @@ def combinations(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
         micro_batch_size(recipe.train.global_batch_size, recipe.train.accumulate, world_size=1)
     except ValueError as error:
         yield f"train.accumulate: {error}"
+    else:
+        yield from shuffles(recipe.data, recipe.train)
+    if recipe.augment.repeats > 1 and recipe.data.shuffle == "lanes":
+        yield f"augment.repeats: {recipe.augment.repeats}, but lanes show every image once; say 1, or --data.shuffle global"
+
+
+def shuffles(data: Data, train: Train) -> Iterator[str]:
+    """A line for each option of the visiting order that does not fit the order, or has no effect on it."""
+    if data.shuffle == "blocks" and not data.shuffle_block:
+        yield "data.shuffle_block: 0, but data.shuffle is 'blocks'; give the number of samples of a block, such as 64"
+    if data.shuffle != "blocks" and data.shuffle_block:
+        yield f"data.shuffle_block: {data.shuffle_block}, but data.shuffle is {data.shuffle!r}; it belongs to 'blocks', say 0"
+    if data.shuffle != "lanes" and (data.lanes, data.lane_window) != (LANES, LANE_WINDOW):
+        yield f"data.lanes and data.lane_window: set, but data.shuffle is {data.shuffle!r}; they belong to 'lanes'"
+    if data.shuffle == "lanes":
+        try:
+            check_lanes(data.lanes, train.global_batch_size, accumulate=train.accumulate)
+        except ValueError as error:
+            yield f"data.lanes: {error}"
+
+
+def carried_over(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe's tree in today's keys: `data.shuffle_block`, which chose the order by itself, says `data.shuffle` too."""
+    data = tree.get("data")
+    if isinstance(data, dict) and data.get("shuffle_block") and "shuffle" not in data:
+        return {**tree, "data": {**data, "shuffle": "blocks"}}
+    return tree
 
 
 def doubts(recipe: Recipe, steps_per_epoch: int) -> Iterator[str]:
@@ -302,6 +329,7 @@ def load_recipe(
             raise RecipeError(f"{path}: holds a {type(data).__name__}; a recipe is a mapping of sections")
     for key, value in overrides.items():
         data = merge(data, key.split("."), value)
+    data = carried_over(data)
     recipe, found = _validate(_recipe_adapter(), data, "", _recipe_names)
     problems = [*others, *found]
     section = data.get("loss", Recipe().loss)

@@ -16,6 +16,9 @@ from distill.protocols import Interpolation
 
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
+LANES, LANE_WINDOW = 32, 4
+"""With 1,024 shards of ImageNet: 150 shards in a batch of 2,048, a node of 4 fetches a quarter and holds 8 GB at once."""
+
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -48,11 +51,14 @@ class Data:
         " works there",
         "auto",
     )
-    shuffle_block: Count = _doc(
-        "0: every epoch is a shuffle of the whole split; N: for slow disks, blocks of N neighbours in random order, mixed"
-        " within 8 of them",
-        0,
+    shuffle: Literal["global", "blocks", "lanes"] = _doc(
+        "the order of an epoch: a shuffle of the whole split; blocks: for slow disks; lanes: every node reads its own part of"
+        " the shards, for shards that are no local files",
+        "global",
     )
+    shuffle_block: Count = _doc("blocks: so many neighbours in random order, mixed within 8 such blocks", 0)
+    lanes: Positive = _doc("lanes: runs of shards that are read side by side; a multiple of nodes x accumulate", LANES)
+    lane_window: Positive = _doc("lanes: shards of a lane among which samples are shuffled", LANE_WINDOW)
     num_threads: Count = _changeable("decoding threads per process; 0: the cores of this machine / its processes", 0)
     image_size: Count = _doc("side of the student's square input in pixels; 0: the student's own", 0)
     eval_image_size: Count = _doc("evaluation: side of the square input in pixels; 0: as in training", 0)

@@ -158,7 +158,7 @@ def open_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
 
 def warn(recipe: Recipe, splits: Splits, session: Session) -> None:
     """Says what of a request is doubtful: it is done as it was asked for."""
-    for doubt in doubts(recipe, train_order(recipe, splits.train.num_samples).steps_per_epoch):
+    for doubt in doubts(recipe, train_order(recipe, splits.train).steps_per_epoch):
         session.say(f"warning: {recipe.out}: {doubt}")
     if splits.train.digest == splits.val.digest:
         session.say(
@@ -221,7 +221,7 @@ def execute(request: Request, session: Session) -> None:
             session.say(f"--resume: {folder.path} holds no run; a new one begins")
         splits = open_splits(recipe, session.accelerator)
         folder.check(digests(splits))
-        if folder.summary is not None and folder.summary["steps"] >= build_settings(recipe, splits.train.num_samples).last_step:
+        if folder.summary is not None and folder.summary["steps"] >= build_settings(recipe, splits.train).last_step:
             session.say(f"{folder.path}: this run is finished")
             return
         if recipe.teacher.name != "none" and recipe.teacher.weights == "train":

@@ -80,7 +80,7 @@ def storage(place: Place) -> Iterator[Finding]:
     yield at_least("writing a checkpoint", rate, LEAST_WRITE, "MB/s", remedy)
     index = ShardIndex.open(place.read)
     megabytes, images, bad = read_rate(index)
-    remedy = "stage the shards on a local disk, or say --data.shuffle_block"
+    remedy = "stage the shards on a local disk, or say --data.shuffle blocks --data.shuffle_block 64"
     if sum(shard.bytes for shard in index.shards) < JUDGED_MB * 1e6:
         yield skipped("reading shards at random", f"the shards have less than {JUDGED_MB} MB; give --shards")
     else:

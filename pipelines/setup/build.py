@@ -17,6 +17,7 @@ from distill.agreement import Control
 from distill.average import Average
 from distill.checkpoint import Checkpoints
 from distill.config import term_schedule
+from distill.data.index import ShardIndex
 from distill.distiller import Distiller
 from distill.models.recompute import set_activation_checkpointing, unchanged_statistics
 from distill.nonfinite import Guard
@@ -38,12 +39,12 @@ from pipelines.setup.models import Models, build_classifier, build_models, check
 from pipelines.setup.observers import Observers
 
 
-def build_settings(recipe: Recipe, num_samples: int) -> LoopSettings:
+def build_settings(recipe: Recipe, index: ShardIndex) -> LoopSettings:
     """The numbers of the loop."""
     train = recipe.train
     return LoopSettings(
         epochs=train.epochs,
-        steps_per_epoch=train_order(recipe, num_samples).steps_per_epoch,
+        steps_per_epoch=train_order(recipe, index).steps_per_epoch,
         global_batch_size=train.global_batch_size,
         accumulate=train.accumulate,
         max_steps=train.max_steps,
@@ -131,7 +132,7 @@ def build(
         before, after = set_activation_checkpointing(models.student)
         say(accelerator, f"activations of one image: {after / 1e6:.1f} MB instead of {before / 1e6:.1f} MB (float32)")
     compile_backbones(recipe, models)
-    settings = build_settings(recipe, splits.train.num_samples)
+    settings = build_settings(recipe, splits.train)
     spec = eval_spec(recipe, models.student)
     rank = accelerator.process_index
     reporter = Reporter(Path(recipe.out), accelerator, settings.last_step, Path(recipe.out).name)

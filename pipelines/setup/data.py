@@ -20,12 +20,12 @@ from distill.data.dali_graph import DecodeMode, dali_available
 from distill.data.decoding import DecodeName, Decoding, choose_decoding
 from distill.data.index import ShardIndex
 from distill.data.loaders import Task, eval_task, train_task
-from distill.data.order import TrainOrder
+from distill.data.order import Lanes, TrainOrder, check_lanes, classes_per_shard
 from distill.data.reference import ReferenceLoader
 from distill.models.backbone import Backbone
 from distill.protocols import DataFacts, InputSpec, Loader
 from distill.recipe import Data, Recipe
-from pipelines.setup.machine import micro_batch_of, num_threads
+from pipelines.setup.machine import micro_batch_of, num_nodes, num_threads
 from pipelines.setup.models import Models
 
 logger = logging.getLogger("distill.data")
@@ -56,14 +56,43 @@ def build_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
             f"data: {recipe.data.train} has {train.num_classes} classes and {recipe.data.val} has {val.num_classes},"
             " or their names differ; prepare both splits in one run"
         )
-    train_order(recipe, train.num_samples)  # a batch that the images do not fill is refused before models are built
+    order = train_order(recipe, train)  # a batch that the images do not fill is refused before models are built
+    if order.lanes:
+        check_node_lanes(recipe, order.lanes, train, num_nodes(accelerator.num_processes))
     return Splits(train, val)
 
 
-def train_order(recipe: Recipe, num_samples: int) -> TrainOrder:
-    """The global batches of a run, for the numbers that follow from them. Raises ValueError where there is not one."""
+def train_order(recipe: Recipe, train: ShardIndex) -> TrainOrder:
+    """The global batches of a run. Raises ValueError where there is not one."""
     batch, blocks, repeats = recipe.train.global_batch_size, recipe.data.shuffle_block, recipe.augment.repeats
-    return TrainOrder(num_samples, batch, recipe.seed, blocks, repeats)
+    return TrainOrder(train.num_samples, batch, recipe.seed, blocks, repeats, lanes_of(recipe, train))
+
+
+def lanes_of(recipe: Recipe, train: ShardIndex) -> Lanes | None:
+    """The lanes of a run's order; None for another order."""
+    data = recipe.data
+    return Lanes(data.lanes, data.lane_window, train.shard_samples) if data.shuffle == "lanes" else None
+
+
+LEAST_MIXED = 0.5
+"""Share that the classes of a shard must be of those of a mixed one, in the mean: it is 1.00 where shards are mixed, and 0.003
+where 1,024 shards of ImageNet are sorted by class."""
+
+
+def check_node_lanes(recipe: Recipe, lanes: Lanes, train: ShardIndex, nodes: int) -> None:
+    """Raises RecipeError where a node would read shards of other nodes' lanes, and where shards are sorted by class, of which
+    lanes would make batches of few classes."""
+    try:
+        check_lanes(lanes.count, recipe.train.global_batch_size, nodes, recipe.train.accumulate)
+    except ValueError as error:
+        raise RecipeError(f"data.lanes: {error}") from None
+    found, chance = classes_per_shard(train.labels, lanes.shard_samples, train.num_classes)
+    if found < LEAST_MIXED * chance:
+        raise RecipeError(
+            f"data.shuffle: lanes mix a few shards only, and those of {train.folder} are sorted by class: {found:.1f} classes"
+            f" in a shard, {chance:.1f} if they were mixed; say --data.shuffle global, or write mixed shards with"
+            " `python shards/prepare.py folder`"
+        )
 
 
 def data_facts(recipe: Recipe, train: ShardIndex, world_size: int) -> DataFacts:
@@ -164,6 +193,7 @@ def build_train_loader(recipe: Recipe, splits: Splits, models: Models, accelerat
         seed=recipe.seed,
         shuffle_block=recipe.data.shuffle_block,
         repeats=recipe.augment.repeats,
+        lanes=lanes_of(recipe, splits.train),
         device=accelerator.device,
         num_threads=num_threads(recipe.data.num_threads),
         max_bad_rate=recipe.data.max_bad_rate,

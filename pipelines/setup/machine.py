@@ -69,7 +69,7 @@ def check_launcher() -> None:
     """Raises RecipeError where the launcher's processes do not fit this machine's GPUs; see `check_processes`."""
     if not parse_flag_from_env("ACCELERATE_USE_CPU"):
         world = int(os.environ.get("WORLD_SIZE", "1"))
-        check_processes(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world, torch.accelerator.device_count())
+        check_processes(local_processes(), world, torch.accelerator.device_count())
 
 
 def create_accelerator(precision: str, **options: Any) -> Accelerator:
@@ -175,7 +175,16 @@ def micro_batch_of(recipe: Recipe, world_size: int) -> int:
         raise RecipeError(f"train.global_batch_size: {error}") from None
 
 
+def local_processes() -> int:
+    """Processes of the run on this node, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def num_nodes(world_size: int) -> int:
+    """Nodes of a run of so many processes."""
+    return -(-world_size // local_processes())
+
+
 def num_threads(asked: int) -> int:
     """Decoding threads of this process: as many as asked for, or for 0 this process's share of the machine's cores."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return asked or max(1, len(os.sched_getaffinity(0)) // local)
+    return asked or max(1, len(os.sched_getaffinity(0)) // local_processes())

@@ -21,7 +21,7 @@ from torch import nn
 
 import distill
 from distill.checkpoint import FORMAT
-from distill.config import RecipeError, as_dict, recipe_fields
+from distill.config import RecipeError, as_dict, carried_over, recipe_fields
 from distill.data.decoding import library_versions
 from distill.files import locked, write_atomically
 from distill.recipe import Recipe
@@ -34,6 +34,8 @@ LOCK_SECONDS = 10.0
 
 MAY_CHANGE = frozenset(field.key for field in recipe_fields() if field.may_change)
 """Recipe keys that a resumed run may say differently."""
+DEFAULTS = {field.key: field.default for field in recipe_fields()}
+"""What a run of before a key was added did: every new key's default is the way it was."""
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -46,7 +48,8 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Recipe keys that would make a resumed run another run, each with both values."""
-    old, new = dict(_leaves(before)), dict(_leaves(now))
+    new = dict(_leaves(now))
+    old = {key: DEFAULTS[key] for key in new.keys() & DEFAULTS.keys()} | dict(_leaves(carried_over(before)))
     return [
         f"{key}: {old.get(key)!r} in the run, {new.get(key)!r} asked"
         for key in dict.fromkeys([*old, *new])

@@ -123,7 +123,11 @@ def brute_force(made: TrainOrder, epoch: int, node: int, nodes: int, accumulate:
 
 
 @pytest.mark.parametrize(("nodes", "accumulate"), [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)])
-@pytest.mark.parametrize("made", [order(), order(4, 1), TrainOrder(244, BATCH, 3), TrainOrder(244, BATCH, 3, 16)], ids=str)
+@pytest.mark.parametrize(
+    "made",
+    [order(), order(4, 1), TrainOrder(244, BATCH, 3), TrainOrder(244, BATCH, 3, 16)],
+    ids=["lanes", "narrow lanes", "global", "blocks"],
+)
 def test_visits_are_those_that_a_count_of_every_sample_finds(made, nodes, accumulate):
     for node in range(nodes):
         visits = node_visits(made, SHARDS, 1, node=node, nodes=nodes, accumulate=accumulate)

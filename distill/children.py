@@ -1,6 +1,7 @@
-"""Processes that are started to be watched: how a child is run to its end, and how it ends with its parent.
+"""Processes that are started to be watched: how a child is run to its end, how it ends with its parent, and how a command ends
+at a Ctrl-C before it works.
 
-Imports nothing heavy: launched commands ask for it before their imports.
+Imports nothing heavy: commands ask for it before their imports.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
 PR_SET_PDEATHSIG = 1
 """Constant of <sys/prctl.h>: a signal for this process when its parent dies."""
@@ -28,6 +30,28 @@ def end_with_parent(number: signal.Signals) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it died in between, and nothing will be sent
         sys.exit(1)
+
+
+def end_at_interrupt() -> None:
+    """Ends this process at a Ctrl-C, with one line and exit code 130, until its command begins to work.
+
+    The imports of a command take seconds. A KeyboardInterrupt inside of them would print their traceback, or come out as an
+    error of a library that could not be loaded. Where SIGINT is ignored, as in a shell's background, it stays ignored.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def begin_work() -> None:
+    """Gives Ctrl-C back to Python where `end_at_interrupt` has it: from now on something may have to be cleaned up."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.write(2, b"interrupted\n")  # no print: the signal may have come in the middle of one
+    os._exit(128 + number)
 
 
 def run_child(command: Sequence[str], seconds: float, environment: Mapping[str, str] = os.environ) -> tuple[int, str, str]:

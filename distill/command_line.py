@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from distill.agreement import EXIT_CODE, Interrupted
+from distill.children import begin_work
 from distill.protocols import LossError
 
 SPEAK_SECONDS = 5.0
@@ -188,6 +189,7 @@ def command(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
 
     @functools.wraps(run)
     def main(argv: Sequence[str] | None = None) -> int:
+        begin_work()
         # processes of one machine would say the same; another machine may lack a file that this one has
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"
         words = sys.argv[1:] if argv is None else argv

@@ -8,6 +8,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
+from distill.children import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()
+
 from distill.command_line import Parser, command, requests
 from pipelines.reporting.report import as_text
 from pipelines.reporting.runs import Comparison

@@ -20,8 +20,12 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
+from distill.children import end_at_interrupt, last_error, run_child
+
+if __name__ == "__main__":
+    end_at_interrupt()
+
 import distill
-from distill.children import last_error, run_child
 from distill.command_line import Parser, RequestError, command, new_file, requests, whole_number
 from distill.data.index import ShardIndex
 from pipelines.checks.finding import Finding, skipped

@@ -15,6 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
+from distill.children import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()
+
 import torch
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError

@@ -17,6 +17,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
+from distill.children import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()
+
 import torch
 
 from distill.command_line import Parser, command, new_file, requests, whole_number

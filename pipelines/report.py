@@ -9,6 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
+from distill.children import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()
+
 from distill.command_line import Parser, RequestError, command, new_file, requests
 from pipelines.reporting.report import write
 from pipelines.reporting.runs import Comparison

@@ -21,6 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
+from distill.children import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()
+
 from distill.agreement import Control
 from distill.command_line import Parser, command
 from distill.config import RecipeError

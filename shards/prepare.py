@@ -16,6 +16,11 @@ from typing import Any, NamedTuple
 if __package__ in (None, ""):  # run as a script: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from distill.children import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()
+
 from distill.command_line import Parser, command, percent, requests, whole_number
 from distill.data.index import ShardIndex
 from shards.archives import cifar_source, cub200_source, imagenet_source

@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "distill.regions": {"distill.protocols", "distill.precision"},
     "distill.recipe": {"distill.protocols", "distill.batch_transform", "distill.data"},
     "distill.loss_options": {"distill.protocols", "distill.recipe"},
-    "distill.command_line": {"distill.agreement", "distill.protocols"},
+    "distill.command_line": {"distill.agreement", "distill.children", "distill.protocols"},
     "distill.config": {"distill.recipe", "distill.loss_options", "distill.data.order", "distill.command_line"},
     "distill.metrics": LEAVES,
     "distill.optim": LEAVES,

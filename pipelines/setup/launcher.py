@@ -34,7 +34,8 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
     """Ends this process with the code that `main` returns, or with 1 and the traceback of what it raises.
 
     A process group that `main` left behind, because a peer is lost or another error came first, is not torn down: its threads
-    and destructors may wait for a process that is gone, or abort and change the code. The system takes back what it holds.
+    and destructors may wait for a process that is gone, or abort and change the code. After a Ctrl-C no thread is waited for:
+    one whose start was interrupted is known to nobody, and would wait for work for ever. The system takes back what is held.
     """
     try:
         code = main()
@@ -42,7 +43,8 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
         code = 1
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+    left = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if not left and code != 128 + signal.SIGINT:
         sys.exit(code)
     logging.shutdown()
     sys.stdout.flush()

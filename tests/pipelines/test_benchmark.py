@@ -13,6 +13,9 @@ from torch import nn
 
 import distill.models  # noqa: F401 (registers the CIFAR architectures)
 from distill.config import RecipeError
+from distill.models.build import create_model
+from distill.models.export import export_student
+from distill.models.input_spec import input_spec_of
 from pipelines.benchmark import main, middle
 from pipelines.measure.report import Report, StepPart
 from pipelines.measure.show import as_text, bottleneck
@@ -28,7 +31,7 @@ from pipelines.measure.timeline import (
     Timeline,
     loss_part,
 )
-from tests.measured import arguments, measured
+from tests.measured import arguments, measured, start_benchmark
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,29 @@ def test_the_report_survives_json_and_becomes_a_table_and_a_picture(folder: Path
         pixels = picture.convert("RGB")
         assert pixels.width > 600
         assert len(pixels.getcolors(maxcolors=10**6) or []) > len(report.parts)
+
+
+def test_weights_of_classes_in_another_order_are_matched_by_name_and_said_and_those_of_others_are_refused(
+    digits: Path, tmp_path: Path
+):
+    """As a run of the recipe does: a benchmark of weights that no run would take is a mistake found late."""
+    digit_names = [str(number) for number in range(10)]
+    for name, classes in (("reversed", digit_names[::-1]), ("others", ["zero", *digit_names[1:]])):
+        model = create_model("cifar_resnet8", num_classes=10)
+        export_student(model, tmp_path / name, input_spec=input_spec_of(model), class_names=classes)
+    brief = ["--steps", "1", "--rounds", "1", "--warm-up", "1", "--student.initial_weights", str(tmp_path / "reversed")]
+    job = start_benchmark(arguments(digits, *brief), tmp_path / "log")
+    assert job.wait() == [0], job.text()
+    different = "class 0 is '9' there, '0' in the data; class 1 is '8' there, '1' in the data; class 2 is '7' there"
+    assert f"{tmp_path / 'reversed'}: its classes are those of the data in another order ({different}" in job.text()
+    assert "they were matched by their names" in job.text()
+    teacher = ["--teacher", "cifar_resnet8", "--teacher-weights", str(tmp_path / "others")]
+    job = start_benchmark(arguments(digits, *brief, *teacher), tmp_path / "refused.log")
+    assert job.wait() == [2], job.text()
+    last = job.text().splitlines()[-1]
+    assert last.startswith(
+        f"error: {tmp_path / 'others'}: its classes have other names than those of the data: class 0 is 'zero'"
+    )
 
 
 def test_what_is_no_report_is_refused_in_one_line(report: Report, tmp_path: Path):

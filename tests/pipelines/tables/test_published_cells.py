@@ -99,13 +99,16 @@ def test_the_networks_and_losses_of_every_cell_can_be_built():
     assert not problems, "\n".join(problems)
 
 
-def test_what_is_shown_can_be_saved_and_is_the_recipe_that_runs(tmp_path: Path):
-    for place, (cell, recipe) in list(distinct().items())[::40]:
-        file = tmp_path / "recipe.yaml"
-        file.write_text(shown(cell, OUT, "reproduce.py"))
-        assert load_recipe(file, {}, LOSSES) == recipe, place
-        file.write_text(shown(cell, OUT, "reproduce.py", short=True))
-        assert load_recipe(file, {}, LOSSES) == recipe, place
+def test_what_show_prints_of_every_cell_can_be_saved_loads_strictly_and_is_the_recipe_of_its_folder(tmp_path: Path):
+    file, count = tmp_path / "recipe.yaml", 0
+    for number, cell in enumerate(cell for cell in cells() if cell.method not in WITHOUT):
+        recipe = distinct()[str(folder(cell, OUT))][1]
+        assert recipe_of(cell, OUT) == recipe, f"{cell.name}: another recipe than a cell of the same folder"
+        for short in (False, True) if number % 40 == 0 else (False,):
+            file.write_text(shown(cell, OUT, "reproduce.py", short=short))
+            assert load_recipe(file, {}, LOSSES) == recipe, cell.name
+        count += 1
+    assert count > 1100
 
 
 RECIPES = [path for path in (PUBLISHED.parent / "recipes").rglob("*.yaml") if path.read_text().startswith("# Cell:")]
@@ -117,12 +120,6 @@ def test_the_recipes_of_published_cells_are_what_show_prints():
         text = path.read_text()
         (cell,) = named(text.splitlines()[0].removeprefix("# Cell:").strip())
         assert text == shown(cell, OUT, COMMAND, short=True), f"{path}: make it anew with `show {cell.name} --short`"
-
-
-def test_cells_of_one_folder_mean_one_recipe():
-    for cell in [cell for cell in cells() if cell.method not in WITHOUT][::9]:
-        known = distinct()[str(folder(cell, OUT))][1]
-        assert recipe_of(cell, OUT) == known, cell.name
 
 
 def test_a_student_of_a_light_kind_gets_the_lower_rate_and_its_teacher_does_not():
@@ -138,6 +135,13 @@ def test_a_cell_that_no_released_code_can_have_made_says_why():
     (cell,) = named("sdd/T2/cifar_resnet32x4/cifar_shufflenetv1/wcord")
     assert list(doubts(cell)) == ["not of released code: no code was ever released"]
     assert "no code was ever released" in shown(cell, OUT, "reproduce.py")
+
+
+def test_sp_compares_the_maps_that_its_released_code_compares():
+    """Before the last BatchNorm, or the 1x1 convolution, that some networks end in; elsewhere it is the map of the head."""
+    for cell, recipe in distinct().values():
+        if "sp" in recipe.loss and not recipe.loss["sp"]["scales"]:
+            assert recipe.loss["sp"]["source"] == "blocks", cell.name
 
 
 def test_what_no_source_gives_is_named_and_is_a_key_of_the_recipe():

@@ -151,3 +151,15 @@ def test_the_loss_that_the_page_adds_is_one_that_trains(tmp_path: Path):
         criterion.projection.weight.copy_(torch.eye(len(criterion.projection.bias)))
         criterion.projection.bias.zero_()
     assert criterion(theirs, theirs, target)[0].item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "strong.md"], ids=lambda page: page.name)
+def test_the_papers_number_of_a_recipe_is_the_one_in_its_header(page: Path):
+    rows = re.findall(r"^\| `(?:imagenet/)?(\w+)` \|(.*)$", prose(page), re.MULTILINE)
+    checked = 0
+    for name, row in rows:
+        if (file := ROOT / "pipelines" / "recipes" / "imagenet" / f"{name}.yaml").is_file():
+            (expected,) = re.findall(r"^# Expected:  top-?1 (\d\d\.\d+|no published)", file.read_text(), re.MULTILINE)
+            assert f"| {expected} |" in row or (expected == "no published" and "| none" in row), f"{name}: {expected}"
+            checked += 1
+    assert checked >= 9

@@ -56,10 +56,12 @@ def embedding_map(embeddings: Array, seed: int = 0) -> Array:
     """t-SNE in two dimensions of embeddings [N, D] after PCA to 50: float [N, 2], the same for the same seed."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     components = min(COMPONENTS, *embeddings.shape)
     reduced = PCA(components, random_state=seed).fit_transform(embeddings)
     perplexity = min(30.0, max(1.0, (len(embeddings) - 1) / 3))
-    with warnings.catch_warnings():  # of the thread pools that it looks for
-        warnings.simplefilter("ignore")
+    # one thread: a step takes 3 ms, and two threads that wait for each other in a busy loop cost ten times the CPU seconds
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore")  # of the thread pools that it looks for
         return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(reduced)

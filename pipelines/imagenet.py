@@ -38,6 +38,7 @@ from distill.recipe import Recipe
 from distill.report import say
 from distill.run import Run, restore
 from distill.watchdog import PeerLostError, Watchdog
+from pipelines.reporting.first_batch import keeping_first
 from pipelines.setup.arguments import Request, parse
 from pipelines.setup.build import build, build_settings, rehearse
 from pipelines.setup.data import Splits, build_splits, check_mixing, decoding_facts, eval_spec, train_order
@@ -183,6 +184,8 @@ def run_once(recipe: Recipe, folder: RunFolder, splits: Splits, session: Session
         contents = {**digests(splits), "teacher": digest(models.teacher)}
         folder.check(contents)
         start_trackers(recipe, accelerator)
+        if accelerator.is_main_process:
+            run.transform = keeping_first(run.transform, folder.path, splits.train.class_names)
         with peers_named(session.watchdog):
             teacher = evaluate_teacher(recipe, run, models, splits.val)
             # 2. the manifest comes before the first checkpoint: whatever is found in this folder later says what made it

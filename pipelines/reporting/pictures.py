@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from distill.data.index import ShardIndex
 from distill.data.pixels import decode
@@ -54,10 +54,28 @@ class Pictures:
 
     def thumbnail(self, sample: int, caption: str, wide: bool = False, over: str = "") -> str:
         """An image with its caption; a grey square where it cannot be had. over: an <svg> that lies on it."""
-        image = self.read(sample)
-        nothing = "<div class=nothing role=img aria-label='no picture'></div>"
-        content = nothing if image is None else picture(square(image), caption)
-        return thumbnail(f"<div class=over>{content}{over}</div>" if over else content, caption, wide)
+        return shown(self.read(sample), caption, wide, over)
+
+
+def shown(image: Image.Image | None, caption: str, wide: bool = False, over: str = "") -> str:
+    """An image with its caption; a grey square where there is none. over: an <svg> that lies on it."""
+    nothing = "<div class=nothing role=img aria-label='no picture'></div>"
+    content = nothing if image is None else picture(square(image), caption)
+    return thumbnail(f"<div class=over>{content}{over}</div>" if over else content, caption, wide)
+
+
+def remains(index: ShardIndex, sample: int) -> Image.Image | None:
+    """The image of a damaged sample, as far as its bytes can be decoded; None where nothing can."""
+    offset, shard, size, *_ = index.records[sample].item()
+    strict, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+    try:
+        with index.shard_path(shard).open("rb") as file:
+            file.seek(offset)
+            return decode(file.read(size))
+    except (OSError, BadSample):
+        return None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = strict
 
 
 def square(image: Image.Image) -> Image.Image:

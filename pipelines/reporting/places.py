@@ -7,7 +7,6 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from pipelines.reporting.confidence import doubtful_labels
 from pipelines.reporting.drawing import heat
 from pipelines.reporting.dump import Dump
 from pipelines.reporting.page import Panel, missing, picture, thumbnail, thumbnails
@@ -15,7 +14,7 @@ from pipelines.reporting.pictures import Pictures, overlay
 from pipelines.reporting.regions import Cell, cells, complementary, rule_of
 from pipelines.reporting.runs import Comparison, RunRecord
 
-MOST_REGIONS, MOST_HEAT, MOST_DOUBTFUL = 12, 4, 12
+MOST_REGIONS, MOST_HEAT = 12, 4
 
 
 def sampled_labels(dump: Dump) -> np.ndarray:
@@ -96,27 +95,6 @@ def heat_panel(comparison: Comparison, pictures: Pictures) -> Panel:
         body += thumbnails(row)
     note = "Norm over channels of each stage's map, first stage to last, each map from its own least to its own greatest."
     return Panel("Heat maps", body, (note,))
-
-
-def data_panel(comparison: Comparison, pictures: Pictures) -> Panel:
-    """Labels that teacher and student both speak against, and samples that were bad."""
-    said, body = [], ""
-    for run in comparison.distilled:
-        bad = [] if run.summary is None else [run.summary.get("bad_samples", 0)]
-        said += [f"{run.name}: {count} samples could not be decoded; faults-rank*.jsonl names them" for count in bad if count]
-        teacher = run.teacher_dump
-        if run.dump is None or teacher is None or teacher.facts["split_digest"] != run.dump.facts["split_digest"]:
-            said.append(f"Not shown: doubtful labels of {run.name}; this needs the dumps of student and teacher")
-            continue
-        rows, names = doubtful_labels(run.dump, teacher), run.dump.class_names
-        images = len(run.dump["labels"])
-        said.append(f"{run.name} and its teacher name one class against the label for {len(rows)} of {images:,} images")
-        shown = []
-        for row in rows[:MOST_DOUBTFUL]:
-            caption = f"label {names[run.dump['labels'][row]]}, both say {names[run.dump.predicted[row]]}"
-            shown.append(pictures.thumbnail(int(run.dump["sample_ids"][row]), caption))
-        body += thumbnails(shown)
-    return Panel("Doubtful labels and bad samples", body, tuple(said))
 
 
 def _regions(dump: Dump, row: int, outside: np.ndarray, scale: int, pictures: Pictures) -> str:

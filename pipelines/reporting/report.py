@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill.files import write_atomically
-from pipelines.reporting import classes, confidence, curves, maps, places, reproduce, verdict
+from pipelines.reporting import classes, confidence, curves, maps, places, reproduce, samples, verdict
 from pipelines.reporting.page import Panel, html, markdown
 from pipelines.reporting.pictures import Pictures
 from pipelines.reporting.runs import Comparison
@@ -26,7 +26,8 @@ def panels(comparison: Comparison) -> list[Panel]:
         maps.similarity_panel(comparison),
         places.region_panel(comparison, pictures),
         places.heat_panel(comparison, pictures),
-        places.data_panel(comparison, pictures),
+        samples.batch_panel(comparison),
+        samples.data_panel(comparison, pictures),
         reproduce.panel(comparison),
     ]
     absent = comparison.without_dump()

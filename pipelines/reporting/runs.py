@@ -48,8 +48,8 @@ class RunRecord:
             name or folder.resolve().name,
             said,
             _object(summary, SUMMARY) if summary.is_file() else None,
-            _lines(folder / "metrics.jsonl"),
-            _lines(folder / EVENTS),
+            lines_of(folder / "metrics.jsonl"),
+            lines_of(folder / EVENTS),
             _dump(folder / STUDENT_DUMP),
             # the teacher's own run lies beside its weights: RUN/student holds them, RUN/student.npz what they say
             _dump(folder / TEACHER_DUMP, Path(said["recipe"]["teacher"]["weights"]).parent / STUDENT_DUMP),
@@ -193,6 +193,13 @@ class Comparison:
         return lines
 
 
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file; one that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
 def _advice(run: RunRecord, model: str, weights: Path | str, file: str) -> str:
     return (
         f"{run.folder / file} is missing; `python pipelines/evaluate.py --model {model} --weights {weights}"
@@ -209,13 +216,6 @@ def _object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     if not isinstance(found, dict) or not all(isinstance(found.get(key), (int, float, dict)) for key in keys):
         raise ValueError(f"{path}: no file of this version of the program, or a damaged one; it needs {', '.join(keys)}")
     return found
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file; one that a kill cut short is left out."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _dump(*places: Path) -> Dump | None:

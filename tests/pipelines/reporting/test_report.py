@@ -13,12 +13,17 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
+from distill.data.faults import Quarantine
+from distill.data.index import ShardIndex
+from distill.data.order import TrainOrder
+from distill.data.stream import Position
 from pipelines.compare import main as compare
 from pipelines.evaluate import main as evaluate
 from pipelines.report import main as report
 from pipelines.reporting.classes import class_facts
 from pipelines.reporting.curves import marks
 from pipelines.reporting.dump import Dump
+from pipelines.reporting.first_batch import FirstBatch
 from pipelines.reporting.runs import Comparison, RunRecord
 from tests.processes import finished
 from tests.runs import arguments
@@ -26,7 +31,7 @@ from tests.runs import arguments
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PANELS = [
     *("Verdict", "Curves", "Time and memory", "Classes", "Calibration", "Flips", "Map of embeddings", "Logits of the classes"),
-    *("Similarity by stage", "Regions", "Heat maps", "Doubtful labels and bad samples", "Reproduce"),
+    *("Similarity by stage", "Regions", "Heat maps", "Augmented batch", "Doubtful labels and bad samples", "Reproduce"),
 ]
 ALONE = ["--teacher", "none", "--loss.sdd", "null", "--loss.msdcrd", "null", "--train.epochs", "1"]
 
@@ -219,6 +224,35 @@ def test_moved_shards_are_found_by_an_option_and_missed_in_words(copied: Path, d
     assert "no pictures" not in said_by([copied / "distilled"], tmp_path / "y.html", "--val", str(digits / "val"))
     other = said_by([copied / "distilled"], tmp_path / "z.html", "--val", str(digits / "train"))
     assert "no pictures" in other
+
+
+def test_the_batch_is_the_runs_first_one_with_its_labels(page: Path, runs: Path, digits: Path):
+    seen = FirstBatch.read(runs / "distilled")
+    index = ShardIndex.open(digits / "train")
+    recipe = json.loads((runs / "distilled" / "manifest.json").read_text())["recipe"]
+    order = TrainOrder(index.num_samples, recipe["train"]["global_batch_size"], recipe["seed"], 0)
+    assert seen.labels == [index.class_names[k] for k in index.labels[order.samples(0, 0)]]
+    assert f"distilled: {len(seen.images)} images of the first batch" in page.with_suffix(".md").read_text()
+
+
+def test_bad_samples_are_shown_as_far_as_they_decode(copied: Path, digits: Path, tmp_path: Path):
+    shards, run = shutil.copytree(digits / "train", tmp_path / "train"), copied / "distilled"
+    index = ShardIndex.open(shards)
+    for sample, keep in ((3, 0.7), (5, 0.0)):
+        offset, shard, size, *_ = index.records[sample].item()
+        with index.shard_path(shard).open("r+b") as file:
+            file.seek(offset + int(keep * size))
+            file.write(bytes(size - int(keep * size)))
+        for rank in (0, 1):  # both processes met it
+            found = Quarantine(index, 1.0, rank, run / f"faults-rank{rank}.jsonl")
+            found.add(sample, "truncated", Position(0, 0))
+    manifest = run / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(digits / "train"), str(shards)))
+    said = said_by([run], tmp_path / "x.html")
+    assert "distilled: 2 samples turned out bad while it ran" in said
+    shown = (tmp_path / "x.html").read_text().split("<h2>Doubtful labels and bad samples</h2>")[1].split("<h2>")[0]
+    assert shown.index(f"{index.key(3)}: truncated") < shown.index(f"{index.key(5)}: truncated")
+    assert shown.count("class=nothing") == 1
 
 
 def test_runs_of_one_folder_name_are_told_apart_by_their_paths(copied: Path):

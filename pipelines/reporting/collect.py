@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,18 @@ def choose_sample(labels: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     return np.unique(np.concatenate([spread, *close]))
 
 
+def regions_of(probed: ProbedModel) -> tuple[Regions, Regions]:
+    """The regions whose logits a dump keeps, and the single cells of the feature map, whose logits are a class's activation."""
+    grid = (probed.anatomy.layout.height, probed.anatomy.layout.width)
+    return Regions(usable_scales(SCALES, grid)), Regions((min(grid),))
+
+
 def full_needs(probed: ProbedModel) -> tuple[Needs, dict[str, str]]:
     """All that a dump keeps of this model, and for each thing that it cannot give the reason."""
-    grid = (probed.anatomy.layout.height, probed.anatomy.layout.width)
     wanted = {
         "embedding": Needs(embedding=True),
         "stages": Needs(stages=tuple(range(-len(probed.facts.stages), 0))),
-        "regions": Needs(region_logits=(Regions(usable_scales(SCALES, grid)),)),
+        "regions": Needs(region_logits=regions_of(probed)),
     }
     needs, absent = Needs(logits=True), {}
     for name, more in wanted.items():
@@ -80,6 +86,7 @@ class Collector:
         # spread over the sample, which is sorted: shards are often in the order of classes
         self.pictured = self.sample[np.linspace(0, len(self.sample) - 1, min(PICTURED, len(self.sample))).astype(int)]
         self.needs, self.absent = full_needs(probed)
+        self.regions, self.cells = regions_of(probed)
         self.full = probed.backbone(self.needs).to(device).eval()
         self.parts: list[dict[str, Array]] = []
         self.sample_parts: list[dict[str, Array]] = []
@@ -120,17 +127,16 @@ class Collector:
             kept["embeddings"] = _host(output.embedding)
         for stage, maps in output.stages.items():
             kept[f"stage{stage}"] = _host(maps.float().mean((2, 3)))
-        regions = next(iter(output.region_logits.values()), None)
-        if regions is not None:
-            kept["region_classes"] = _host(regions.argmax(-1).int())
+        if output.region_logits:
+            kept["region_classes"] = _host(output.region_logits[self.regions].argmax(-1).int())
         self.sample_parts.append(kept)
         rows = np.flatnonzero(np.isin(ids, self.pictured))
         if len(rows):
-            pictures = {"pictured_ids": ids[rows]}
-            if regions is not None:
-                pictures["region_logits"] = _host(regions)[rows]
-            pictures |= {f"heat{stage}": _host(maps.float().norm(dim=1))[rows] for stage, maps in output.stages.items()}
-            self.picture_parts.append(pictures)
+            pictures = {f"heat{stage}": maps.float().norm(dim=1) for stage, maps in output.stages.items()}
+            if output.region_logits:
+                pictures["region_logits"] = output.region_logits[self.regions]
+                pictures["activation"] = class_activation(output.region_logits[self.cells], output.logits.argmax(1))
+            self.picture_parts.append({"pictured_ids": ids[rows], **{k: _host(each)[rows] for k, each in pictures.items()}})
 
     def write(self, path: Path, accelerator: Accelerator, facts: dict[str, Any]) -> None:
         """Writes the dump of all processes, whole or not at all; a collective, the main process writes."""
@@ -142,7 +148,7 @@ class Collector:
         arrays: dict[str, Array] = {name: value for name, value in reduced.items() if value.size}
         for number, key in enumerate(("sample_ids", "sampled_ids", "pictured_ids")):
             arrays |= _joined([part for each in gathered for part in each[number]], key)
-        scales = next((list(regions.scales) for regions in self.needs.region_logits), [])
+        scales = list(self.regions.scales) if self.needs.region_logits else []
         about = {
             "format": FORMAT,
             **facts,
@@ -157,6 +163,15 @@ class Collector:
         arrays["facts"] = np.array(json.dumps(about))
         with written_aside(path) as aside, aside.open("wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
+
+
+def class_activation(cells: Tensor, classes: Tensor) -> Tensor:
+    """The logit of an image's class in every cell of its map: cells [B, side * side, K], classes [B] -> [B, side, side].
+
+    Of a head that pools and is linear: the class activation map of Zhou et al. 2016, and the bias.
+    """
+    side = math.isqrt(cells.shape[1])
+    return cells.gather(2, classes[:, None, None].expand(-1, cells.shape[1], 1)).reshape(-1, side, side)
 
 
 def _host(values: Tensor) -> Array:

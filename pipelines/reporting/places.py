@@ -93,7 +93,10 @@ def heat_panel(comparison: Comparison, pictures: Pictures) -> Panel:
             if sample in dump["pictured_ids"]:
                 row += _heats(name, dump, int(sample))
         body += thumbnails(row)
-    note = "Norm over channels of each stage's map, first stage to last, each map from its own least to its own greatest."
+    note = (
+        "Norm over channels of each stage's map, first stage to last; then the logit of the class that the model names, cell by"
+        " cell of the last map. Each map goes from its own least to its own greatest."
+    )
     return Panel("Heat maps", body, (note,))
 
 
@@ -126,7 +129,11 @@ def _cell(cell: Cell, name: str, outside: bool) -> str:
 def _heats(name: str, dump: Dump, sample: int) -> list[str]:
     row = int(np.searchsorted(dump["pictured_ids"], sample))
     found = []
-    for stage in range(-dump.facts["stages"], 0):
-        image = Image.fromarray(heat(dump[f"heat{stage}"][row]))
-        found.append(thumbnail(picture(image, f"{name}, stage {stage}"), f"{name}, stage {stage}"))
+    maps = {f"stage {stage}": f"heat{stage}" for stage in range(-dump.facts["stages"], 0)}
+    if "activation" in dump:
+        place = int(np.searchsorted(dump["sample_ids"], sample))
+        maps[f"activation of {dump.class_names[dump.predicted[place]]}"] = "activation"
+    for what, array in maps.items():
+        caption = f"{name}, {what}"
+        found.append(thumbnail(picture(Image.fromarray(heat(dump[array][row])), caption), caption))
     return found

@@ -88,6 +88,11 @@ def test_the_dump_is_what_timm_says_of_the_same_images(dumps: list[Dump], weight
     pictured = dump["pictured_ids"]
     np.testing.assert_allclose(dump["heat-1"], features.norm(dim=1)[pictured], atol=1e-4)
     np.testing.assert_allclose(dump["region_logits"][:, 0], logits[pictured], atol=1e-4)
+    head = model.get_classifier()
+    with torch.no_grad():
+        activation = torch.einsum("bchw,kc->bkhw", features, head.weight) + head.bias[:, None, None]
+    named = activation[torch.arange(len(logits)), logits.argmax(1)]
+    np.testing.assert_allclose(dump["activation"], named[pictured], atol=1e-4)
 
 
 def test_a_sample_is_a_function_of_the_labels_and_has_groups_of_a_few_classes():

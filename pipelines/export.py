@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
@@ -32,6 +34,7 @@ from distill.data.index import MANIFEST, ShardIndex
 from distill.data.pixels import decode
 from distill.data.reference import read_sample
 from distill.models.build import create_model
+from distill.models.card import CARD, hub_card
 from distill.models.input_spec import input_spec_of
 from distill.models.onnx_file import export_onnx
 from distill.models.weights import CONFIG
@@ -50,6 +53,8 @@ def main(argv: Sequence[str]) -> None:
         "--images", type=Path, metavar="DIR", help="to check on: shards or image files (default: the run's data.val)"
     )
     parser.add_argument("--push", metavar="REPO", help="NAME/REPOSITORY on the hub, made private if it is not there")
+    parser.add_argument("--license", metavar="ID", help="of the pushed weights, as the hub names it: apache-2.0, ...")
+    parser.add_argument("--dataset", metavar="ID", help="that the student learned from, as the hub names it: imagenet-1k, ...")
     add_import_option(parser)
     arguments = parser.parse_args(argv)
     import_files(arguments.imports)
@@ -71,8 +76,10 @@ def export(arguments: argparse.Namespace) -> None:
         f" (largest logit {found.largest_logit:.1f}), same top-1 for {found.same_top1}"
     )
     if arguments.push:
-        push(student, arguments.out, arguments.push)
-        print(f"pushed to {arguments.push}")
+        fields = {"license": arguments.license, "datasets": arguments.dataset}
+        said = {name: value for name, value in fields.items() if value}
+        push(student, arguments.out, arguments.push, said)
+        print(f"pushed to {arguments.push}" + ("" if arguments.license else "; its card names no licence: give --license"))
 
 
 def student_of(folder: Path) -> Path:
@@ -124,13 +131,19 @@ def spread(total: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def push(student: Path, file: Path, repository: str) -> None:
-    """Uploads the student's folder, which timm loads as `hf-hub:NAME/REPOSITORY`, and the ONNX file beside it."""
+def push(student: Path, file: Path, repository: str, fields: Mapping[str, str]) -> None:
+    """Uploads the student's folder and the ONNX file. timm loads it as `hf-hub:NAME/REPOSITORY`, and the uploaded card says so.
+
+    fields: as in `hub_card`.
+    """
     try:
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=student)
-        api.upload_file(repo_id=repository, path_or_fileobj=file, path_in_repo=file.name)
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(shutil.copytree(student, folder, dirs_exist_ok=True))
+            (copy / CARD).write_text(str(hub_card(student, repository, fields)))
+            shutil.copy(file, copy / file.name)
+            api.upload_folder(repo_id=repository, folder_path=copy)
     except (HTTPError, HFValidationError, OSError) as error:
         raise ValueError(f"--push {repository}: {str(error).splitlines()[0]}; {file} is written") from error
 

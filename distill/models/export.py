@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from timm.models import model_entrypoint
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from distill.files import write_atomically, written_aside
+from distill.models.card import CARD, model_card
 from distill.models.weights import CONFIG, WEIGHTS
 from distill.protocols import InputSpec
 
@@ -30,13 +30,14 @@ def export_student(
     input_spec: InputSpec,
     class_names: Sequence[str] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `model.safetensors` and `config.json` as timm's `save_for_hf` does, and a model card; timm loads them by itself.
 
     `timm.create_model(NAME, checkpoint_path=FOLDER/model.safetensors, num_classes=K)` and
     `timm.create_model("local-dir:FOLDER", pretrained=True)` give the same logits. metadata: JSON values
-    (recipe, teacher, metrics), under `distillation` and in the card.
-    ValueError where `class_names` are not as many as the classes.
+    (recipe, teacher, metrics), under `distillation` and in the card. card: fields of `huggingface_hub.ModelCardData`
+    (`eval_results`, `base_model`, ...). ValueError where `class_names` are not as many as the classes.
     """
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f"class_names: {len(class_names)} names for {model.num_classes} classes")
@@ -49,36 +50,8 @@ def export_student(
     with written_aside(folder / CONFIG) as file:
         _write_config(model, file, input_spec, class_names, metadata)
     architecture = json.loads((folder / CONFIG).read_text())["architecture"]
-    card = model_card(architecture, int(model.num_classes), input_spec, metadata or {})  # type: ignore[arg-type]
-    write_atomically(folder / "README.md", card)
-
-
-def model_card(architecture: str, num_classes: int, spec: InputSpec, metadata: Mapping[str, Any]) -> str:
-    """The model card: what the model is, how timm loads it, and `metadata` (recipe, teacher, metrics) as it was given."""
-    usage = [
-        "import timm",
-        *registration(architecture),
-        "",
-        'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # FOLDER: where this file is',
-        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
-        "logits = model(transform(image)[None])",
-    ]
-    facts = [
-        f"- {num_classes} classes; their names are `label_names` of `config.json` where they are known",
-        f"- input {spec.height} x {spec.width}, {spec.interpolation}, crop {spec.crop_fraction}",
-        f"- mean {spec.mean}, std {spec.std}",
-    ]
-    trained = ["", "## How it was trained", "", "```json", json.dumps(dict(metadata), indent=2), "```"] if metadata else []
-    head = ["---", "library_name: timm", "tags:", "- image-classification", "- timm", "- knowledge-distillation", "---"]
-    lines = [*head, f"# {architecture}, a distilled student", "", *facts, "", "```python", *usage, "```", *trained]
-    return "\n".join(lines) + "\n"
-
-
-def registration(architecture: str) -> list[str]:
-    """What a script has to import before timm knows this architecture; nothing for timm's own."""
-    home = model_entrypoint(architecture).__module__.partition(".")[0]
-    known = {"timm": [], "distill": ["import distill.models  # registers the architecture"]}
-    return known.get(home, [f"# import first the file that registers {architecture} with timm's register_model"])
+    classes = int(model.num_classes)  # type: ignore[arg-type]
+    write_atomically(folder / CARD, str(model_card(architecture, classes, input_spec, metadata or {}, card or {})))
 
 
 def _write_config(

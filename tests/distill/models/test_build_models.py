@@ -9,11 +9,13 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from model_support import PYRAMID, stirred
 from PIL import Image
 
 from distill.models.backbone import Backbone
 from distill.models.build import create_model, create_student, create_teacher, import_models
+from distill.models.card import hub_card
 from distill.models.export import export_student
 from distill.models.input_spec import input_spec_of
 from distill.models.weights import load_weights
@@ -190,6 +192,17 @@ def test_the_model_cards_code_runs_and_its_facts_are_those_of_the_run(tmp_path: 
     names: dict = {"image": Image.new("RGB", (40, 36))}
     exec(code, names)
     assert names["logits"].shape == (1, 10)
+
+
+def test_the_card_of_the_hub_names_its_repository_and_what_was_said_of_the_weights(tmp_path: Path) -> None:
+    trained = student("cifar_resnet8")
+    export_student(trained.model, tmp_path, input_spec=trained.input_spec, card={"base_model": ["timm/resnet34.tv_in1k"]})
+    card = ModelCard(str(hub_card(tmp_path, "someone/student", {"license": "apache-2.0", "datasets": "imagenet-1k"})))
+    assert 'model = timm.create_model("hf-hub:someone/student", pretrained=True).eval()\n' in card.text
+    assert "FOLDER" not in card.text
+    said = card.data.to_dict()
+    assert (said["license"], said["datasets"], said["base_model"]) == ("apache-2.0", "imagenet-1k", ["timm/resnet34.tv_in1k"])
+    assert said["library_name"] == "timm"
 
 
 MY_MODELS = """

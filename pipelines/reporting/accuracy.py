@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipelines.reporting.dump import Array
+from pipelines.reporting.dump import Array, Dump, joined
 
 
 class Flips(NamedTuple):
@@ -23,6 +23,12 @@ def flips(labels: Array, mine: Array, other: Array) -> Flips:
     """The images that `mine` wins and loses against `other`; predictions and labels [N]."""
     now, before = mine == labels, other == labels
     return Flips(np.flatnonzero(now & ~before), np.flatnonzero(~now & before))
+
+
+def flips_between(dump: Dump, other: Dump) -> tuple[Array, Array, Flips]:
+    """Rows of both dumps that are the same images, and which of these the first wins and loses. ValueError as `joined`."""
+    mine, theirs = joined(dump, other)
+    return mine, theirs, flips(dump["labels"][mine], dump.predicted[mine], other.predicted[theirs])
 
 
 def difference(found: Flips, images: int) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from html import escape
 
 import numpy as np
 
-from pipelines.reporting.accuracy import Confusion, class_accuracies, confused_pairs, flips
+from pipelines.reporting.accuracy import Confusion, class_accuracies, confused_pairs, flips_between
 from pipelines.reporting.drawing import changes
 from pipelines.reporting.dump import Array, Dump, joined
 from pipelines.reporting.page import Panel, grid, missing, thumbnails
@@ -37,12 +37,12 @@ def class_facts(comparison: Comparison, run: RunRecord) -> list[str]:
     if absent:
         listed = ", ".join(names[k] for k in absent[:10]) + (", ..." if len(absent) > 10 else "")
         said.append(f"{len(absent)} of {len(names)} classes have no image in this split and no number: {listed}")
-    baseline = comparison.baseline_of(run)
-    if baseline is None or baseline.dump is None:
+    baseline, both = comparison.baseline_of(run), comparison.against_baseline(run)
+    if baseline is None or both is None:
         why = "no run of the student alone was given" if baseline is None else f"the dump of {baseline.name} is missing"
         said.append(f"Not shown: what {run.name} gained and lost by class; {why}")
     else:
-        gained, order = changed_classes(dump, baseline.dump)
+        gained, order = changed_classes(*both[1:])
         better, worse = int((gained[order] > 0).sum()), int((gained[order] < 0).sum())
         most, least = (f"{names[k]} {gained[k]:+.1f}" for k in (order[0], order[-1]))
         said.append(
@@ -70,10 +70,8 @@ def panel(comparison: Comparison, pictures: Pictures) -> Panel:
         said += class_facts(comparison, run)
         if run.dump is None:
             continue
-        baseline = comparison.baseline_of(run)
-        figures = []
-        if baseline is not None and baseline.dump is not None:
-            figures = _changes(run.dump, baseline.dump, run.name)
+        both = comparison.against_baseline(run)
+        figures = [] if both is None else _changes(*both[1:], run.name)
         body += f"<h3>{escape(run.name)}</h3>{grid(figures)}"
         pairs = confusions(run.dump)
         if pairs:
@@ -85,11 +83,11 @@ def panel(comparison: Comparison, pictures: Pictures) -> Panel:
 
 def flip_facts(comparison: Comparison, run: RunRecord) -> list[str]:
     """How many images changed sides."""
-    baseline = comparison.baseline_of(run)
-    if run.dump is None or baseline is None or baseline.dump is None:
+    both = comparison.against_baseline(run)
+    if both is None:
         return [f"Not shown: {run.name}'s images right now and wrong alone; this needs a dump of both"]
-    mine, theirs = joined(run.dump, baseline.dump)
-    found = flips(run.dump["labels"][mine], run.dump.predicted[mine], baseline.dump.predicted[theirs])
+    baseline, dump, alone = both
+    mine, _, found = flips_between(dump, alone)
     return [
         f"{run.name} is right about {len(found.gained)} images that {baseline.name} is wrong about, and wrong about"
         f" {len(found.lost)} that it is right about, of {len(mine):,}"
@@ -101,14 +99,14 @@ def flip_panel(comparison: Comparison, pictures: Pictures) -> Panel:
     said, body = [], ""
     for run in comparison.distilled:
         said += flip_facts(comparison, run)
-        baseline = comparison.baseline_of(run)
-        if run.dump is None or baseline is None or baseline.dump is None:
+        both = comparison.against_baseline(run)
+        if both is None:
             continue
-        mine, theirs = joined(run.dump, baseline.dump)
-        found = flips(run.dump["labels"][mine], run.dump.predicted[mine], baseline.dump.predicted[theirs])
+        _, dump, alone = both
+        mine, theirs, found = flips_between(dump, alone)
         for title, rows in (("Right now, wrong alone", found.gained), ("Wrong now, right alone", found.lost)):
             shown = rows[np.linspace(0, len(rows) - 1, min(MOST_FLIPPED, len(rows))).astype(int)]
-            cells = [_flip(run, baseline, int(mine[row]), int(theirs[row]), pictures) for row in shown]
+            cells = [_flip(run, dump, alone, int(mine[row]), int(theirs[row]), pictures) for row in shown]
             none = "<p class=missing>No image.</p>"
             body += f"<h3>{escape(run.name)}: {title} ({len(rows)})</h3>{thumbnails(cells) if cells else none}"
     return Panel("Flips", body, tuple(said)) if body else missing("Flips", _reasons(said))
@@ -136,14 +134,12 @@ def _pair(dump: Dump, pair: Confusion, pictures: Pictures) -> str:
     return pictures.thumbnail(int(dump["sample_ids"][pair.example]), caption)
 
 
-def _flip(run: RunRecord, baseline: RunRecord, row: int, other: int, pictures: Pictures) -> str:
-    assert run.dump is not None
-    assert baseline.dump is not None
-    names, sample = run.dump.class_names, int(run.dump["sample_ids"][row])
-    said = [f"label {names[run.dump['labels'][row]]}", f"now {names[run.dump.predicted[row]]}"]
-    said.append(f"alone {names[baseline.dump.predicted[other]]}")
-    teacher = run.teacher_dump
-    if teacher is not None and teacher.facts["split_digest"] == run.dump.facts["split_digest"]:
+def _flip(run: RunRecord, dump: Dump, alone: Dump, row: int, other: int, pictures: Pictures) -> str:
+    names, sample = dump.class_names, int(dump["sample_ids"][row])
+    said = [f"label {names[dump['labels'][row]]}", f"now {names[dump.predicted[row]]}"]
+    said.append(f"alone {names[alone.predicted[other]]}")
+    if run.pair is not None:
+        teacher = run.pair[1]
         place = np.flatnonzero(teacher["sample_ids"] == sample)
         said += [f"teacher {names[teacher.predicted[place[0]]]}"] if len(place) else []
     # four long names below a narrow picture would be a column of single words

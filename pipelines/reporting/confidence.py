@@ -41,13 +41,12 @@ def facts(comparison: Comparison) -> list[str]:
     """Calibration error and agreement in words."""
     said = [f"{name}: expected calibration error {each.error:.2f} %" for name, each in calibrations(comparison).items()]
     for run in comparison.distilled:
-        teacher = run.teacher_dump
         if run.dump is None or run.teacher is None:
             continue
-        if teacher is None or teacher.facts["split_digest"] != run.dump.facts["split_digest"]:
+        if run.pair is None:
             said.append(f"Not shown: how far {run.name} agrees with its teacher, of which there is no dump of these images")
             continue
-        same, apart = agreement(run.dump, teacher)
+        same, apart = agreement(*run.pair)
         kl = "" if apart is None else f"; KL from the teacher {apart:.4f} nats on the sample"
         said.append(f"{run.name} names the teacher's class for {same:.2f} % of the images{kl}")
     return said

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 FORMAT = 1
 
@@ -57,10 +57,24 @@ class Dump:
         """The names of all classes of the split, also of those without an image."""
         return list(self.facts["class_names"])
 
+    @property
+    def sampled_labels(self) -> Array:
+        """The labels of the sample's images."""
+        labels: Array = self["labels"][self.rows(self["sampled_ids"])]
+        return labels
+
+    def rows(self, samples: ArrayLike) -> Any:
+        """The rows of these samples, all of which the dump holds."""
+        return np.searchsorted(self["sample_ids"], samples)
+
+    def has_split_of(self, other: Dump) -> bool:
+        """Whether both dumps are of one split, so that they can be compared image by image."""
+        return bool(self.facts["split_digest"] == other.facts["split_digest"])
+
 
 def joined(first: Dump, second: Dump) -> tuple[Array, Array]:
     """Rows of the first and of the second dump that are the same images. Raises ValueError for dumps of two splits."""
-    if first.facts["split_digest"] != second.facts["split_digest"]:
+    if not first.has_split_of(second):
         raise ValueError(f"dumps of two splits: {first.facts['split']} and {second.facts['split']}; dump one of them again")
     return _common(first["sample_ids"], second["sample_ids"])
 

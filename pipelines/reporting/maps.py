@@ -31,16 +31,13 @@ def pairs(comparison: Comparison) -> dict[str, tuple[Dump, Dump]]:
     """Teacher and student of everyone who can be held against a teacher, by the student's name; the baseline too."""
     found = {}
     for run in comparison.distilled:
-        if run.teacher_dump is None or run.teacher is None:
+        teacher = run.teacher_dump
+        if teacher is None or run.teacher is None:
             continue
         for each in (comparison.baseline_of(run), run):
-            if each is not None and each.name in comparison.voices:
-                found[each.name] = (run.teacher_dump, comparison.voices[each.name])
-    return {name: (his, ours) for name, (his, ours) in found.items() if _same_split(his, ours)}
-
-
-def _same_split(first: Dump, second: Dump) -> bool:
-    return bool(first.facts["split_digest"] == second.facts["split_digest"])
+            if each is not None and each.name in comparison.voices and teacher.has_split_of(comparison.voices[each.name]):
+                found[each.name] = (teacher, comparison.voices[each.name])
+    return found
 
 
 def stage_similarities(teacher: Dump, student: Dump) -> list[float]:
@@ -120,7 +117,7 @@ def embedding_panel(comparison: Comparison) -> Panel:
         return missing("Map of embeddings", ["no dump has embeddings"])
     figures, classes, points = [], np.zeros(0, int), 0
     for name, dump in there.items():
-        labels = dump["labels"][np.searchsorted(dump["sample_ids"], dump["sampled_ids"])]
+        labels = dump.sampled_labels
         if not len(classes):
             classes = shown_classes(labels, MOST_CLASSES)
         rows = np.sort(np.concatenate([np.flatnonzero(labels == k)[:MOST_POINTS] for k in classes]))

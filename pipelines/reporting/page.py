@@ -23,7 +23,7 @@ h1{font-size:1.5rem;line-height:1.25;margin:.5rem 0}h2{font-size:1.2rem;margin:0
 nav{display:flex;flex-wrap:wrap;gap:.2rem .9rem;font-size:.9rem;margin:.5rem 0 1rem}a{color:inherit}
 section{border-top:1px solid var(--line);padding:1.1rem 0}
 ul{margin:.2rem 0 .8rem;padding-left:1.2rem;max-width:60rem;overflow-wrap:anywhere}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:1rem}
 figure{margin:0;min-width:0}figcaption,.note{color:var(--soft);font-size:.85rem}
 svg{display:block;width:100%;height:auto;max-width:34rem}
 .verdict{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start}.verdict figure{flex:1 1 20rem}
@@ -34,15 +34,18 @@ max-width:100%;min-width:min(100%,16rem)}
 .delta{display:flex;justify-content:space-between;gap:1rem}.delta span{color:var(--soft);font-size:.9rem}
 .up b{color:var(--good)}.down b{color:var(--bad)}.none b{color:var(--grey);font-weight:400}
 .warn,.missing{color:var(--grey);border-left:3px solid var(--line);padding-left:.7rem}.card .warn{color:var(--bad)}
-.thumbs{display:flex;flex-wrap:wrap;gap:.7rem}.thumb{width:6.5rem;font-size:.78rem;line-height:1.3;overflow-wrap:anywhere}
+.thumbs{display:flex;flex-wrap:wrap;gap:.7rem;margin-bottom:.7rem}.thumb{width:6.5rem;font-size:.78rem;line-height:1.3;overflow-wrap:anywhere}
 .thumb img{width:6.5rem;height:6.5rem;object-fit:cover;border-radius:.3rem;display:block;background:var(--card)}
 .thumb .nothing{aspect-ratio:1;border-radius:.3rem;background:var(--card)}.thumb img.small{image-rendering:pixelated}
 .thumb.wide,.thumb.wide img{width:10.5rem}.thumb.wide img{height:10.5rem}
+.strip{margin:0;max-width:100%}.strip div{display:flex;flex-wrap:wrap;gap:2px}
+.strip img{display:block;width:4.2rem;height:4.2rem;border-radius:.2rem}
 .over{position:relative}.over svg{position:absolute;inset:0;width:100%;height:100%}
 pre{font:13px/1.45 ui-monospace,monospace;background:var(--card);padding:.7rem;border-radius:.4rem;
 overflow-x:auto;margin:.5rem 0}
 code{font:.88em ui-monospace,monospace}details{margin:.5rem 0}summary{cursor:pointer}
-@media print{nav{display:none}section{break-inside:avoid-page}body{max-width:none}pre{white-space:pre-wrap}}
+@media print{:root{--paper:#fff}nav{display:none}body{max-width:none}pre{font-size:9px;white-space:pre-wrap}
+h2,h3,summary{break-after:avoid}figure,.card,section>ul{break-inside:avoid}details::details-content{content-visibility:visible;height:auto}}
 """
 
 
@@ -123,6 +126,11 @@ def picture(image: Image.Image, alt: str, side: int = 160) -> str:
 def thumbnail(content: str, caption: str, wide: bool = False) -> str:
     """A picture with its caption."""
     return f"<figure class='thumb{' wide' if wide else ''}'>{content}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def strip(content: Sequence[str], caption: str) -> str:
+    """Small pictures side by side with one caption."""
+    return f"<figure class=strip><div>{''.join(content)}</div><figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def thumbnails(found: Sequence[str]) -> str:

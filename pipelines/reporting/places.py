@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipelines.reporting.drawing import heat
 from pipelines.reporting.dump import Dump
-from pipelines.reporting.page import Panel, missing, picture, thumbnail, thumbnails
+from pipelines.reporting.page import Panel, missing, picture, strip, thumbnails
 from pipelines.reporting.pictures import Pictures, overlay
 from pipelines.reporting.regions import Cell, cells, complementary, rule_of
 from pipelines.reporting.runs import Comparison, RunRecord
@@ -17,15 +17,9 @@ from pipelines.reporting.runs import Comparison, RunRecord
 MOST_REGIONS, MOST_HEAT = 12, 4
 
 
-def sampled_labels(dump: Dump) -> np.ndarray:
-    """The labels of the sample's images."""
-    labels: np.ndarray = dump["labels"][np.searchsorted(dump["sample_ids"], dump["sampled_ids"])]
-    return labels
-
-
 def shares(dump: Dump, rule: str) -> dict[int, float]:
     """Percent of complementary regions at each scale, over the sample."""
-    outside = complementary(dump["region_classes"], sampled_labels(dump), rule)
+    outside = complementary(dump["region_classes"], dump.sampled_labels, rule)
     places = cells(dump.facts["scales"])
     scales = [scale for scale in dump.facts["scales"] if scale > 1]
     return {scale: 100 * float(outside[:, [cell.scale == scale for cell in places]].mean()) for scale in scales}
@@ -62,7 +56,7 @@ def region_panel(comparison: Comparison, pictures: Pictures) -> Panel:
             continue
         name, dump = found
         rule = rule_of(run.recipe["loss"])
-        outside = complementary(dump["region_classes"], sampled_labels(dump), rule)
+        outside = complementary(dump["region_classes"], dump.sampled_labels, rule)
         rows = np.searchsorted(dump["sampled_ids"], dump["pictured_ids"])
         # images with both kinds of regions show more than those where all agree
         rows = rows[np.argsort(-np.minimum(outside[rows].sum(1), 4), kind="stable")][:MOST_REGIONS]
@@ -87,11 +81,11 @@ def heat_panel(comparison: Comparison, pictures: Pictures) -> Panel:
     chosen = first["pictured_ids"][np.linspace(0, len(first["pictured_ids"]) - 1, MOST_HEAT).astype(int)]
     body = ""
     for sample in dict.fromkeys(chosen.tolist()):
-        label = first.class_names[first["labels"][np.searchsorted(first["sample_ids"], sample)]]
+        label = first.class_names[first["labels"][first.rows(sample)]]
         row = [pictures.thumbnail(sample, label)]
         for name, dump in there.items():
             if sample in dump["pictured_ids"]:
-                row += _heats(name, dump, int(sample))
+                row.append(_heats(name, dump, int(sample)))
         body += thumbnails(row)
     note = (
         "Norm over channels of each stage's map, first stage to last; then the logit of the class that the model names, cell by"
@@ -102,7 +96,7 @@ def heat_panel(comparison: Comparison, pictures: Pictures) -> Panel:
 
 def _regions(dump: Dump, row: int, outside: np.ndarray, scale: int, pictures: Pictures) -> str:
     names, sample = dump.class_names, int(dump["sampled_ids"][row])
-    label, whole = names[sampled_labels(dump)[row]], names[dump["region_classes"][row, 0]]
+    label, whole = names[dump.sampled_labels[row]], names[dump["region_classes"][row, 0]]
     shapes = [
         _cell(cell, names[dump["region_classes"][row, place]], bool(outside[place]))
         for place, cell in enumerate(cells(dump.facts["scales"]))
@@ -126,14 +120,14 @@ def _cell(cell: Cell, name: str, outside: bool) -> str:
     )
 
 
-def _heats(name: str, dump: Dump, sample: int) -> list[str]:
+def _heats(name: str, dump: Dump, sample: int) -> str:
+    """The maps of one image, each with a text of its own for those who cannot see it."""
     row = int(np.searchsorted(dump["pictured_ids"], sample))
-    found = []
     maps = {f"stage {stage}": f"heat{stage}" for stage in range(-dump.facts["stages"], 0)}
+    caption = f"{name}: stages"
     if "activation" in dump:
-        place = int(np.searchsorted(dump["sample_ids"], sample))
-        maps[f"activation of {dump.class_names[dump.predicted[place]]}"] = "activation"
-    for what, array in maps.items():
-        caption = f"{name}, {what}"
-        found.append(thumbnail(picture(Image.fromarray(heat(dump[array][row])), caption), caption))
-    return found
+        named = dump.class_names[dump.predicted[dump.rows(sample)]]
+        maps[f"activation of {named}"] = "activation"
+        caption += f", activation of {named}"
+    pictures = [picture(Image.fromarray(heat(dump[array][row])), f"{name}, {what}") for what, array in maps.items()]
+    return strip(pictures, caption)

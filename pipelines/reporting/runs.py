@@ -62,6 +62,14 @@ class RunRecord:
         return found
 
     @property
+    def pair(self) -> tuple[Dump, Dump] | None:
+        """The dumps of student and teacher; None where one is missing, or they are of two splits."""
+        ours, theirs = self.dump, self.teacher_dump
+        if self.teacher is None or ours is None or theirs is None or not ours.has_split_of(theirs):
+            return None
+        return ours, theirs
+
+    @property
     def student(self) -> str:
         """timm's name."""
         return str(self.recipe["student"]["name"])
@@ -164,6 +172,13 @@ class Comparison:
             and other.manifest.get("val_shards") == run.manifest.get("val_shards")
         )
         return next(alone, None) if run.teacher is not None else None
+
+    def against_baseline(self, run: RunRecord) -> tuple[RunRecord, Dump, Dump] | None:
+        """The baseline of a run, the dump of the run, the dump of the baseline; None where any of them is missing."""
+        baseline = self.baseline_of(run)
+        if baseline is None or run.dump is None or baseline.dump is None:
+            return None
+        return baseline, run.dump, baseline.dump
 
     @cached_property
     def voices(self) -> dict[str, Dump]:

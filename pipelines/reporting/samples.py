@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from distill.data.index import ShardIndex
+from distill.recipe import Augment
 from pipelines.reporting.confidence import doubtful_labels
 from pipelines.reporting.first_batch import FILE, FirstBatch
 from pipelines.reporting.page import Panel, thumbnails
@@ -35,8 +37,10 @@ def batch_panel(comparison: Comparison) -> Panel:
 
 
 def _augmentation(run: RunRecord) -> str:
-    """The recipe's section `augment` but for what is off."""
-    return ", ".join(f"{key} {value}" for key, value in run.recipe["augment"].items() if value not in (0, None, "none", ""))
+    """What the recipe's section `augment` says that is no default."""
+    usual = asdict(Augment())
+    said = [f"{key} {value}" for key, value in run.recipe["augment"].items() if value != usual.get(key)]
+    return f"augmentation: {', '.join(said) or 'the default'}"
 
 
 def data_panel(comparison: Comparison, pictures: Pictures) -> Panel:
@@ -46,17 +50,17 @@ def data_panel(comparison: Comparison, pictures: Pictures) -> Panel:
         bad = bad_samples(run)
         said.append(f"{run.name}: {len(bad)} samples turned out bad while it ran")
         body += thumbnails(_bad(run, bad[:MOST_BAD])) if bad else ""
-        teacher = run.teacher_dump
-        if run.dump is None or teacher is None or teacher.facts["split_digest"] != run.dump.facts["split_digest"]:
+        if run.pair is None:
             said.append(f"Not shown: doubtful labels of {run.name}; this needs the dumps of student and teacher")
             continue
-        rows, names = doubtful_labels(run.dump, teacher), run.dump.class_names
-        images = len(run.dump["labels"])
+        dump = run.pair[0]
+        rows, names = doubtful_labels(*run.pair), dump.class_names
+        images = len(dump["labels"])
         said.append(f"{run.name} and its teacher name one class against the label for {len(rows)} of {images:,} images")
         cells = []
         for row in rows[:MOST_DOUBTFUL]:
-            caption = f"label {names[run.dump['labels'][row]]}, both say {names[run.dump.predicted[row]]}"
-            cells.append(pictures.thumbnail(int(run.dump["sample_ids"][row]), caption))
+            caption = f"label {names[dump['labels'][row]]}, both say {names[dump.predicted[row]]}"
+            cells.append(pictures.thumbnail(int(dump["sample_ids"][row]), caption))
         body += thumbnails(cells)
     return Panel("Doubtful labels and bad samples", body, tuple(said))
 

@@ -7,9 +7,8 @@ from html import escape
 import numpy as np
 
 from pipelines.measure.tables import table
-from pipelines.reporting.accuracy import difference, flips
+from pipelines.reporting.accuracy import difference, flips_between
 from pipelines.reporting.drawing import bars
-from pipelines.reporting.dump import joined
 from pipelines.reporting.page import Panel
 from pipelines.reporting.runs import Comparison, RunRecord
 
@@ -102,11 +101,11 @@ def _differences(comparison: Comparison, run: RunRecord) -> list[tuple[str, str,
 
 
 def _interval(comparison: Comparison, run: RunRecord) -> list[str]:
-    baseline = comparison.baseline_of(run)
-    if run.dump is None or baseline is None or baseline.dump is None:
+    both = comparison.against_baseline(run)
+    if both is None:
         return []
-    mine, theirs = joined(run.dump, baseline.dump)
-    found = flips(run.dump["labels"][mine], run.dump.predicted[mine], baseline.dump.predicted[theirs])
+    baseline, dump, alone = both
+    mine, _, found = flips_between(dump, alone)
     mean, half = difference(found, len(mine))
     sure = "larger than" if abs(mean) > half else "within"
     return [

@@ -35,15 +35,11 @@ run: $(READY)  ## the demonstration: shards, teacher, student alone, student dis
 	$(LAUNCH) pipelines/imagenet.py --recipe pipelines/recipes/digits/baseline.yaml --out $(DIGITS)/baseline
 	$(LAUNCH) pipelines/imagenet.py --recipe pipelines/recipes/digits/distilled.yaml --out $(DIGITS)/distilled \
 	  --teacher-weights $(DIGITS)/teacher/student
-	@for run in teacher:cifar_resnet20 baseline:cifar_resnet8 distilled:cifar_resnet8; do \
-	  out=$(DIGITS)/$${run%%:*}; \
-	  $(BIN)/python pipelines/evaluate.py --model $${run##*:} --weights $$out/student --val data/digits/val \
-	    --dump $$out/student.npz || exit 1; \
-	done
 	@echo
 	@$(BIN)/python pipelines/compare.py $(DIGITS)/teacher $(DIGITS)/baseline $(DIGITS)/distilled
 	@echo
-	@$(BIN)/python pipelines/report.py $(DIGITS)/teacher $(DIGITS)/baseline $(DIGITS)/distilled --out $(DIGITS)/report.html
+	@$(BIN)/python pipelines/report.py --evaluate $(DIGITS)/teacher $(DIGITS)/baseline $(DIGITS)/distilled \
+	  --out $(DIGITS)/report.html
 
 doctor: $(READY)  ## a minute: what this machine has and lacks (docs/doctor.md)
 	$(BIN)/python pipelines/doctor.py

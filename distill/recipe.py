@@ -233,6 +233,7 @@ class Report:
     log_every: Positive = _changeable("optimiser steps between lines of metrics.jsonl", 50)
     trackers: tuple[str, ...] = _changeable("Accelerate's trackers by name: tensorboard, wandb, ...", ("tensorboard",))
     profile_steps: Count = _changeable("steps whose trace (for a browser) is written to OUT/profile, after 6 others", 0)
+    page: bool = _changeable("draw OUT/report.html at the end, in less than a minute (docs/report.md)", True)
     gradient_shares: bool = _changeable(
         "log each loss term's share of the gradient norm (one more backward per term when logging)", False
     )

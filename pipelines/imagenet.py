@@ -39,6 +39,7 @@ from distill.report import say
 from distill.run import Run, restore
 from distill.watchdog import PeerLostError, Watchdog
 from pipelines.reporting.first_batch import keeping_first
+from pipelines.reporting.publish import card_fields, publish
 from pipelines.setup.arguments import Request, parse
 from pipelines.setup.build import build, build_settings, rehearse
 from pipelines.setup.data import Splits, build_splits, check_mixing, decoding_facts, eval_spec, train_order
@@ -84,15 +85,19 @@ def trained(modules: Iterable[nn.Module]) -> int:
     return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
 
 
-def finish(recipe: Recipe, run: Run, models: Models, summary: dict[str, Any], class_names: list[str]) -> None:
-    """Writes the exported student and then summary.json, which says that the run is whole."""
+def finish(recipe: Recipe, run: Run, models: Models, summary: dict[str, Any], splits: Splits) -> None:
+    """Writes the exported student, then summary.json, which says that the run is whole, then the report of the whole run."""
     accelerator, out = run.accelerator, Path(recipe.out)
     if accelerator.is_main_process:
         model = run.unwrapped.plain_student if run.average is None else run.average.module
         facts = {"metrics": {k: summary[k] for k in ("top1", "top5", "teacher_top1")}, "recipe": as_dict(recipe)}
         spec = eval_spec(recipe, models.student)
-        export_student(model, out / "student", input_spec=spec, class_names=class_names, metadata=facts)
+        names, card = list(splits.train.class_names), card_fields(recipe, summary, splits.val)
+        export_student(model, out / "student", input_spec=spec, class_names=names, metadata=facts, card=card)
         run.reporter.write_json("summary.json", summary)
+        if recipe.report.page:
+            torch.cuda.empty_cache()  # both models are evaluated by another process, on this one's device
+            publish(out, accelerator.trackers, run.reporter.say)
         for tracker in accelerator.trackers:
             tracker.finish()
     meet()
@@ -201,7 +206,7 @@ def run_once(recipe: Recipe, folder: RunFolder, splits: Splits, session: Session
         sizes = {"student_parameters": trained([models.student]), "loss_parameters": trained(models.criteria.values())}
         names = {"student": recipe.student.name, "teacher": recipe.teacher.name}
         summary = {**found, "teacher_top1": teacher.get("top1"), **names, **sizes}
-        finish(recipe, run, models, summary, list(splits.train.class_names))
+        finish(recipe, run, models, summary, splits)
     session.say(
         f"{recipe.out}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}, {found['images_per_second']:.0f} images/s"
     )

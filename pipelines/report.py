@@ -15,6 +15,7 @@ if __name__ == "__main__":
     end_at_interrupt()
 
 from distill.command_line import Parser, RequestError, command, new_file, requests
+from pipelines.reporting.evaluations import write_dumps
 from pipelines.reporting.report import write
 from pipelines.reporting.runs import Comparison
 
@@ -32,13 +33,19 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=new_file, default=Path("report.html"), metavar="FILE", help="the page (%(default)s)")
     parser.add_argument("--published", type=float, metavar="TOP1", help="top-1 of the paper for this pair, in percent")
     parser.add_argument("--val", type=Path, metavar="DIR", help="where the validation shards lie now")
+    parser.add_argument("--evaluate", action="store_true", help="write the dumps that are missing first")
     asked = parser.parse_args(argv)
     if find_spec("matplotlib") is None:
         raise RequestError("matplotlib is not installed, and draws the figures; say `pip install matplotlib`")
     if asked.out.suffix != ".html":
         raise RequestError(f"--out: {asked.out} is no page; let its name end in .html")
     with requests():
-        beside = write(Comparison.read(asked.runs, asked.published, asked.val), asked.out)
+        comparison = Comparison.read(asked.runs, asked.published, asked.val)
+        if asked.evaluate:
+            for problem in write_dumps(comparison):
+                print(problem, file=sys.stderr)
+            comparison = Comparison.read(asked.runs, asked.published, asked.val)
+        beside = write(comparison, asked.out)
     print(f"{asked.out} (in words: {beside})")
 
 

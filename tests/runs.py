@@ -28,6 +28,8 @@ def arguments(digits: Path, out: Path, *more: str) -> list[str]:
             "false",
             "--report.log_every",
             "1",
+            "--report.page",
+            "false",
         ),
         *more,
     ]

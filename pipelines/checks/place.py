@@ -89,7 +89,7 @@ class Place:
             *("--recipe", str(RECIPES / (recipe or (PAIR if self.on_gpu else STAND_IN)))),
             *("--train", self.train, "--val", self.val, "--data.prepare", "none"),
             *("--teacher.weights", "random", "--teacher.evaluate", "false", "--teacher.expected_top1", "null"),
-            *("--train.global_batch_size", str(self.batch), "--report.trackers", "[]"),
+            *("--train.global_batch_size", str(self.batch), "--report.trackers", "[]", "--report.page", "false"),
             *("--data.decode", self.decode.read_text() if self.decode.is_file() else "auto"),
         ]
 

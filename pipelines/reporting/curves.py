@@ -45,6 +45,11 @@ def facts(run: RunRecord) -> list[str]:
     return ["; ".join(said)]
 
 
+def title_of_curve(run: RunRecord) -> str:
+    """The text of the figure of top-1 over training."""
+    return f"Top-1 of {run.name} over training"
+
+
 def panel(comparison: Comparison) -> Panel:
     """Curves of each distilled run, the student alone beside them."""
     said, body = [], ""
@@ -64,7 +69,7 @@ def _figures(comparison: Comparison, run: RunRecord) -> list[str]:
         if baseline is not None and baseline.evaluations:
             series[f"{baseline.name} (alone)"] = column(baseline.evaluations, "eval/top1")
         levels = {} if run.teacher_top1 is None else {"teacher": run.teacher_top1}
-        found.append(lines(series, "top-1 %", f"Top-1 of {run.name} over training", levels, seen))
+        found.append(lines(series, "top-1 %", title_of_curve(run), levels, seen))
     if not run.steps:
         return found
     names = [name for name in run.steps[-1] if name.startswith(LOSS)]

@@ -6,10 +6,12 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from html import escape
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pipelines.reporting.calibration import BINS, Reliability
 from pipelines.reporting.dump import Array
@@ -22,6 +24,27 @@ DASHES = ("-", "--", ":", "-.")
 MARKERS = "os^Dv"
 MARKS = {"resumed": ("^", "#e69f00"), "skipped": ("x", "#d55e00"), "stopped": ("s", "#7f7f7f")}
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+
+_pixels: ContextVar[dict[str, Array] | None] = ContextVar("pixels", default=None)
+
+
+@contextmanager
+def rasterised() -> Iterator[dict[str, Array]]:
+    """Collects every figure that is drawn inside as pixels too, uint8 [H, W, 3] by its text: for what takes no SVG."""
+    found: dict[str, Array] = {}
+    token = _pixels.set(found)
+    try:
+        yield found
+    finally:
+        _pixels.reset(token)
+
+
+def _pixels_of(figure: Any) -> Array:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110, facecolor="white")
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 @contextmanager
@@ -58,6 +81,8 @@ def _figure(alt: str, out: list[str], height: float = 2.6, width: float = 4.6) -
         yield axes
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        if (found := _pixels.get()) is not None:
+            found[alt] = _pixels_of(figure)
         pyplot.close(figure)
     out.append(f"<figure>{_for_the_page(file.getvalue(), alt)}<figcaption>{escape(alt)}</figcaption></figure>")
 
@@ -173,7 +198,7 @@ def scatter(places: Array, labels: Array, names: Mapping[int, str], alt: str) ->
             if not len(mine):
                 continue
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number // len(COLOURS) % len(MARKERS)]
-            axes.scatter(*mine.T, s=9, alpha=0.55, color=colour, marker=marker, linewidths=0)
+            axes.scatter(*mine.T, s=12, alpha=0.6, color=colour, marker=marker, linewidths=0)
             box = {"boxstyle": "round,pad=0.15", "facecolor": colour, "alpha": 0.9, "linewidth": 0}
             middle = np.median(mine, axis=0)
             axes.annotate(_short(name, 14), middle, fontsize=9, ha="center", va="center", color="white", bbox=box)
@@ -225,7 +250,6 @@ def ledger(parts: Mapping[str, float], label: str, alt: str) -> str:
 def heat(values: Array, side: int = 96) -> Array:
     """A map [H, W] as colours uint8 [side, side, 3], dark at its least and bright at its greatest."""
     import matplotlib
-    from PIL import Image
 
     low, high = float(values.min()), float(values.max())
     scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)

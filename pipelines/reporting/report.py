@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from itertools import starmap
 from pathlib import Path
 
 from distill.files import write_atomically
@@ -30,10 +32,13 @@ def panels(comparison: Comparison) -> list[Panel]:
         samples.data_panel(comparison, pictures),
         reproduce.panel(comparison),
     ]
-    absent = comparison.without_dump()
-    if absent:
-        found.insert(1, Panel("What this report lacks", "", tuple(absent)))
+    if lacks := comparison.missing_dumps():
+        found.insert(1, Panel("What this report lacks", "", tuple(starmap(_lack, lacks.items()))))
     return found
+
+
+def _lack(file: Path, options: list[str]) -> str:
+    return f"{file} is missing; `python pipelines/evaluate.py {shlex.join(options)}` writes it"
 
 
 def title_of(comparison: Comparison) -> str:

@@ -43,6 +43,9 @@ class RunRecord:
             raise ValueError(f"{folder}: no manifest.json, so no run began here; give the --out of a run")
         said = _object(manifest, ("recipe",))
         summary = folder / "summary.json"
+        weights = Path(_teacher_weights(folder, said["recipe"]))
+        # the teacher's own run lies beside its weights: RUN/student holds them, RUN/student.npz what they say
+        beside = [weights.parent / STUDENT_DUMP] if weights.exists() else []
         return cls(
             folder,
             name or folder.resolve().name,
@@ -51,8 +54,7 @@ class RunRecord:
             lines_of(folder / "metrics.jsonl"),
             lines_of(folder / EVENTS),
             _dump(folder / STUDENT_DUMP),
-            # the teacher's own run lies beside its weights: RUN/student holds them, RUN/student.npz what they say
-            _dump(folder / TEACHER_DUMP, Path(said["recipe"]["teacher"]["weights"]).parent / STUDENT_DUMP),
+            _dump(folder / TEACHER_DUMP, *beside),
         )
 
     @property
@@ -79,6 +81,12 @@ class RunRecord:
         """timm's name; None for a student that learns alone."""
         name = self.recipe["teacher"]["name"]
         return None if name == "none" else str(name)
+
+    @property
+    def imports(self) -> list[str]:
+        """The words of the run's command that import files of the user's own."""
+        words = [part for word in self.manifest["command"] for part in word.split("=", 1)]
+        return [word for i, each in enumerate(words) if each == "--import" for word in words[i : i + 2]]
 
     @property
     def method(self) -> str:
@@ -197,15 +205,27 @@ class Comparison:
         digest = next((dump.facts["split_digest"] for dump in reversed(found.values())), None)
         return {name: dump for name, dump in found.items() if dump.facts["split_digest"] == digest}
 
-    def without_dump(self) -> list[str]:
-        """A sentence for every dump that is missing, with the command that writes it."""
-        lines = []
+    def missing_dumps(self) -> dict[Path, list[str]]:
+        """Every dump that is missing and could be made, and the options of `pipelines/evaluate.py` that write it."""
+        found = {}
         for run in dict.fromkeys([*self.distilled, *filter(None, map(self.baseline_of, self.distilled))]):
-            if run.dump is None:
-                lines.append(_advice(run, run.student, run.folder / "student", STUDENT_DUMP))
-            if run.teacher is not None and run.teacher_dump is None:
-                lines.append(_advice(run, run.teacher, run.recipe["teacher"]["weights"], TEACHER_DUMP))
-        return lines
+            shared = ["--val", str(self.split or run.recipe["data"]["val"]), *run.imports]
+            shared += ["--mixed-precision", run.manifest["mixed_precision"]]
+            student = run.folder / "student"
+            if run.dump is None and student.is_dir():
+                found[run.folder / STUDENT_DUMP] = ["--model", f"local-dir:{student}", *shared]
+            teacher = run.recipe["teacher"]
+            if run.teacher is not None and run.teacher_dump is None and teacher["weights"] != "random":
+                classes = ["--class-map", teacher["class_map"]] if teacher.get("class_map") else []
+                weights = ["--weights", _teacher_weights(run.folder, run.recipe)]
+                found[run.folder / TEACHER_DUMP] = ["--model", run.teacher, *weights, *classes, *shared]
+        return {file: [*options, "--dump", str(file)] for file, options in found.items()}
+
+
+def _teacher_weights(folder: Path, recipe: dict[str, Any]) -> str:
+    """The recipe's, or where the run keeps those of a teacher that it trained."""
+    weights = str(recipe["teacher"]["weights"])
+    return str(folder / "teacher" / "student") if weights == "train" else weights
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -213,13 +233,6 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _advice(run: RunRecord, model: str, weights: Path | str, file: str) -> str:
-    return (
-        f"{run.folder / file} is missing; `python pipelines/evaluate.py --model {model} --weights {weights}"
-        f" --val {run.recipe['data']['val']} --dump {run.folder / file}` writes it"
-    )
 
 
 def _object(path: Path, keys: Sequence[str]) -> dict[str, Any]:

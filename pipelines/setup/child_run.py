@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -51,8 +52,10 @@ def ended_badly(run: str, code: int, said: str) -> Exception:
 def made(recipe: Recipe, train: Sequence[str], control: Control) -> tuple[int, str]:
     """Exit code of the run of a recipe, which is not made again where it is finished, and what is wrong, if anything is.
 
-    Its recipe and its log are beside the run's folder. Raises Interrupted where this process is asked to stop.
+    Its recipe and its log are beside the run's folder. It draws no page: many runs are summed up in one table, and
+    `pipelines/report.py` draws those that somebody wants to look at. Raises Interrupted where this process is asked to stop.
     """
+    recipe = dataclasses.replace(recipe, report=dataclasses.replace(recipe.report, page=False))
     folder = Path(recipe.out)
     if finished(folder, recipe):
         return 0, ""

@@ -48,7 +48,7 @@ loss:
   kd: {{weight: 1.0, temperature: {TEMPERATURE}}}
 optim: {{name: sgd, learning_rate: {LEARNING_RATE}, momentum: {MOMENTUM}, weight_decay: {DECAY}}}
 schedule: {{name: constant}}
-report: {{trackers: []}}
+report: {{trackers: [], page: false}}
 """
 
 

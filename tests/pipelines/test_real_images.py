@@ -44,6 +44,8 @@ def test_two_steps_of_the_papers_pair_on_photographs(tmp_path: Path):
         "1",
         "--teacher.evaluate",
         "false",
+        "--report.page",
+        "false",
     ]
     finished([*request, *small, "--train.mixed_precision", "no", "--schedule.warmup_epochs", "1"], tmp_path / "log")
     steps = [line for line in metrics(out) if "loss/total" in line]

@@ -47,6 +47,7 @@ def request(folder: Path, out: Path, *more: str) -> list[str]:
         *("--train", str(folder / "train"), "--val", str(folder / "val"), "--out", str(out), "--data.prepare", "none"),
         *("--recipe", str(ROOT / "pipelines/recipes/digits/baseline.yaml"), "--augment.crop", "random_resized"),
         *("--train.epochs", "1", "--train.global_batch_size", str(BATCH), "--report.log_every", "1"),
+        *("--report.page", "false"),
         *("--data.max_bad_rate", "0.2", "--optim.learning_rate", "0.01", *more),
     ]
 

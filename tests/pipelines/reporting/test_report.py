@@ -1,5 +1,6 @@
 """`pipelines/report.py` and `pipelines/compare.py` on real runs, whole and with parts missing; the page in a real browser."""
 
+import io
 import json
 import os
 import re
@@ -11,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from huggingface_hub import ModelCard
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.data.faults import Quarantine
 from distill.data.index import ShardIndex
@@ -23,8 +26,10 @@ from pipelines.report import main as report
 from pipelines.reporting.classes import class_facts
 from pipelines.reporting.curves import marks
 from pipelines.reporting.dump import Dump
+from pipelines.reporting.evaluations import write_dumps
 from pipelines.reporting.first_batch import FirstBatch
 from pipelines.reporting.runs import Comparison, RunRecord
+from tests.conftest import VAL_IMAGES
 from tests.processes import finished
 from tests.runs import arguments
 
@@ -38,23 +43,28 @@ ALONE = ["--teacher", "none", "--loss.sdd", "null", "--loss.msdcrd", "null", "--
 
 @pytest.fixture(scope="module")
 def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the runs `teacher`, `baseline` and `distilled`, the last one stopped and resumed, and their dumps."""
+    """A folder with the runs `teacher`, `baseline` and `distilled`, the last one stopped and resumed, and their dumps; `log` is
+    what `distilled` said, which writes its own report and could not at first."""
     folder = tmp_path_factory.mktemp("runs")
-    log = folder / "log"
+    log, said = folder / "others", folder / "log"
     finished([*arguments(digits, folder / "teacher"), *ALONE, "--student", "cifar_resnet14"], log)
     finished([*arguments(digits, folder / "baseline"), *ALONE], log)
-    weights = ["--teacher-weights", str(folder / "teacher" / "student"), "--teacher.evaluate", "true"]
-    distilled = [*arguments(digits, folder / "distilled"), *weights, "--report.gradient_shares", "true"]
-    finished([*distilled, "--train.max_steps", "4", "--train.checkpoint_every", "4"], log)
-    (folder / "distilled" / "summary.json").unlink()
-    finished([*distilled, "--train.max_steps", "8", "--train.checkpoint_every", "4", "--resume"], log)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        for name, model in (("teacher", "cifar_resnet14"), ("baseline", "cifar_resnet8"), ("distilled", "cifar_resnet8")):
-            of = ["--model", model, "--weights", str(folder / name / "student"), "--val", str(digits / "val")]
+        for name in ("teacher", "baseline"):
+            of = ["--model", f"local-dir:{folder / name / 'student'}", "--val", str(digits / "val")]
             assert evaluate([*of, "--dump", str(folder / name / "student.npz")]) == 0
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
+    weights = ["--teacher-weights", str(folder / "teacher" / "student"), "--teacher.evaluate", "true"]
+    distilled = [*arguments(digits, folder / "distilled"), *weights, "--report.gradient_shares", "true"]
+    distilled += ["--report.page", "true", "--train.checkpoint_every", "4"]
+    in_the_way = folder / "distilled" / "report.html"
+    in_the_way.mkdir(parents=True)
+    finished([*distilled, "--train.max_steps", "4"], said)
+    (folder / "distilled" / "summary.json").unlink()
+    in_the_way.rmdir()
+    finished([*distilled, "--train.max_steps", "8", "--resume"], said)
     return folder
 
 
@@ -142,6 +152,97 @@ def test_a_resumed_run_is_marked_at_its_step(page: Path, runs: Path):
     assert "resumed at step 4" in page.with_suffix(".md").read_text()
 
 
+def test_a_run_draws_its_own_report_with_the_words_of_what_is_not_known(runs: Path):
+    folder = runs / "distilled"
+    sections = Sections((folder / "report.html").read_text())
+    assert list(sections.found) == PANELS
+    said = (folder / "report.md").read_text()
+    assert "student alone not run" in said
+    assert f"{folder / 'report.html'}: what the student learned" in (runs / "log").read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert Dump.load(folder / "student.npz").facts["top1"] == summary["top1"]  # of the student that went on after step 4
+
+
+def test_a_report_that_cannot_be_drawn_is_one_line_of_a_run_that_stays_finished(runs: Path):
+    first = (runs / "log").read_text().split("going on from step 4")[0]
+    (line,) = (line for line in first.splitlines() if "no report" in line)
+    assert f"{runs / 'distilled'}: no report: " in line
+    assert f"`python pipelines/report.py {runs / 'distilled'}` draws it" in line
+
+
+def test_tensorboard_has_the_figures(runs: Path):
+    events = EventAccumulator(str(runs / "distilled" / "trackers"), size_guidance={"images": 0}).Reload()
+    tags = events.Tags()["images"]
+    for title in ("Top-1 of distilled over training", "Linear CKA with the teacher, stage by stage", "Augmented batch"):
+        (image,) = events.Images(f"report/{title}")
+        assert image.step == 8
+        assert len(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB").getcolors(2**24)) > 20
+    drawn = Sections((runs / "distilled" / "report.html").read_text()).alts
+    assert {f"report/{title}" for title in drawn} >= set(tags) - {"report/Augmented batch"}
+    assert len(tags) > 12
+
+
+def test_the_model_card_has_the_evaluation_the_verdict_and_the_curve(runs: Path):
+    folder = runs / "distilled" / "student"
+    card, summary = ModelCard.load(folder / "README.md"), json.loads((runs / "distilled" / "summary.json").read_text())
+    found = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert found == {"top-1 (%)": summary["top1"], "top-5 (%)": summary["top5"]}
+    assert card.data.eval_results[0].dataset_args["images"] == VAL_IMAGES
+    assert card.data.tags == ["image-classification", "timm", "knowledge-distillation"]
+    assert f"- distilled: top-1 {summary['top1']:.2f} %; against student alone not run" in card.text
+    (curve,) = re.findall(r"!\[Top-1 over training\]\((.*)\)", card.text)
+    assert Image.open(folder / curve).width > 300
+    assert card.text.index("## What it learned") < card.text.index("## How it was trained")
+
+
+def test_dumps_that_are_missing_are_written_where_that_is_asked(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (copied / "baseline" / "student.npz").unlink()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of the launcher that started the run: the evaluation is no process of its
+    monkeypatch.setenv("RANK", "0")
+    said = said_by([copied / "baseline", copied / "distilled"], tmp_path / "x.html", "--evaluate")
+    assert "is missing" not in said
+    assert "is right about" in said
+    top1 = json.loads((copied / "baseline" / "summary.json").read_text())["top1"]
+    assert Dump.load(copied / "baseline" / "student.npz").facts["top1"] == top1
+
+
+def test_a_dump_that_takes_too_long_is_given_up(copied: Path):
+    file = copied / "baseline" / "student.npz"
+    file.unlink()
+    assert write_dumps(Comparison.read([copied / "baseline"]), 0.0) == [f"{file} is not written: it takes more than 0 s"]
+    assert not file.exists()
+
+
+def test_the_evaluation_of_a_teacher_is_that_of_the_run(copied: Path):
+    folder = copied / "distilled"
+    (folder / "teacher.npz").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+
+    def options(weights: str, **changes: str) -> str:
+        teacher = {**manifest["recipe"]["teacher"], "weights": weights, **changes}
+        command = ["pipelines/imagenet.py", "--import", "mine.py", "--import=yours.py"]
+        changed = {**manifest, "command": command, "recipe": {**manifest["recipe"], "teacher": teacher}}
+        (folder / "manifest.json").write_text(json.dumps(changed))
+        return " ".join(Comparison.read([folder]).missing_dumps().get(folder / "teacher.npz", []))
+
+    assert f"--weights {folder / 'teacher' / 'student'} " in options("train")
+    assert "--weights pretrained --class-map map.txt" in options("pretrained", class_map="map.txt")
+    assert "--import mine.py --import yours.py" in options("pretrained")
+    assert options("random") == ""  # nobody has those weights any more
+
+
+def test_weights_that_are_no_path_do_not_make_a_file_of_the_working_folder_the_teachers(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (copied / "distilled" / "teacher.npz").unlink()
+    shutil.copy(copied / "teacher" / "student.npz", tmp_path / "student.npz")
+    monkeypatch.chdir(tmp_path)
+    manifest = copied / "distilled" / "manifest.json"
+    manifest.write_text(re.sub(r'"weights": "[^"]*"', '"weights": "pretrained"', manifest.read_text()))
+    assert RunRecord.read(copied / "distilled").teacher_dump is None
+
+
 def said_by(folders: list[Path], out: Path, *more: str) -> str:
     assert report([*map(str, folders), "--out", str(out), *more]) == 0
     sections = Sections(out.read_text()).found
@@ -166,12 +267,12 @@ def test_without_dumps_the_report_names_the_commands_that_write_them(copied: Pat
     manifest = copied / "distilled" / "manifest.json"
     manifest.write_text(manifest.read_text().replace("/teacher/student", "/gone/student"))
     said = said_by([copied / "baseline", copied / "distilled"], tmp_path / "x.html")
-    for file in (
-        copied / "distilled" / "student.npz",
-        copied / "distilled" / "teacher.npz",
-        copied / "baseline" / "student.npz",
+    for file, model in (
+        (copied / "distilled" / "student.npz", f"local-dir:{copied / 'distilled' / 'student'}"),
+        (copied / "distilled" / "teacher.npz", "cifar_resnet14"),
+        (copied / "baseline" / "student.npz", f"local-dir:{copied / 'baseline' / 'student'}"),
     ):
-        assert f"{file} is missing; `python pipelines/evaluate.py --model cifar_resnet" in said
+        assert f"{file} is missing; `python pipelines/evaluate.py --model {model} " in said
     assert "student alone" in said
     assert said.count("Not shown") >= 8
 
@@ -300,22 +401,53 @@ def browser(tmp_path: Path) -> list[str]:
     return [CHROMIUM, *options, *(["--no-sandbox"] if os.getuid() == 0 else [])]
 
 
-def complaints(browser: list[str], page: Path, width: int, shot: Path) -> list[str]:
-    """What the browser's console says of the page, whose picture is taken; whatever a page fetches from elsewhere is refused by
-    its own policy, and stands there too."""
-    look = ["--enable-logging=stderr", f"--window-size={width},3000", f"--screenshot={shot}", page.as_uri()]
-    done = subprocess.run([*browser, *look], capture_output=True, text=True, timeout=120)
+def console(browser: list[str], page: Path, *look: str) -> list[str]:
+    """What the browser's console says of the page; whatever a page fetches from elsewhere is refused by its own policy, and
+    stands there too."""
+    done = subprocess.run(
+        [*browser, "--enable-logging=stderr", *look, page.as_uri()], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 def test_a_browser_shows_the_page_without_a_complaint_or_a_request(page: Path, browser: list[str], tmp_path: Path):
-    for width in (390, 1280):
+    brightness = []
+    for width, scheme in ((390, 1), (1280, 0)):  # light on a phone, dark on a desk
         shot = tmp_path / f"{width}.png"
-        assert complaints(browser, page, width, shot) == []
+        look = (f"--window-size={width},3000", f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={shot}")
+        assert console(browser, page, *look) == []
         with Image.open(shot) as image:
             assert image.width == width
             assert len(image.convert("RGB").getcolors(2**24)) > 200  # not a blank page
+            brightness.append(np.asarray(image.convert("L")).mean())
+    assert brightness[0] > 150
+    assert brightness[1] < 100
     fetching = tmp_path / "fetching.html"
     fetching.write_text(page.read_text().replace("<nav>", "<img alt='' src='http://elsewhere.invalid/x.png'><nav>"))
-    assert "elsewhere.invalid" in "".join(complaints(browser, fetching, 390, tmp_path / "x.png"))
+    assert "elsewhere.invalid" in "".join(console(browser, fetching, f"--screenshot={tmp_path / 'x.png'}"))
+
+
+MEASURE = """<script>
+function say(media) {
+  for (const section of document.querySelectorAll("section")) {
+    const over = document.documentElement.scrollWidth - innerWidth, height = section.getBoundingClientRect().height
+    console.log("PANEL", [media, section.querySelector("h2").textContent, height, over].join("|"))
+  }
+}
+addEventListener("load", () => say("screen"))
+matchMedia("print").addEventListener("change", (event) => event.matches && say("print"))
+</script>"""
+
+
+def test_every_panel_has_its_place_on_a_phone_and_on_paper(page: Path, browser: list[str], tmp_path: Path):
+    measured, paper = tmp_path / "measured.html", tmp_path / "paper.pdf"
+    text = re.sub(r"<meta http-equiv=Content-Security-Policy[^>]*>", "", page.read_text())  # it forbids scripts
+    measured.write_text(text.replace("</body>", f"{MEASURE}</body>"))
+    said = console(browser, measured, "--window-size=390,3000", f"--print-to-pdf={paper}")
+    found = [re.search(r"PANEL (\w+)\|(.*)\|([\d.]+)\|(-?\d+)", line).groups() for line in said]
+    for media in ("screen", "print"):
+        assert [title for where, title, *_ in found if where == media] == PANELS
+    assert [title for _, title, height, _ in found if float(height) < 80] == []
+    assert {over for where, *_, over in found if where == "screen"} == {"0"}, "the page is wider than the phone"
+    assert len(re.findall(rb"/Type\s*/Page\b", paper.read_bytes())) > 3

@@ -1,0 +1,36 @@
+"""What goes to trackers and to the hub."""
+
+import numpy as np
+import pytest
+from accelerate.tracking import GeneralTracker
+
+from pipelines.reporting.publish import hub_name, sheet, show
+
+
+def test_a_sheet_has_its_images_in_rows():
+    images = np.arange(1, 6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 3), np.uint8)
+    found = sheet(images, columns=3)
+    assert found.shape == (4, 9, 3)
+    assert found[::2, ::3, 0].tolist() == [[1, 2, 3], [4, 5, 0]]
+
+
+def test_a_tracker_that_takes_no_images_is_left_alone():
+    class Numbers(GeneralTracker):
+        """As Accelerate's for MLflow and Comet: it has no `log_images`."""
+
+        name, requires_logging_directory, tracker = "numbers", False, None
+
+    show([Numbers(_blank=True)], {"x": np.zeros((1, 1, 3), np.uint8)}, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("resnet34.tv_in1k", "timm/resnet34.tv_in1k"),
+        ("hf-hub:someone/model", "someone/model"),
+        ("local-dir:somewhere", None),
+        ("cifar_resnet8", None),
+    ],
+)
+def test_a_published_model_has_a_repository(name: str, repository: str | None):
+    assert hub_name(name) == repository

@@ -119,11 +119,13 @@ def _reasons(said: list[str]) -> list[str]:
 def _changes(dump: Dump, baseline: Dump, name: str) -> list[str]:
     gained, order = changed_classes(dump, baseline)
     few = len(order) <= 2 * MOST_CHANGED
-    parts = {"All": order} if few else {"Most gained": order[:MOST_CHANGED], "Most lost": order[::-1][:MOST_CHANGED]}
+    parts = (
+        {"All classes": order}
+        if few
+        else {"What gained most": order[:MOST_CHANGED], "What gained least or lost": order[::-1][:MOST_CHANGED]}
+    )
     return [
-        changes(
-            {dump.class_names[k]: float(gained[k]) for k in chosen}, "points of top-1", f"{title} classes, {name} less alone"
-        )
+        changes({dump.class_names[k]: float(gained[k]) for k in chosen}, "points of top-1", f"{title}, {name} less alone")
         for title, chosen in parts.items()
     ]
 

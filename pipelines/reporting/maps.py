@@ -16,7 +16,7 @@ from pipelines.reporting.geometry import (
     logit_correlations,
     shown_classes,
 )
-from pipelines.reporting.page import Panel, grid, missing
+from pipelines.reporting.page import Panel, grid, legend, missing, short_tags
 from pipelines.reporting.runs import Comparison
 
 MOST_CLASSES, MOST_POINTS = 20, 50
@@ -116,16 +116,20 @@ def embedding_panel(comparison: Comparison) -> Panel:
     if not there:
         return missing("Map of embeddings", ["no dump has embeddings"])
     figures, classes, points = [], np.zeros(0, int), 0
+    names, tags = list[str](), list[str]()
     for name, dump in there.items():
         labels = dump.sampled_labels
         if not len(classes):
             classes = shown_classes(labels, MOST_CLASSES)
         rows = np.sort(np.concatenate([np.flatnonzero(labels == k)[:MOST_POINTS] for k in classes]))
         points = len(rows)
-        names = {int(k): dump.class_names[k] for k in classes}
-        figures.append(scatter(embedding_map(dump["embeddings"][rows]), labels[rows], names, f"Embeddings of {name}"))
+        names = [dump.class_names[k] for k in classes]
+        tags = short_tags(names, 8)
+        marks = dict(zip(classes.tolist(), tags, strict=True))
+        figures.append(scatter(embedding_map(dump["embeddings"][rows]), labels[rows], marks, f"Embeddings of {name}"))
     note = (
         f"t-SNE (after PCA to 50, one seed) of {points:,} images of {len(classes)} classes, the same for every model."
         " Groups mean something; sizes of groups and distances between them mean nothing."
     )
-    return Panel("Map of embeddings", grid(figures), (note,))
+    said = legend(names, tags, MOST_CLASSES)
+    return Panel("Map of embeddings", grid(figures), (note, *([f"Classes: {said}"] if said else [])))

@@ -25,7 +25,7 @@ section{border-top:1px solid var(--line);padding:1.1rem 0}
 ul{margin:.2rem 0 .8rem;padding-left:1.2rem;max-width:60rem;overflow-wrap:anywhere}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:1rem}
 figure{margin:0;min-width:0}figcaption,.note{color:var(--soft);font-size:.85rem}
-svg{display:block;width:100%;height:auto;max-width:34rem}
+svg{display:block;width:100%;height:auto;max-width:34rem;overflow:visible}
 .verdict{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start}.verdict figure{flex:1 1 20rem}
 .card{background:var(--card);border-radius:.6rem;padding:.4rem 1.1rem .9rem;
 max-width:100%;min-width:min(100%,16rem)}
@@ -106,6 +106,18 @@ def markdown(title: str, panels: Sequence[Panel], table: str) -> str:
     for panel in panels:
         parts += ["", f"## {panel.title}", "", *(f"* {line}" for line in panel.facts)]
     return "\n".join(parts) + "\n"
+
+
+def short_tags(names: Sequence[str], room: int) -> list[str]:
+    """A tag for each name, for a picture with room for so many letters: the names where all are short, else 1, 2, ..."""
+    long = any(len(name) > room for name in names)
+    return [str(number) if long else name for number, name in enumerate(names, 1)]
+
+
+def legend(names: Sequence[str], tags: Sequence[str], most: int) -> str:
+    """What the tags stand for, as `1 = cat, 2 = dog, ...`; nothing where they are the names."""
+    said = [f"{tag} = {name}" for name, tag in zip(names, tags, strict=True) if tag != name]
+    return ", ".join(said[:most] + ["..."] * (len(said) > most))
 
 
 def picture(image: Image.Image, alt: str, side: int = 160) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from html import escape
 
 import numpy as np
@@ -9,12 +10,12 @@ from PIL import Image
 
 from pipelines.reporting.drawing import heat
 from pipelines.reporting.dump import Dump
-from pipelines.reporting.page import Panel, missing, picture, strip, thumbnails
+from pipelines.reporting.page import Panel, legend, missing, picture, short_tags, strip, thumbnails
 from pipelines.reporting.pictures import Pictures, overlay
 from pipelines.reporting.regions import Cell, cells, complementary, rule_of
 from pipelines.reporting.runs import Comparison, RunRecord
 
-MOST_REGIONS, MOST_HEAT = 12, 4
+MOST_REGIONS, MOST_HEAT, MOST_NAMED = 12, 4, 4
 
 
 def shares(dump: Dump, rule: str) -> dict[int, float]:
@@ -65,7 +66,8 @@ def region_panel(comparison: Comparison, pictures: Pictures) -> Panel:
             body += f"<h3>{escape(run.name)}: {escape(name)}, {scale} x {scale}</h3>{thumbnails(shown)}"
     if body:
         said.append(
-            "Blue and whole: consistent. Orange and dashed: complementary. Captions: label, then class of the whole image."
+            "Blue and whole: consistent. Orange and dashed: complementary. Captions: label, class of the whole image, classes"
+            " of the regions."
         )
     if pictures.index is None and body:
         said.append(f"Not shown: {pictures.reason}")
@@ -97,26 +99,28 @@ def heat_panel(comparison: Comparison, pictures: Pictures) -> Panel:
 def _regions(dump: Dump, row: int, outside: np.ndarray, scale: int, pictures: Pictures) -> str:
     names, sample = dump.class_names, int(dump["sampled_ids"][row])
     label, whole = names[dump.sampled_labels[row]], names[dump["region_classes"][row, 0]]
-    shapes = [
-        _cell(cell, names[dump["region_classes"][row, place]], bool(outside[place]))
-        for place, cell in enumerate(cells(dump.facts["scales"]))
-        if cell.scale == scale
-    ]
-    alt = f"{int(sum(outside[i] for i, c in enumerate(cells(dump.facts['scales'])) if c.scale == scale))} complementary regions"
-    return pictures.thumbnail(sample, f"{label}: {whole}", wide=True, over=overlay(shapes, alt))
+    shown = [(cell, place) for place, cell in enumerate(cells(dump.facts["scales"])) if cell.scale == scale]
+    found = [int(dump["region_classes"][row, place]) for _, place in shown]
+    classes = [k for k, _ in Counter(found).most_common()]
+    tags = short_tags([names[k] for k in classes], 3)
+    tag_of = dict(zip(classes, tags, strict=True))
+    shapes = [_cell(cell, names[k], tag_of[k], outside[place]) for (cell, place), k in zip(shown, found, strict=True)]
+    said = "; ".join(filter(None, [f"{label}: {whole}", legend([names[k] for k in classes], tags, MOST_NAMED)]))
+    alt = f"{sum(int(outside[place]) for _, place in shown)} complementary regions"
+    return pictures.thumbnail(sample, said, wide=True, over=overlay(shapes, alt))
 
 
-def _cell(cell: Cell, name: str, outside: bool) -> str:
-    """One region: its frame and the beginning of its class's name. Colour is not the only sign: the line is dashed too."""
+def _cell(cell: Cell, name: str, tag: str, outside: bool) -> str:
+    """One region: its frame and its class's tag, the name where a pointer rests on it. Colour is not the only sign: the line is
+    dashed too."""
     side, width = 100 / cell.scale, 3.2 / cell.scale**0.5
     colour, dash = ("#e69f00", " stroke-dasharray='4 2'") if outside else ("#56b4e9", "")
-    x, y = cell.column * side, cell.row * side
-    size = side / 3
-    text = escape(name[: max(2, int(1.5 * side / size))])
+    x, y, inner, size = cell.column * side, cell.row * side, side - 2 * width, side / 3
+    frame = f"x='{x + width:g}' y='{y + width:g}' width='{inner:g}' height='{inner:g}' fill='none'"
+    text = f"x='{x + 2.2 * width:g}' y='{y + 1.2 * width + size:g}' font-size='{size:g}' fill='{colour}'"
     return (
-        f"<rect x='{x + width:g}' y='{y + width:g}' width='{side - 2 * width:g}' height='{side - 2 * width:g}' fill='none'"
-        f" stroke='{colour}' stroke-width='{width / 1.7:g}'{dash}/><text x='{x + 2.2 * width:g}' y='{y + 1.2 * width + size:g}'"
-        f" font-size='{size:g}' fill='{colour}' stroke='#000' stroke-width='{size / 7:g}' paint-order='stroke'>{text}</text>"
+        f"<g><title>{escape(name)}</title><rect {frame} stroke='{colour}' stroke-width='{width / 1.7:g}'{dash}/>"
+        f"<text {text} stroke='#000' stroke-width='{size / 7:g}' paint-order='stroke'>{escape(tag)}</text></g>"
     )
 
 

@@ -45,7 +45,7 @@ class RunRecord:
         summary = folder / "summary.json"
         weights = Path(_teacher_weights(folder, said["recipe"]))
         # the teacher's own run lies beside its weights: RUN/student holds them, RUN/student.npz what they say
-        beside = [weights.parent / STUDENT_DUMP] if weights.exists() else []
+        beside = [weights.parent / STUDENT_DUMP] if weights.parent != Path() else []  # `pretrained` lies nowhere
         return cls(
             folder,
             name or folder.resolve().name,

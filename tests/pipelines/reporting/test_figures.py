@@ -19,6 +19,7 @@ from pipelines.reporting.geometry import (
     logit_correlations,
     shown_classes,
 )
+from pipelines.reporting.page import legend, short_tags
 from pipelines.reporting.regions import cells, complementary, rule_of
 
 IMAGES, CLASSES, ABSENT = 300, 7, 6
@@ -164,6 +165,15 @@ def test_a_map_of_embeddings_keeps_groups_and_is_the_same_again(random: np.rando
     apart = np.linalg.norm(places[:, None] - np.stack(middles), axis=2)
     assert (apart.argmin(1) == np.repeat([0, 1], 30)).all()
     assert shown_classes(np.array([3, 3, 1, 1, 1, 0]), 2).tolist() == [1, 3]
+
+
+def test_names_without_room_are_numbers_that_the_caption_explains():
+    assert short_tags(["cat", "dog"], 3) == ["cat", "dog"]
+    assert legend(["cat", "dog"], ["cat", "dog"], 9) == ""
+    cranes = ["crane", "crane", "ox"]  # ImageNet has a bird and a machine of this name
+    tags = short_tags(cranes, 3)
+    assert tags == ["1", "2", "3"]
+    assert legend(cranes, tags, 2) == "1 = crane, 2 = crane, ..."
 
 
 def test_dumps_of_two_splits_are_not_compared(random: np.random.Generator):

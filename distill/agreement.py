@@ -16,12 +16,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """Requests to save and stop: of a scheduler, of Ctrl-C, of a terminal that is closed."""
 TWICE_SECONDS = 1.0
 """A second Ctrl-C counts from then on: torchrun passes the terminal's first one on to processes that have it already."""
-EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: try again later. Schedulers can be told to requeue on it."""
-
-
-class Interrupted(RuntimeError):
-    """The run was asked to stop, has saved, and can be resumed."""
 
 
 class Agreed(NamedTuple):

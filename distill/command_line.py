@@ -15,18 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distill.agreement import EXIT_CODE, Interrupted
 from distill.children import begin_work
-from distill.protocols import LossError
+from distill.errors import EXIT_CODE, Interrupted, LossError, RequestError
 
 SPEAK_SECONDS = 5.0
 """How long processes of one launcher wait for the one that says what is wrong; they start within a second of each other."""
 KINDS = {"int": "whole number", "float": "number"}
 """What argparse calls by the name of a type."""
-
-
-class RequestError(ValueError):
-    """A request that cannot be served as it was made; the message names each problem and its remedy."""
 
 
 class Parser(argparse.ArgumentParser):

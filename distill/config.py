@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from distill.command_line import RequestError, nearest
+from distill.command_line import nearest
 from distill.data.order import check_lanes, micro_batch_size
+from distill.errors import RequestError
 from distill.loss_options import TERM_OPTIONS, loss_adapter, loss_options, option_descriptions
 from distill.recipe import LANE_WINDOW, LANES, Data, Recipe, TermSchedule, Train
 

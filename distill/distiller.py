@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distill.errors import LossError
 from distill.optim import Schedule
-from distill.protocols import Criterion, LossError, Losses, ModelOutput, Target
+from distill.protocols import Criterion, Losses, ModelOutput, Target
 
 
 class Distiller(nn.Module):

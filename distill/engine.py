@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from distill.agreement import Interrupted
+from distill.errors import Interrupted
 from distill.evaluation import evaluate, known_bad_samples
 from distill.nonfinite import Suspect
 from distill.protocols import Batch, Losses, Progress, Target

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from distill.agreement import Interrupted
 from distill.batch_transform import to_pixels
+from distill.errors import Interrupted
 from distill.metrics import classification_metrics, classification_sums
 from distill.protocols import Batch, Loader, ModelOutput
 

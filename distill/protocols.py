@@ -205,10 +205,6 @@ class Gathered(NamedTuple):
     """Whether the loss is set to gather them; without, each process keeps to its own."""
 
 
-class LossError(ValueError):
-    """A loss gave something else than its protocol says. The commands report it as a wrong request."""
-
-
 class Criterion(nn.Module):
     """The base of every loss: what it reads, and what the run has to know of it. A subclass gives the needs and `forward`.
 

@@ -16,13 +16,14 @@ from typing import get_args
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
 from distill.children import end_at_interrupt
+from distill.errors import RequestError
 from pipelines.setup.launcher import end_with_launcher, exit_with
 
 if __name__ == "__main__":
     end_at_interrupt()
     end_with_launcher()
 
-from distill.command_line import Parser, RequestError, command, new_file, requests, whole_number
+from distill.command_line import Parser, command, new_file, requests, whole_number
 from distill.data.decoding import DecodeName
 from distill.data.index import ShardIndex
 from distill.evaluation import evaluate

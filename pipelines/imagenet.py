@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
 from distill.children import end_at_interrupt
+from distill.errors import Interrupted
 from pipelines.setup.launcher import end_with_launcher, exit_with
 
 if __name__ == "__main__":
@@ -26,7 +27,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from distill.agreement import Control, Interrupted
+from distill.agreement import Control
 from distill.checkpoint import CheckpointError
 from distill.command_line import command, requests
 from distill.config import as_dict, doubts

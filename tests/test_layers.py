@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from distill.losses import LOSSES
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"distill.protocols", "distill.seeds", "distill.files", "distill.precision", "distill.children"}
+LEAVES = {f"distill.{name}" for name in ("protocols", "errors", "seeds", "files", "precision", "children")}
 """They import nothing of ours."""
 
 ALLOWED: dict[str, set[str]] = {
@@ -17,8 +19,14 @@ ALLOWED: dict[str, set[str]] = {
     "distill.regions": {"distill.protocols", "distill.precision"},
     "distill.recipe": {"distill.protocols", "distill.batch_transform", "distill.data"},
     "distill.loss_options": {"distill.protocols", "distill.recipe"},
-    "distill.command_line": {"distill.agreement", "distill.children", "distill.protocols"},
-    "distill.config": {"distill.recipe", "distill.loss_options", "distill.data.order", "distill.command_line"},
+    "distill.command_line": {"distill.children", "distill.errors"},
+    "distill.config": {
+        "distill.recipe",
+        "distill.loss_options",
+        "distill.data.order",
+        "distill.command_line",
+        "distill.errors",
+    },
     "distill.metrics": LEAVES,
     "distill.optim": LEAVES,
     "distill.batch_transform": LEAVES,
@@ -198,3 +206,9 @@ def test_functions_of_the_library_fit_on_a_screen():
             if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60:
                 long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert not long
+
+
+def test_preparing_data_starts_without_torch():
+    """Torch takes seconds to import, for each command and each worker."""
+    code = "import sys, shards.prepare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -16,8 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from distill.agreement import EXIT_CODE
 from distill.data.index import ShardIndex
+from distill.errors import EXIT_CODE
 from pipelines.checks.finding import Finding, at_least, at_most, judged, passed, skipped
 from pipelines.checks.machine import LAUNCH
 from pipelines.checks.place import PAIR, ROOT, Place

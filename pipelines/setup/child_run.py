@@ -16,8 +16,9 @@ from typing import Any
 
 import yaml
 
-from distill.agreement import Control, Interrupted
+from distill.agreement import Control
 from distill.config import RecipeError, as_dict
+from distill.errors import Interrupted
 from distill.files import write_atomically
 from distill.recipe import Recipe
 from pipelines.setup.launcher import STARTED_BY_US

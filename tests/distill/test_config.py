@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from distill.command_line import RequestError
 from distill.config import RecipeError, as_dict, load_recipe, parse_yaml
 from distill.data.augment.parameters import TrainTransform
+from distill.errors import RequestError
 from distill.loss_options import loss_options, option_descriptions, summary
 from distill.losses import LOSSES
 from distill.recipe import Augment

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from distill.distiller import Distiller
+from distill.errors import LossError
 from distill.loss_options import RUN_PARAMETERS, check_loss, loss_options, option_descriptions, summary
 from distill.losses import LOSSES
-from distill.protocols import Criterion, LossError, ModelFacts, ModelOutput, Regions, Target
+from distill.protocols import Criterion, ModelFacts, ModelOutput, Regions, Target
 
 
 class Sound(Criterion):

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.command_line import Parser, RequestError, command, requests
+from distill.command_line import Parser, command, requests
+from distill.errors import RequestError
 from tests.golden import adapters_a, adapters_b
 from tests.golden.case import ROUNDING, Adapter, Case, Options, Stored, cases, load
 

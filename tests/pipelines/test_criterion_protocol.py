@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.command_line import RequestError
+from distill.errors import RequestError
 from distill.losses import LOSSES
 from pipelines.setup.arguments import import_files
 from tests.processes import finished, start

@@ -5,8 +5,8 @@ from typing import get_args
 
 import pytest
 
-from distill.command_line import RequestError
 from distill.data.loaders import LoaderName
+from distill.errors import RequestError
 from pipelines.setup.data import LOADERS, loader_name
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from timm.scheduler import create_scheduler_v2
 
-from distill.command_line import RequestError
 from distill.config import load_recipe, parse_yaml
+from distill.errors import RequestError
 from distill.losses import LOSSES
 from distill.optim import learning_rate_schedule
 from distill.protocols import Progress

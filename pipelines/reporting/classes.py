@@ -53,7 +53,7 @@ def class_facts(comparison: Comparison, run: RunRecord) -> list[str]:
         first = pairs[0]
         said.append(
             f"{run.name} confuses most often {names[first.label]} with {names[first.predicted]}:"
-            f" {first.images} images, {first.share:.0%} of the class"
+            f" {first.images} of its images, {first.share:.0%}"
         )
     return said
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from distill.config import as_dict
 from distill.data.index import ShardIndex
-from distill.recipe import Augment
+from distill.recipe import Recipe
 from pipelines.reporting.confidence import doubtful_labels
 from pipelines.reporting.first_batch import FILE, FirstBatch
 from pipelines.reporting.page import Panel, thumbnails
@@ -38,7 +38,7 @@ def batch_panel(comparison: Comparison) -> Panel:
 
 def _augmentation(run: RunRecord) -> str:
     """What the recipe's section `augment` says that is no default."""
-    usual = asdict(Augment())
+    usual = as_dict(Recipe())["augment"]
     said = [f"{key} {value}" for key, value in run.recipe["augment"].items() if value != usual.get(key)]
     return f"augmentation: {', '.join(said) or 'the default'}"
 

@@ -333,7 +333,9 @@ def test_the_batch_is_the_runs_first_one_with_its_labels(page: Path, runs: Path,
     recipe = json.loads((runs / "distilled" / "manifest.json").read_text())["recipe"]
     order = TrainOrder(index.num_samples, recipe["train"]["global_batch_size"], recipe["seed"], 0)
     assert seen.labels == [index.class_names[k] for k in index.labels[order.samples(0, 0)]]
-    assert f"distilled: {len(seen.images)} images of the first batch" in page.with_suffix(".md").read_text()
+    said = f"distilled: {len(seen.images)} images of the first batch as both models see them"
+    changed = "augmentation: crop pad, padding 2, flip 0.0"  # all else of the section is the default
+    assert f"* {said}; {changed}" in page.with_suffix(".md").read_text().splitlines()
 
 
 def test_bad_samples_are_shown_as_far_as_they_decode(copied: Path, digits: Path, tmp_path: Path):

@@ -25,7 +25,7 @@ def describe(index: ShardIndex) -> str:
     sizes = index.records["size"]
     total = sum(shard.bytes for shard in index.shards)
     lines = [
-        f"{index.folder}: {index.num_samples:,} images of {index.num_classes:,} classes, {total / 1e6:,.1f} MB "
+        f"{index.place}: {index.num_samples:,} images of {index.num_classes:,} classes, {total / 1e6:,.1f} MB "
         f"in {len(index.shards)} shards",
         f"  images a class: {counts.min()} to {counts.max()}, median {int(np.median(counts))}; "
         f"{int((counts == 0).sum())} classes have none",

@@ -193,6 +193,7 @@ class DaliStream:
 
     def _read(self, position: Position) -> HostBatch:
         index = self._task.index
+        self._reader.reached(position)
         self._reader.announce(self._plan.samples(position))
         encoded, samples = gather(self._plan, position, self._task.quarantine, self._parsable)
         if not encoded:

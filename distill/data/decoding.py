@@ -156,7 +156,7 @@ def choose_decoding(
         return Decoding(asked, asked, warning=asked_warning(asked, library_versions()))
     images = proof_images(index)
     if not images:
-        return Decoding(asked, "host", warning=f"data.decode: {index.folder} has no good image to try; the CPU decodes")
+        return Decoding(asked, "host", warning=f"data.decode: {index.place} has no good image to try; the CPU decodes")
     return proved(candidates(library_versions()), images, device, threads, seconds)
 
 

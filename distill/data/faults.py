@@ -70,7 +70,7 @@ class Quarantine:
         if count > self._allowed:
             where = f"; they are listed in {self._report}" if self._report else ""
             raise TooManyFaults(
-                f"{self._index.folder}: {count} of {self._index.num_samples} samples are bad, at most {self._allowed} "
+                f"{self._index.place}: {count} of {self._index.num_samples} samples are bad, at most {self._allowed} "
                 f"({self._rate:.4%}) are allowed; {last}{where}; run `python shards/prepare.py verify --full` "
                 "on it and restore the shards, or raise max_bad_rate"
             )

@@ -76,7 +76,7 @@ class PlannedLoader:
         ]
         if different:
             raise ValueError(
-                f"{self.task.index.folder}: the saved state is of another stream ({'; '.join(different)}); "
+                f"{self.task.index.place}: the saved state is of another stream ({'; '.join(different)}); "
                 "go on with the data and settings it was saved with, or start anew"
             )
         self.quarantine.update(state["bad_samples"])

@@ -6,13 +6,13 @@ import os
 import resource
 import threading
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill.data.index import ShardIndex
+from distill.data.store import ShardLost
+from distill.data.stream import Position
 
 JPEG_MAGIC = b"\xff\xd8\xff"
 END_OF_IMAGE = b"\xff\xd9"
@@ -22,10 +22,6 @@ TAIL = 64 * 1024
 
 class BadSample(ValueError):
     """The bytes of one sample are not what the index promises, or not an image; the text is the reason."""
-
-
-class ShardLost(OSError):
-    """A shard cannot be read any more; the text names it."""
 
 
 def check_bytes(data: bytes, crc32: int) -> None:
@@ -53,6 +49,18 @@ def files_allowed(shards: int) -> int:
     return soft // 4
 
 
+class _OpenFile:
+    """A descriptor that is closed when the last one who reads it lets it go: a file that is evicted may be read just then."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
 class SampleReader:
     """Reads samples of one split with pread, so any number of threads may share it. `close` releases the files.
 
@@ -60,9 +68,9 @@ class SampleReader:
     """
 
     def __init__(self, index: ShardIndex) -> None:
-        self._index = index
+        self._store = index.store
         self._records = np.asarray(index.records)  # a view of the same memory; np.memmap's own indexing is ten times as slow
-        self._files: dict[int, int] = {}
+        self._files: dict[int, _OpenFile] = {}
         self._most = files_allowed(len(index.shards))
         self._lock = threading.Lock()
 
@@ -73,9 +81,22 @@ class SampleReader:
         gone or shorter than the index says.
         """
         offset, shard, size, _, crc32, *_ = self._records.item(sample)
-        data = self._pread(shard, size, offset)
-        check_bytes(data, crc32)
+        file = self._opened(shard)
+        try:
+            data = self._pread(file, shard, size, offset)
+            check_bytes(data, crc32)
+        except (BadSample, ShardLost):
+            if not self._store.renewed(shard, file.descriptor):
+                raise
+            self._files.pop(shard, None)
+            data = self._pread(self._opened(shard), shard, size, offset)
+            check_bytes(data, crc32)
         return np.frombuffer(data, np.uint8)
+
+    def reached(self, position: Position) -> None:
+        """Tells the store how far reading is; closes the files whose space it wants back."""
+        for shard in self._store.reached(position):
+            self._files.pop(shard, None)
 
     def announce(self, samples: NDArray[np.int64]) -> None:
         """Has the system fetch samples that will be read soon: the disk gets all requests at once, in its own order.
@@ -83,49 +104,36 @@ class SampleReader:
         Costs some microseconds a sample where they are in memory already. Raises ShardLost where a shard is gone.
         """
         for offset, shard, size, *_ in self._records[np.sort(samples)].tolist():
-            with self._opened(shard) as descriptor:
-                os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+            file = self._opened(shard)  # held while it is used: one that is not kept open is closed when it is let go
+            os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
-    def _pread(self, shard: int, size: int, offset: int) -> bytes:
-        with self._opened(shard) as descriptor:
-            try:
-                data = os.pread(descriptor, size, offset)
-            except OSError as error:
-                raise self._lost(shard, error) from error
+    def _pread(self, file: _OpenFile, shard: int, size: int, offset: int) -> bytes:
+        try:
+            data = os.pread(file.descriptor, size, offset)
+        except OSError as error:
+            raise ShardLost(
+                f"{self._store.where(shard)}: cannot be read any more ({error.strerror}); restore the shard and resume"
+            ) from error
         if len(data) != size:
             raise ShardLost(
-                f"{self._index.shard_path(shard)}: {size} bytes at offset {offset} asked for, {len(data)} there: "
+                f"{self._store.where(shard)}: {size} bytes at offset {offset} asked for, {len(data)} there: "
                 "the shard was truncated after the start; restore it and resume"
             )
         return data
 
-    @contextmanager
-    def _opened(self, shard: int) -> Iterator[int]:
-        with self._lock:
-            descriptor = self._files.get(shard)
-            kept = descriptor is not None or len(self._files) < self._most
-            if descriptor is None:
-                try:
-                    descriptor = os.open(self._index.shard_path(shard), os.O_RDONLY)
-                except OSError as error:
-                    raise self._lost(shard, error) from error
-                # samples are read in shuffled order: what lies behind one is not wanted next
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-                if kept:
-                    self._files[shard] = descriptor
-        try:
-            yield descriptor
-        finally:
-            if not kept:
-                os.close(descriptor)
-
-    def _lost(self, shard: int, error: OSError) -> ShardLost:
-        path = self._index.shard_path(shard)
-        return ShardLost(f"{path}: cannot be read any more ({error.strerror}); restore the shard and resume")
+    def _opened(self, shard: int) -> _OpenFile:
+        file = self._files.get(shard)
+        if file is None:
+            # outside of the lock: it may take a download, while other threads read what is there
+            file = _OpenFile(self._store.open(shard))
+            # samples are read in shuffled order: what lies behind one is not wanted next
+            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            with self._lock:
+                if len(self._files) < self._most:
+                    file = self._files.setdefault(shard, file)
+        return file
 
     def close(self) -> None:
         """Closes the files; calling it twice is harmless."""
         with self._lock:
-            for descriptor in self._files.values():
-                os.close(descriptor)
             self._files.clear()

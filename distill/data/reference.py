@@ -7,8 +7,10 @@ two.
 
 from __future__ import annotations
 
+import os
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from typing import IO
 
 import numpy as np
 import torch
@@ -19,7 +21,8 @@ from distill.data.batch_plan import gather
 from distill.data.index import TAR_BLOCK, ShardIndex
 from distill.data.loaders import PlannedLoader, Task
 from distill.data.pixels import decode_as_indexed, transform_image
-from distill.data.reader import ShardLost, check_bytes
+from distill.data.reader import BadSample, check_bytes
+from distill.data.store import ShardLost
 from distill.data.stream import Position, PositionStream
 from distill.protocols import Batch
 
@@ -31,16 +34,27 @@ def read_sample(index: ShardIndex, sample: int) -> bytes:
 
     Raises BadSample where the member there is not the one of the index, ShardLost where the shard cannot be read.
     """
+    shard = int(index.records[sample]["shard"])
+    with os.fdopen(index.store.open(shard), "rb") as file:
+        try:
+            return _member(index, sample, file)
+        except (BadSample, ShardLost):
+            if not index.store.renewed(shard, file.fileno()):
+                raise
+    with os.fdopen(index.store.open(shard), "rb") as file:
+        return _member(index, sample, file)
+
+
+def _member(index: ShardIndex, sample: int, file: IO[bytes]) -> bytes:
     record = index.records[sample]
-    path = index.shard_path(int(record["shard"]))
+    where = index.store.where(int(record["shard"]))
     try:
-        with path.open("rb") as file:
-            file.seek(int(record["offset"]) - TAR_BLOCK)
-            member = next(iter(tar_file_iterator(file)))
+        file.seek(int(record["offset"]) - TAR_BLOCK)
+        member = next(iter(tar_file_iterator(file)))
     except (tarfile.TarError, StopIteration) as error:
-        raise ShardLost(f"{path}: no tar member before offset {record['offset']}; restore the shard and resume") from error
+        raise ShardLost(f"{where}: no tar member before offset {record['offset']}; restore the shard and resume") from error
     except OSError as error:
-        raise ShardLost(f"{path}: cannot be read any more ({error.strerror}); restore the shard and resume") from error
+        raise ShardLost(f"{where}: cannot be read any more ({error.strerror}); restore the shard and resume") from error
     check_bytes(member["data"], int(record["crc32"]))
     return member["data"]
 
@@ -59,6 +73,7 @@ class ReferenceLoader(PlannedLoader):
         self._pool.shutdown(wait=True)
 
     def _produce(self, position: Position) -> Batch:
+        self.task.index.store.reached(position)
         # Decoded by the pool ahead of `gather`, which asks for them one by one; only substitutes are decoded in its turn.
         wanted = set(self.task.plan.samples(position).tolist())  # once each, however many views of it the batch has
         ahead = {sample: self._pool.submit(self._decode, sample) for sample in wanted}

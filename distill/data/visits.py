@@ -39,7 +39,7 @@ def node_visits(
     size, steps = order.global_batch_size, order.steps_per_epoch
     parts = [micro_batch_rows(size, accumulate, node, nodes, micro) for micro in range(accumulate)]
     columns = np.concatenate([np.arange(part.start, part.stop) for part in parts])
-    samples = order.epoch(epoch)[: steps * size].reshape(steps, size)[:, columns]
+    samples = np.stack([order.samples(epoch, step)[columns] for step in range(steps)])
     shards = np.searchsorted(np.cumsum(shard_samples), samples, side="right")
     lanes = columns // (size // order.lanes.count) if order.lanes else np.zeros_like(columns)
     stays = (lanes * len(shard_samples) + shards).reshape(-1)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.batch_transform import to_pixels
+from distill.data.fetch import is_url
 from distill.data.index import ShardIndex
 from distill.files import written_aside
 from distill.models.build import ProbedModel
@@ -152,7 +153,7 @@ class Collector:
         about = {
             "format": FORMAT,
             **facts,
-            "split": str(self.index.folder.resolve()),
+            "split": self.index.place if is_url(self.index.place) else str(Path(self.index.place).resolve()),
             "split_digest": self.index.digest,
             "class_names": list(self.index.class_names),
             "scales": scales,

@@ -10,8 +10,9 @@ from PIL import Image, ImageFile
 
 from distill.data.index import ShardIndex
 from distill.data.pixels import decode
-from distill.data.reader import BadSample, ShardLost
+from distill.data.reader import BadSample
 from distill.data.reference import read_sample
+from distill.data.store import ShardLost
 from pipelines.reporting.page import picture, thumbnail
 from pipelines.reporting.runs import Comparison
 

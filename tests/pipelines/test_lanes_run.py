@@ -83,7 +83,6 @@ def test_lanes_that_do_not_divide_among_the_nodes_are_refused_before_anything_is
         ),
         (("--data.lanes", "4"), "data.lanes and data.lane_window: set, but data.shuffle is 'global'; they belong to 'lanes'"),
         (("--data.shuffle", "lanes"), "data.lanes: 32 lanes: their number must divide the global batch size 24"),
-        ((*LANES, "--augment.repeats", "3"), "augment.repeats: 3, but lanes show every image once; say 1, or"),
         ((*LANES, "--train.accumulate", "8"), "1 nodes x accumulate 8 = 8; give 8 lanes"),
     ],
 )

@@ -42,8 +42,10 @@ and weights may move; the run's manifest makes sure that their contents did not 
 @with_config(_STRICT)
 @dataclass(frozen=True)
 class Data:
-    train: str = _changeable("folder of training shards (made by shards/prepare.py)", "data/digits/train")
-    val: str = _changeable("folder of validation shards", "data/digits/val")
+    train: str = _changeable("folder or URL of training shards (made by shards/prepare.py)", "data/digits/train")
+    val: str = _changeable("folder or URL of validation shards", "data/digits/val")
+    cache_dir: str = _changeable("remote shards: folder of a local disk for them; empty: ~/.cache/distill", "")
+    cache_limit: NonNegative = _changeable("remote shards: GB of that folder for this run; 0: what the disk has free", 0.0)
     prepare: Literal["none", "digits"] = _doc("an embedded data set to prepare beside `train` if it is not there", "none")
     loader: Literal["auto", LoaderName] = _changeable("auto: DALI where it is installed, else torch + PIL", "auto")
     decode: DecodeName = _changeable(

@@ -67,6 +67,10 @@ class Watchdog:
     def __init__(self, rank: int, world_size: int, timeout: float, exit: Callable[[int], Any] = os._exit) -> None:
         self.rank, self.world_size, self.timeout, self._exit = rank, world_size, timeout, exit
         self._step, self._phase, self._since = 0, "starting", time.monotonic()
+        self.waiting: Callable[[], str] = lambda: ""
+        """What this process waits for from outside of the run, such as a shard that is fetched, and how far that is; empty
+        where it waits for nothing."""
+        self._waited = ""
         self._peers: dict[int, tuple[Beat, float]] = {}
         self._answered = time.monotonic()
         self._ended = threading.Event()
@@ -111,15 +115,23 @@ class Watchdog:
 
     def _clock(self) -> None:
         while not self._ended.wait(min(PERIOD, self.timeout / 4)):
-            idle = time.monotonic() - self._since
+            if (waited := self.waiting()) != self._waited:  # what is waited for comes nearer
+                self._waited, self._since = waited, time.monotonic()
+            idle = min([time.monotonic() - self._since, *self._ages()])
             if idle > self.timeout and self._phase not in UNWATCHED:
                 print(f"error: {self.report(idle)}", file=sys.stderr, flush=True)
                 self._exit(1)
                 return
 
+    def _ages(self) -> list[float]:
+        """Seconds since each other process that is heard of got on: while one fetches a shard, the others wait for it."""
+        now = time.monotonic()
+        return [beat.age + now - heard for beat, heard in list(self._peers.values()) if now - heard <= SILENT]
+
     def report(self, idle: float) -> str:
         """The message of a process without progress for `idle` seconds: where it is, who is missing, where the others are."""
-        head = f"rank {self.rank}: step {self._step}, {self._phase}: no progress for {idle:.0f} s (train.timeout_minutes)"
+        what = f" ({self._waited})" if self._waited else ""
+        head = f"rank {self.rank}: step {self._step}, {self._phase}{what}: no progress for {idle:.0f} s (train.timeout_minutes)"
         if self.world_size == 1:
             return head
         silent_store = time.monotonic() - self._answered

@@ -24,6 +24,7 @@ if __name__ == "__main__":
     end_with_launcher()
 
 from distill.command_line import Parser, command, new_file, requests, whole_number
+from distill.data.cache import cache_folder
 from distill.data.decoding import DecodeName
 from distill.data.index import ShardIndex
 from distill.evaluation import evaluate
@@ -35,6 +36,7 @@ from pipelines.reporting.collect import Collector
 from pipelines.setup.arguments import add_import_option, import_files
 from pipelines.setup.data import LOADERS, create_eval_loader
 from pipelines.setup.machine import create_accelerator, leave_together, meet
+from pipelines.setup.remote import follow, plan_evaluation
 from pipelines.setup.switches import set_switches
 
 EPILOG = """
@@ -59,7 +61,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="one line per class of the data: its number among the model's; `by_number`: names are not compared",
     )
     add_import_option(parser)
-    parser.add_argument("--val", required=True, metavar="DIR", help="folder of a prepared split")
+    parser.add_argument("--val", required=True, metavar="PLACE", help="folder or URL of a prepared split")
+    parser.add_argument("--cache-dir", default="", metavar="DIR", help="data.cache_dir of a recipe, for shards of a URL")
+    parser.add_argument("--cache-limit", type=float, default=0.0, metavar="GB", help="data.cache_limit of a recipe")
     parser.add_argument("--batch-size", type=whole_number(1), default=128, metavar="N", help="images per process (%(default)s)")
     parser.add_argument(
         "--image-size", type=whole_number(0), default=0, metavar="N", help="side of the input; 0: the model's own"
@@ -110,7 +114,8 @@ def main(argv: Sequence[str]) -> None:
     with requests():
         accelerator = create_accelerator(asked.mixed_precision)
         set_switches(Train(), accelerator.device)  # a recipe's unless it says otherwise
-        index = ShardIndex.open(asked.val)
+        index = ShardIndex.open(asked.val, cache_folder(asked.cache_dir))
+        line = follow(plan_evaluation(index, asked.batch_size, asked.cache_limit, accelerator))
         probed = build_model(asked, index)
         model = probed.backbone(Needs(logits=True)).to(accelerator.device)
         collector = Collector(probed, index, asked.dump_sample, accelerator.device) if asked.dump else None
@@ -118,10 +123,11 @@ def main(argv: Sequence[str]) -> None:
         spec = dataclasses.replace(model.input_spec, crop_fraction=crop)
         how = {"loader": asked.loader, "decode": asked.decode, "threads": asked.num_threads}
         loader = create_eval_loader(index, spec, asked.batch_size, accelerator, **how)
-    if probed.remark:
-        say(accelerator, probed.remark)
+    for remark in filter(None, (probed.remark, line)):
+        say(accelerator, remark)
     figures = evaluate(model, loader, accelerator, observe=collector)
     loader.close()
+    index.store.close()
     say(
         accelerator,
         f"{asked.model}: {figures['images']} images, top-1 {figures['top1']:.3f}, top-5 {figures['top5']:.3f},"

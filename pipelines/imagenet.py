@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,7 @@ from pipelines.setup.machine import (
 )
 from pipelines.setup.models import Models
 from pipelines.setup.out_of_memory import memory_explained
+from pipelines.setup.remote import follow, plan_run
 from pipelines.setup.run_folder import RunFolder, digest
 from pipelines.setup.teacher import evaluate_teacher, teacher_recipe
 
@@ -175,6 +176,12 @@ def warn(recipe: Recipe, splits: Splits, session: Session) -> None:
         )
 
 
+def follow_shards(recipe: Recipe, splits: Splits, session: Session) -> None:
+    """Has remote shards fetched in the order of this run, and says what that takes."""
+    if line := follow(plan_run(recipe, train_order(recipe, splits.train), *splits, session.accelerator)):
+        session.say(line)
+
+
 def run_once(recipe: Recipe, folder: RunFolder, splits: Splits, session: Session) -> None:
     """Makes one run, from the objects of its recipe to its summary; it goes on where it stopped.
 
@@ -183,6 +190,7 @@ def run_once(recipe: Recipe, folder: RunFolder, splits: Splits, session: Session
     accelerator = session.accelerator
     session.watchdog.progress(0, "building")
     warn(recipe, splits, session)
+    follow_shards(recipe, splits, session)
     # 1. what is wrong with the request is found before the folder says that it holds a run
     with requests():
         run, models = build(recipe, accelerator, splits, session.control, session.watchdog.progress, session.watchdog.check)
@@ -226,11 +234,12 @@ def train_teacher(recipe: Recipe, splits: Splits, session: Session) -> Recipe:
 def execute(request: Request, session: Session) -> None:
     """The teacher's run, where the recipe asks for one, then the student's."""
     session.watchdog.progress(0, "building")
-    with RunFolder.claim(request.recipe, request.resume, session.accelerator) as folder:
+    with RunFolder.claim(request.recipe, request.resume, session.accelerator) as folder, ExitStack() as stack:
         recipe = folder.recipe
         if request.resume and not folder.resumed:  # no error: a job's queue gives the same command at its first start
             session.say(f"--resume: {folder.path} holds no run; a new one begins")
-        splits = open_splits(recipe, session.accelerator)
+        splits = stack.enter_context(closing(open_splits(recipe, session.accelerator)))
+        session.watchdog.waiting = splits.waiting
         folder.check(digests(splits))
         if folder.summary is not None and folder.summary["steps"] >= build_settings(recipe, splits.train).last_step:
             session.say(f"{folder.path}: this run is finished")

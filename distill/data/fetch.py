@@ -172,12 +172,12 @@ def _said(option: str) -> str:
 def read_object(remote: Remote, name: str) -> bytes:
     """The content of a small object, such as a manifest. Raises FetchError."""
     with tempfile.TemporaryFile() as file:
-        remote.fetch(name, retried(lambda: remote.facts(name), f"{remote.url}/{name}"), file.fileno(), Trip())
+        remote.fetch(name, retried(lambda: remote.facts(name)), file.fileno(), Trip())
         file.seek(0)
         return file.read()
 
 
-def retried(action: Callable[[], Result], what: str, stop: threading.Event | None = None) -> Result:
+def retried(action: Callable[[], Result], stop: threading.Event | None = None) -> Result:
     """The result of `action`, tried again while the store is busy, `TRIES` times in all. Raises Busy after the last."""
     stop = stop or threading.Event()
     for attempt in range(1, TRIES):
@@ -188,9 +188,9 @@ def retried(action: Callable[[], Result], what: str, stop: threading.Event | Non
             if seconds is None:
                 seconds = BACKOFF * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
             seconds = min(seconds, LONGEST_WAIT)
-            logger.warning("%s: %s; try %d of %d in %.1f s", what, error, attempt + 1, TRIES, seconds)
+            logger.warning("%s; try %d of %d in %.1f s", error, attempt + 1, TRIES, seconds)
             if stop.wait(seconds):
-                raise FetchError(f"{what}: stopped") from error
+                raise FetchError(f"{error}; stopped") from error
     return action()
 
 
@@ -205,14 +205,14 @@ def fetch_parts(
     def whole(start: int, end: int) -> bytes:
         data = part(start, end)
         if len(data) != end - start:
-            raise Busy(f"{len(data)} bytes came instead of {end - start}")
+            raise Busy(f"{what}: {len(data)} bytes came of {start} to {end}")
         return data
 
     def fetch(start: int) -> None:
         if trip.stop.is_set():
             raise FetchError(f"{what}: stopped")
         end = min(start + PART, size)
-        data = retried(lambda: whole(start, end), f"{what}, bytes {start} to {end}", trip.stop)
+        data = retried(lambda: whole(start, end), trip.stop)
         write_all(file, data, start)
         trip.advance(len(data))
 
@@ -289,7 +289,7 @@ class HttpRemote:
             try:
                 return answer.read(end - start)
             except (OSError, http.client.HTTPException) as error:
-                raise Busy(f"the answer broke off ({error!r})") from error
+                raise Busy(f"{self.url}/{name}: the answer broke off ({error!r})") from error
 
     def _answer(self, name: str, method: str, headers: dict[str, str], known: Facts | None = None) -> Any:
         url = f"{self.url}/{urllib.parse.quote(name)}"
@@ -436,7 +436,7 @@ class PipeRemote:
 
     def fetch(self, name: str, facts: Facts, file: int, trip: Trip) -> None:
         """The command's output from its beginning; after a failure the command runs again."""
-        retried(lambda: self._copy(name, facts.size, file, trip), f"{self.url} for {name}", trip.stop)
+        retried(lambda: self._copy(name, facts.size, file, trip), trip.stop)
 
     def _copy(self, name: str, size: int, file: int, trip: Trip) -> None:
         trip.advance(-trip.arrived)

@@ -72,7 +72,7 @@ class HubRemote:
                 # no bars: eight processes would write theirs over each other
                 http_get(url, target, headers=build_hf_headers(), expected_size=size, tqdm_class=bar)
 
-        retried(lambda: self._asked(name, copy), f"{self.url}/{name}", trip.stop)
+        retried(lambda: self._asked(name, copy), trip.stop)
 
     def _address(self, name: str, revision: str) -> str:
         path = "/".join(filter(None, [self._folder, name]))

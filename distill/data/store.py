@@ -164,6 +164,10 @@ class CachedStore:
         """Fetches ahead and evicts by a schedule from now on, in `limit` bytes."""
         self._schedule, self.limit = schedule, limit
 
+    def held_bytes(self) -> int:
+        """Bytes that the split's folder in the cache holds now."""
+        return self._used() if self.folder.is_dir() else 0
+
     def path(self, shard: int) -> Path:
         """The shard's file in the cache, whether it is there or not."""
         return self.folder / f"{shard:05d}.tar"
@@ -250,10 +254,10 @@ class CachedStore:
             raise ValueError(str(error)) from error
 
     def _facts(self, shard: ShardInfo) -> Facts:
-        return retried(lambda: self.remote.facts(shard.name), f"{self.remote.url}/{shard.name}")
+        return retried(lambda: self.remote.facts(shard.name))
 
     def _listing(self) -> dict[str, Facts] | None:
-        return retried(self.remote.listing, self.remote.url)
+        return retried(self.remote.listing)
 
     def _compare(self, shard: ShardInfo, found: Facts | None) -> None:
         if found is None:
@@ -266,8 +270,13 @@ class CachedStore:
             raise replaced(f"{self.remote.url}/{shard.name}", known, found)
 
     def _progress(self, shard: int, trip: Trip | None) -> str:
-        of = f"shard {self.where(shard)}, {{}} of {self._shards[shard].bytes / 1e6:.1f} MB"
-        return of.format(f"{trip.arrived / 1e6:.1f}") if trip is not None else of.format("?") + ", another process fetches it"
+        size = f"{self._shards[shard].bytes / 1e6:.1f} MB"
+        if trip is not None:
+            return f"shard {self.where(shard)}, {trip.arrived / 1e6:.1f} of {size}"
+        with suppress(FileNotFoundError):
+            written = time.strftime("%X", time.localtime((self.folder / f"{shard:05d}{PART_FILE}").stat().st_mtime))
+            return f"shard {self.where(shard)} of {size}, which another process fetches: a part came at {written}"
+        return f"shard {self.where(shard)} of {size}, which another process fetches"
 
     def _open_present(self, shard: int) -> int | None:
         path = self.path(shard)
@@ -369,9 +378,9 @@ class CachedStore:
                 return
 
     def _used(self) -> int:
-        """Bytes of the split's files in the cache, without what a killed process left of a download."""
+        """Bytes of the split's shards in the cache, without what a killed process left of a download."""
         used = 0
-        for path in self.folder.iterdir():
+        for path in self.folder.glob("*.tar*"):  # the index of a split at a URL lies there too, and stays
             with suppress(FileNotFoundError):
                 if path.name.endswith(PART_FILE):
                     with self._locked(f"{path.name.removesuffix(PART_FILE)}.lock", wait=False) as lock:

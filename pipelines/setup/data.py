@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 
 from distill.batch_transform import BatchTransform, check_pairs
 from distill.config import RecipeError
+from distill.data.cache import cache_folder
 from distill.data.dali import DaliLoader
 from distill.data.dali_graph import DecodeMode, dali_available
 from distill.data.decoding import DecodeName, Decoding, choose_decoding
@@ -27,6 +28,7 @@ from distill.protocols import DataFacts, InputSpec, Loader
 from distill.recipe import Data, Recipe
 from pipelines.setup.machine import micro_batch_of, num_nodes, num_threads
 from pipelines.setup.models import Models
+from pipelines.setup.remote import plan_run
 
 logger = logging.getLogger("distill.data")
 
@@ -40,6 +42,15 @@ class Splits(NamedTuple):
     train: ShardIndex
     val: ShardIndex
 
+    def waiting(self) -> str:
+        """The remote shards that this process waits for, in words; empty where it waits for none."""
+        return "; ".join(filter(None, (index.store.waiting() for index in self)))
+
+    def close(self) -> None:
+        """Ends the downloads of remote shards."""
+        for index in self:
+            index.store.close()
+
 
 def build_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
     """Both indexes, checked against their shards and each other; prepares the embedded data set where the recipe asks."""
@@ -50,7 +61,8 @@ def build_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
 
         with accelerator.main_process_first():
             prepare_digits(root)
-    train, val = ShardIndex.open(Path(recipe.data.train)), ShardIndex.open(Path(recipe.data.val))
+    cache = cache_folder(recipe.data.cache_dir)
+    train, val = ShardIndex.open(recipe.data.train, cache), ShardIndex.open(recipe.data.val, cache)
     if train.class_names != val.class_names:
         raise RecipeError(
             f"data: {recipe.data.train} has {train.num_classes} classes and {recipe.data.val} has {val.num_classes},"
@@ -59,6 +71,7 @@ def build_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
     order = train_order(recipe, train)  # a batch that the images do not fill is refused before models are built
     if order.lanes:
         check_node_lanes(recipe, order.lanes, train, num_nodes(accelerator.num_processes))
+    plan_run(recipe, order, train, val, accelerator)  # a cache without the room for it is refused too
     return Splits(train, val)
 
 
@@ -89,7 +102,7 @@ def check_node_lanes(recipe: Recipe, lanes: Lanes, train: ShardIndex, nodes: int
     found, chance = classes_per_shard(train.labels, lanes.shard_samples, train.num_classes)
     if found < LEAST_MIXED * chance:
         raise RecipeError(
-            f"data.shuffle: lanes mix a few shards only, and those of {train.folder} are sorted by class: {found:.1f} classes"
+            f"data.shuffle: lanes mix a few shards only, and those of {train.place} are sorted by class: {found:.1f} classes"
             f" in a shard, {chance:.1f} if they were mixed; say --data.shuffle global, or write mixed shards with"
             " `python shards/prepare.py folder`"
         )

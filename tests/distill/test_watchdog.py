@@ -71,3 +71,25 @@ def test_a_host_that_waits_for_the_device_learns_which_process_died(tmp_path: Pa
         rank.join(120)
         rank.kill()
     assert said.read_text().startswith("step 7, optimiser step: gone: rank 1; the last checkpoint is intact")
+
+
+def test_a_process_whose_shard_comes_nearer_is_let_wait_and_so_are_those_that_wait_for_it():
+    """A shard of 140 MB over a slow line takes longer than the time-out; the step of the others stands still meanwhile."""
+    ended, arrived = [], [0]
+
+    def waiting() -> str:
+        arrived[0] += arrived[0] < 12
+        return f"shard 7, {arrived[0]} of 12 MB"
+
+    watchdog = distill.watchdog.Watchdog(0, 1, timeout=0.4, exit=lambda code: ended.append(arrived[0]))
+    other = distill.watchdog.Watchdog(1, 2, timeout=0.4)
+    watchdog.waiting = waiting
+    watchdog.progress(3, "waiting for data")
+    other._peers[0] = (distill.watchdog.Beat(3, "waiting for data", 0.1, 1), time.monotonic())
+    assert other._ages()[0] < 0.4
+    watchdog.start()
+    while not ended:
+        time.sleep(0.05)
+    watchdog.close()
+    assert ended == [12], "it looks every 0.1 s: 12 looks are thrice the time-out"
+    assert "waiting for data (shard 7, 12 of 12 MB)" in watchdog.report(0.5)

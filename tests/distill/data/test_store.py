@@ -451,9 +451,9 @@ def test_a_shard_that_is_waited_for_is_named_with_what_has_come_of_it(
     end = time.monotonic() + 20
     while not (index.store.waiting() and other.store.waiting()) and time.monotonic() < end:
         time.sleep(0.01)
-    name = f"shard {server.url}/shards/{local.shards[1].name}, "
-    assert index.store.waiting().startswith(name + "0.0 of 0.")
-    assert other.store.waiting() == name + f"? of {local.shards[1].bytes / 1e6:.1f} MB, another process fetches it"
+    where, size = f"shard {server.url}/shards/{local.shards[1].name}", f"{local.shards[1].bytes / 1e6:.1f} MB"
+    assert index.store.waiting() == f"{where}, 0.0 of {size}"
+    assert other.store.waiting().startswith(f"{where} of {size}, which another process fetches: a part came at ")
     server.slow.set()
     for thread in threads:
         thread.join()

@@ -6,7 +6,6 @@ import hashlib
 import json
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from distill.data.index import RECORD, ShardInfo, member_key
 from distill.data.reader import BadSample, check_bytes
 from shards.images import Unclean, clean_image
 from shards.jobs import IndexJob, ShardResult, read_marker, write_marker
+from shards.remote import opened_shard
 from shards.tarwalk import BrokenTar, Member, walk_tar
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "jfif", "jpe", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "jp2", "avif", "img", "image")
@@ -38,19 +38,18 @@ def index_shard(job: IndexJob) -> ShardResult:
     done = read_marker(job)
     if done is not None:
         return done
-    path = Path(job.path)
     sha = hashlib.sha256()
     rows: list[tuple[int, ...]] = []
     quarantine: list[dict[str, Any]] = []
     notes: list[dict[str, Any]] = []
-    with path.open("rb") as file:
+    with opened_shard(job) as file:
         while block := file.read(1 << 20):
             sha.update(block)
         size = file.tell()
         try:
             samples, repeated, hidden = _samples(list(walk_tar(file, marked=False)))
         except BrokenTar as error:
-            raise BrokenTar(f"{path}: {error}; fetch or write the shard again") from error
+            raise BrokenTar(f"{job.path}: {error}; fetch or write the shard again") from error
         for key, members in samples.items():
             told: dict[str, Any] = {"key": key, "source": job.path}
             try:
@@ -69,7 +68,8 @@ def index_shard(job: IndexJob) -> ShardResult:
             notes.extend({**told, "note": several} for _ in range(several is not None))
             rows.append((image.offset, job.number, image.size, label, crc32, *clean.size))
     quarantine += [{"key": key, "source": job.path, "reason": "another sample before it has this key"} for key in repeated]
-    shard = ShardInfo(job.name, len(rows), size, sha.hexdigest())
+    _, etag, version = (size, "", "") if job.remote is None else job.remote.facts
+    shard = ShardInfo(job.name, len(rows), size, sha.hexdigest(), etag, version)
     result = ShardResult(job.number, shard, size, len(samples) + len(repeated), quarantine, notes, _counted(hidden))
     write_marker(job, result, np.array(rows, RECORD))
     return result

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.data.fetch import Facts
 from distill.data.index import RECORD, ShardInfo
 from distill.files import json_bytes, write_atomically
 from shards.items import Item
@@ -31,6 +32,14 @@ class ShardJob:
     quality: int = 90
 
 
+class RemoteShard(NamedTuple):
+    """Where a remote shard is: the store's URL and options, and what it says of the object."""
+
+    root: str
+    options: Mapping[str, str]
+    facts: Facts
+
+
 @dataclass(frozen=True)
 class IndexJob:
     """Everything that indexes one existing shard."""
@@ -47,6 +56,8 @@ class IndexJob:
     """The field of the image; None looks for one of the usual names."""
     class_names: tuple[str, ...] | None = None
     """Names by class number; None where nobody says them."""
+    remote: RemoteShard | None = None
+    """None for a file at `path`, which is a URL otherwise."""
 
 
 Job = ShardJob | IndexJob
@@ -79,11 +90,20 @@ def read_marker(job: Job) -> ShardResult | None:
         content = json.loads(_marker_path(job).read_text())
         result = ShardResult(**{**content, "shard": ShardInfo(**content["shard"])})
         rows = rows_path(Path(job.folder), job.number).stat().st_size  # an earlier version's rows are shorter
-        expected = (job.name, result.shard.bytes, result.shard.samples * RECORD.itemsize)
-        finished = (result.shard.name, shard_path(job).stat().st_size, rows) == expected
+        expected = (job.name, *_facts(result.shard), result.shard.samples * RECORD.itemsize)
+        finished = (result.shard.name, *_facts(job), rows) == expected
     except FileNotFoundError:
         return None
     return result if finished else None
+
+
+def _facts(found: Job | ShardInfo) -> Facts:
+    """The shard as it is now, or as it was indexed."""
+    if isinstance(found, ShardInfo):
+        return Facts(found.bytes, found.etag, found.version)
+    if isinstance(found, IndexJob) and found.remote is not None:
+        return found.remote.facts
+    return Facts(shard_path(found).stat().st_size)
 
 
 def write_marker(job: Job, result: ShardResult, records: NDArray[np.void]) -> None:

@@ -22,6 +22,7 @@ if __name__ == "__main__":
     end_at_interrupt()
 
 from distill.command_line import Parser, command, percent, requests, whole_number
+from distill.data.fetch import is_url, remote_of, retried
 from distill.data.index import ShardIndex
 from shards.archives import cifar_source, cub200_source, imagenet_source
 from shards.folders import folder_source, kaggle_source
@@ -44,6 +45,7 @@ EPILOG = """examples:
   python shards/prepare.py folder --source images --out data/mine --shards 16 --workers 4
   python shards/prepare.py imagenet --source archives --out data/imagenet --workers 16
   python shards/prepare.py wds --source imagenet-1k-wds --out data/imagenet
+  python shards/prepare.py wds --source hf://datasets/timm/imagenet-1k-wds --out data/imagenet --workers 8
   python shards/prepare.py verify data/mine --full
 A source with several splits gives DIR/train and DIR/val, one with a single split gives it in DIR.
 Started again after a stop, it makes only what is missing. Exit code: 0 done, 1 failed (or defects found), 2 bad request."""
@@ -191,10 +193,14 @@ def _index(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _left_out(source: Path, found: Sequence[SplitSummary]) -> list[str]:
+def _left_out(source: Path | str, found: Sequence[SplitSummary]) -> list[str]:
     """A remark where shards are in no split: those that no pattern takes, or that `_info.json` does not name."""
     taken = {name for each in found for name in each.shard_names}
-    left = sorted(name for path in source.rglob("*.tar") if (name := path.relative_to(source).as_posix()) not in taken)
+    if isinstance(source, str):
+        names = retried(remote_of(source).listing) or {}
+        left = sorted(name for name in names if name.endswith(".tar") and name not in taken)
+    else:
+        left = sorted(name for path in source.rglob("*.tar") if (name := path.relative_to(source).as_posix()) not in taken)
     return [f"in no split: {len(left):,} shards, such as {left[0]}; --split takes more"] if left else []
 
 
@@ -278,7 +284,8 @@ def _parser() -> Parser:
         _add_options(source := _add_source(commands, name, text, metavar))
         if name == "folder":
             _add_folder_options(source)
-    wds = _add_source(commands, "wds", "existing WebDataset shards: indexed and verified, not changed", "FOLDER")
+    told = "existing WebDataset shards: indexed and verified, not changed"
+    wds = _add_source(commands, "wds", told, "PLACE", kind=place, where="folder or URL where they lie; a URL is read once")
     wds.add_argument(
         "--split",
         action="append",
@@ -307,10 +314,17 @@ def _parser() -> Parser:
     return parser
 
 
-def _add_source(commands: Any, name: str, text: str, metavar: str) -> argparse.ArgumentParser:
+def place(text: str) -> Path | str:
+    """A folder, or the text of a URL."""
+    return text if is_url(text) else Path(text)
+
+
+def _add_source(
+    commands: Any, name: str, text: str, metavar: str, kind: Callable[[str], Any] = Path, where: str = "where it lies"
+) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     if metavar:
-        parser.add_argument("--source", type=Path, required=True, metavar=metavar, help="where it lies")
+        parser.add_argument("--source", type=kind, required=True, metavar=metavar, help=where)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the splits go")
     parser.add_argument("--workers", type=whole_number(1), default=1, metavar="N", help="processes (%(default)s)")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where shards are made (%(default)s)")

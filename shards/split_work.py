@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from distill.data.fetch import is_url, store_options
 from distill.data.index import MANIFEST, ShardIndex, read_manifest
 from distill.files import json_bytes, locked, write_atomically
 from shards.jobs import PARTS, Job, ShardJob, ShardResult, read_marker
@@ -103,7 +104,7 @@ def finish(
     """
     folder = work.folder
     if made is None:
-        return _summary(work.name, folder, made=0)
+        return _summary(work, made=0)
     quarantine, notes = write_reports(folder, made.results, work.refused)
     kept = sum(result.shard.samples for result in made.results)
     try:
@@ -121,12 +122,13 @@ def finish(
         "ignored": dict(ignored),
         "quarantined": len(quarantine),
         "noted": len(notes),
+        **({"store": options} if (options := store_options(work.root)) else {}),
     }
     records = read_records(folder, made.results)
     if renumber:
         records["label"] = np.searchsorted(np.array(class_names, np.int64), records["label"])
     finish_split(folder, made.results, records, class_names, extra, work.root)
-    return _summary(work.name, folder, made=made.now)
+    return _summary(work, made=made.now)
 
 
 def _run(
@@ -193,11 +195,12 @@ def held(out: Path) -> IO[str]:
         raise Refused(f"{out}: another preparation is writing there; wait for it, or give another --out") from error
 
 
-def _summary(name: str, folder: Path, made: int) -> SplitSummary:
-    index = ShardIndex.open(folder)
+def _summary(work: SplitWork, made: int) -> SplitSummary:
+    folder = work.folder
+    index = ShardIndex.load(folder) if is_url(work.root) else ShardIndex.open(folder)
     counts = np.bincount(index.records["label"], minlength=index.num_classes)
     return SplitSummary(
-        name=name,
+        name=work.name,
         folder=folder,
         samples=index.num_samples,
         class_names=index.class_names,

@@ -14,6 +14,7 @@ WORD = re.compile(r"(train|training|val|valid|validation|test|testing|eval|evalu
 INFO_NAMES = ("_info.json", "info.json")
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 """The first bytes of a compressed file, whatever its name -> the command that unpacks it."""
+COMPRESSED_NAMES = (".tgz", ".gz", ".bz2", ".xz", ".zst")
 ASSIGN = "assign them with --split train=PATTERN --split val=PATTERN"
 
 
@@ -51,7 +52,7 @@ def find_splits(source: Path, asked: Mapping[str, str] | None = None) -> dict[st
 def _all_shards(source: Path) -> list[Path]:
     shards = sorted(source.rglob("*.tar"))
     if not shards:
-        packed = sorted(path for path in source.rglob("*") if path.suffix in (".tgz", ".gz", ".bz2", ".xz", ".zst"))
+        packed = sorted(path for path in source.rglob("*") if path.suffix in COMPRESSED_NAMES)
         for path in packed:
             _refuse_compressed(path)
         raise ValueError(f"{source}: no .tar files in it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.data.fetch import is_url
 from distill.data.index import MANIFEST, ShardIndex, ShardInfo, member_key
 from distill.data.order import permutation
+from distill.data.store import ShardLost
 from distill.seeds import derive_seed
 from shards.existing import label_text
 from shards.images import Unclean, clean_image
@@ -54,6 +57,12 @@ def verify_split(folder: Path, decodes: int | None) -> Iterator[str]:
         rows = slice(first, first + shard.samples)
         first = rows.stop
         path = index.shard_path(number)
+        try:
+            os.close(index.store.open(number))  # a remote shard is fetched; of a file that is missing more is said below
+        except ShardLost as error:
+            if is_url(index.store.where(number)):
+                yield str(error)
+                continue
         for defect in _verify_shard(path, number, shard, index.records[rows], chosen[rows], index.class_names):
             yield f"{path}: {defect}"
 

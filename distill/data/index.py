@@ -117,6 +117,7 @@ class ShardIndex:
         """
         index = cls.load(place, cache)
         if isinstance(index.store, CachedStore):
+            check_cache(index.store.folder.parent)
             index.store.check()
         else:
             index._check_sizes()
@@ -235,7 +236,6 @@ class ShardIndex:
             remote = remote_of(root, self.manifest.get("store"))
         else:
             remote = _below(self.place, root)
-        check_cache(cache)
         return CachedStore(remote, self.shards, cache / self.digest, self._check_samples)
 
     def _check_sizes(self) -> None:

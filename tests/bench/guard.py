@@ -3,11 +3,11 @@
     python -m tests.bench.guard [--record] [--only TEXT]
 
 Every figure is a ratio of two things measured in turn on the same machine, by CPU time, smaller is better: each loss over its
-straightforward version (time and memory), the step over its models alone, and the data path over its reference and over the
-webdataset package. What seems worse is measured again before it is called so. `--record` measures everything several times and
-writes the medians, with tolerances that follow from their spread, to tests/bench/ratios.json. `--only TEXT` measures what
-has TEXT in its name and leaves the records of all else as they are. Exit codes: 0 nothing got worse, 1 something did, 2 the
-request was wrong.
+straightforward version (time and memory), the step over its models alone, the data path over its reference and over the
+webdataset package, and the reading of a local split over its reads and checks. What seems worse is measured again before it is
+called so. `--record` measures everything several times and writes the medians, with tolerances that follow from their spread,
+to tests/bench/ratios.json. `--only TEXT` measures what has TEXT in its name and leaves the records of all else as they are.
+Exit codes: 0 nothing got worse, 1 something did, 2 the request was wrong.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -29,6 +30,8 @@ from sklearn.datasets import load_sample_images
 
 from distill.command_line import Parser, command
 from distill.config import RecipeError
+from distill.data.index import ShardIndex
+from distill.data.reader import SampleReader, check_bytes
 from pipelines.measure.report import Report
 from shards.prepare import main as prepare
 from tests.bench.data import OURS
@@ -85,6 +88,32 @@ def data_ratios(folder: Path) -> Ratios:
     return {f"data path: over {title}": rates[peer] / rates[OURS] for title, peer in PEERS.items()}
 
 
+def reading_ratio(folder: Path, rounds: int = 9) -> Ratios:
+    """CPU time of the reader of a local split over that of the reads and checks alone, which no reader can leave out."""
+    index = ShardIndex.open(folder / "photos" / "train")
+    reader, rows = SampleReader(index), [record.item()[:5] for record in index.records]
+    files = [os.open(index.shard_path(shard), os.O_RDONLY) for shard in range(len(index.shards))]
+
+    def bare() -> None:
+        for offset, shard, size, _, crc32 in rows:
+            check_bytes(os.pread(files[shard], size, offset), crc32)
+
+    def ours() -> None:
+        for sample in range(len(rows)):
+            reader.read(sample)
+
+    ratios = []
+    for _ in range(rounds):
+        seconds = []
+        for work in (bare, ours):
+            started = time.process_time()
+            for _ in range(10):
+                work()
+            seconds.append(time.process_time() - started)
+        ratios.append(seconds[1] / seconds[0])
+    return {"local reading: over its reads and checks": statistics.median(ratios)}
+
+
 def run(line: Sequence[str], folder: Path) -> str:
     """The output of a command of ours on one thread. Raises RuntimeError with its errors where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
@@ -117,6 +146,7 @@ def measurements(folder: Path, only: str = "") -> list[Callable[[], Ratios]]:
     losses = {case.loss: lambda case=case: loss_ratios(case) for case in cases(quick=True) if case.loss not in METHODS}
     steps = {f"step, {name}": lambda name=name: step_ratios(name, folder) for name in STEPS}
     pieces: dict[str, Callable[[], Ratios]] = {**losses, **steps, "data path": lambda: data_ratios(folder)}
+    pieces["local reading"] = lambda: reading_ratio(folder)
     chosen = [piece for name, piece in pieces.items() if only in name]
     if not chosen:
         raise RecipeError(f"--only {only}: nothing has this in its name; there are {', '.join(pieces)}")

@@ -30,6 +30,8 @@ class ShardJob:
     items: Sequence[Item]
     resize_short: int | None = None
     quality: int = 90
+    upload: str = ""
+    """The URL that the shard goes to when it is made; empty for none."""
 
 
 class RemoteShard(NamedTuple):
@@ -91,7 +93,8 @@ def read_marker(job: Job) -> ShardResult | None:
         result = ShardResult(**{**content, "shard": ShardInfo(**content["shard"])})
         rows = rows_path(Path(job.folder), job.number).stat().st_size  # an earlier version's rows are shorter
         expected = (job.name, *_facts(result.shard), result.shard.samples * RECORD.itemsize)
-        finished = (result.shard.name, *_facts(job), rows) == expected
+        uploaded = isinstance(job, ShardJob) and job.upload and result.shard.etag  # and has no local file any more
+        finished = (result.shard.name, *_facts(result.shard if uploaded else job), rows) == expected
     except FileNotFoundError:
         return None
     return result if finished else None
@@ -109,6 +112,11 @@ def _facts(found: Job | ShardInfo) -> Facts:
 def write_marker(job: Job, result: ShardResult, records: NDArray[np.void]) -> None:
     """Declares the job done: its index rows, then the marker last."""
     write_atomically(rows_path(Path(job.folder), job.number), records.tobytes())
+    write_mark(job, result)
+
+
+def write_mark(job: Job, result: ShardResult) -> None:
+    """Writes the marker of a job whose index rows are there."""
     write_atomically(_marker_path(job), json_bytes(asdict(result)))
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distill.data.index import ShardIndex
+from distill.data.fetch import FetchError, read_object, retried
+from distill.data.index import INDEX, MANIFEST, ShardIndex, parse_manifest
 from distill.data.order import permutation
 from distill.files import json_bytes, write_atomically
 from distill.seeds import derive_seed
 from shards.items import Source
-from shards.jobs import ShardJob
+from shards.jobs import PARTS, ShardJob
 from shards.refusals import MAX_REFUSED
-from shards.split_work import SplitSummary, SplitWork, finish, held, make_shards, split_folders
+from shards.split_work import PLAN, Refused, SplitSummary, SplitWork, finish, held, make_shards, split_folders
+from shards.upload import bucket, put
 from shards.workers import Runner, run_jobs
+from shards.writer import NOTES, QUARANTINE
 
 INFO = "_info.json"
 SHARD_SIZE = 1250
@@ -46,8 +49,11 @@ def prepare(
     run: Runner = run_jobs,
     progress: bool = True,
     max_refused: float = MAX_REFUSED,
+    upload: str = "",
 ) -> list[SplitSummary]:
     """Shards, index and manifest of every split of the source below `out`; what is there of the same plan is kept.
+
+    upload: a URL to which each shard goes when it is made, and is then not kept in `out`; index and manifest go there too.
 
     One split alone lies in `out` itself, several in `out/NAME`. Raises Refused where `out` holds something else, OSError and
     SourceChanged where source or disk fail, and TooManyRefused where a split keeps no image, or refuses more than the share
@@ -58,14 +64,46 @@ def prepare(
         jobs = split_jobs(source, name, folder, options)
         split = source.splits[name]
         plan = describe_plan(source, name, options)
-        works.append(SplitWork(name, folder, plan, jobs, split.ignored, split.refused))
+        root = "." if not upload else upload if folder == out else f"{upload}/{name}"
+        jobs = [replace(job, upload=root) for job in jobs] if upload else jobs
+        works.append(SplitWork(name, folder, plan, jobs, split.ignored, split.refused, root))
     with held(out):
+        for work in works if upload else []:
+            _check_bucket(work)
         summaries = []
         for work in works:
             results = make_shards(work, run, progress)
             summaries.append(finish(work, results, source.splits[work.name].class_names, max_refused))
         _write_info(out, {work.name: work.folder for work in works})
+        for work in works if upload else []:
+            _upload_split(work)
+        if upload:
+            put(bucket(upload), INFO, out / INFO)
     return summaries
+
+
+def _check_bucket(work: SplitWork) -> None:
+    """Raises Refused where another split lies at the place of this one, or shards that no preparation here made."""
+    try:
+        remote = bucket(work.root)
+        found = retried(remote.listing)
+        if MANIFEST in found and parse_manifest(work.root, read_object(remote, MANIFEST)).get("plan") != work.plan:
+            raise Refused(f"{work.root}: holds another split; give another --out, or remove that one")
+    except FetchError as error:
+        raise ValueError(str(error)) from error
+    begun = (work.folder / PARTS / PLAN).exists() or (work.folder / MANIFEST).exists()
+    if foreign := [job.name for job in work.jobs if job.name in found and MANIFEST not in found and not begun]:
+        raise Refused(
+            f"{work.root}/{foreign[0]}: is there, and no preparation here says that it made it; give another --out, or"
+            " remove it"
+        )
+
+
+def _upload_split(work: SplitWork) -> None:
+    """Uploads reports and index of a finished split, and its manifest last. Raises FetchError."""
+    remote = bucket(work.root)
+    for name in (QUARANTINE, NOTES, INDEX, MANIFEST):
+        put(remote, name, work.folder / name)
 
 
 def split_jobs(source: Source, name: str, folder: Path, options: Options) -> list[ShardJob]:
@@ -118,7 +156,7 @@ def _write_info(out: Path, folders: dict[str, Path]) -> None:
     """The description of the splits that timm's `wds/` reader looks for."""
     splits = {}
     for name, folder in folders.items():
-        shards = ShardIndex.open(folder).shards
+        shards = ShardIndex.load(folder).shards
         splits[name] = {
             "name": name,
             "filenames": [(folder / shard.name).relative_to(out).as_posix() for shard in shards],

@@ -36,6 +36,7 @@ from shards.sources import digits_source
 from shards.split_work import SplitSummary, split_folders
 from shards.splits import parse_assignments, split_of, split_word
 from shards.tarwalk import BrokenTar
+from shards.upload import stage_of
 from shards.verify import find_split_folders, unfinished_splits, verify_split
 from shards.workers import Runner, WorkersLost, run_jobs, run_jobs_on_ray
 from shards.writer import QUARANTINE
@@ -102,7 +103,8 @@ def main(argv: Sequence[str]) -> int:
 def _check_files(parsed: argparse.Namespace) -> None:
     """ValueError where an option names a file that cannot be read, or a place where nothing can be written."""
     given = vars(parsed)
-    if (out := given.get("out")) is not None and (file := next((p for p in (out, *out.parents) if p.is_file()), None)):
+    out = given.get("out")
+    if isinstance(out, Path) and (file := next((p for p in (out, *out.parents) if p.is_file()), None)):
         raise ValueError(f"--out {out}: {file} is a file; give a folder, which is made where there is none")
     if (sheet := given.get("sheet")) is not None and (sheet.is_dir() or not sheet.resolve().parent.is_dir()):
         raise ValueError(f"--sheet {sheet}: no file can be written there; give a file in a folder that exists")
@@ -120,11 +122,14 @@ def _prepare(parsed: argparse.Namespace) -> int:
     _refuse_empty(source, parsed)
     given = {name: getattr(parsed, name) for name in Options.__dataclass_fields__}
     options = Options(**{name: value for name, value in given.items() if value is not None})
+    url = parsed.out.rstrip("/") if isinstance(parsed.out, str) else ""
+    out = stage_of(url) if url else parsed.out
     if parsed.dry_run:
-        _print_plan(source, parsed.out, options)
+        _print_plan(source, out, options)
         return 0
-    summaries = prepare(source, parsed.out, options, _runner(parsed), max_refused=parsed.max_refused / 100)
-    _print_summaries(summaries, source.remarks, time.monotonic() - started)
+    summaries = prepare(source, out, options, _runner(parsed), max_refused=parsed.max_refused / 100, upload=url)
+    uploaded = [f"uploaded to {url}; index and reports stay in {out}"] if url else []
+    _print_summaries(summaries, [*source.remarks, *uploaded], time.monotonic() - started)
     return 0
 
 
@@ -159,9 +164,11 @@ def _refuse_empty(source: Source, parsed: argparse.Namespace) -> None:
             )
 
 
-def _refuse_inside(source: Path, out: Path) -> None:
+def _refuse_inside(source: Path, out: Path | str) -> None:
     """Output among the classes would be a class when the preparation is started again."""
     names = os.listdir(source) if source.is_dir() else []
+    if isinstance(out, str):
+        return
     words = [name for name in names if split_word(name)]
     roots = [source / name for name in words] if any(split_of(name.lower()) == "train" for name in words) else [source]
     if any(out.resolve().is_relative_to(root.resolve()) for root in roots):
@@ -178,6 +185,10 @@ def _runner(parsed: argparse.Namespace) -> Runner:
 
 def _index(parsed: argparse.Namespace) -> int:
     started = time.monotonic()
+    if isinstance(parsed.out, str):
+        raise ValueError(
+            f"--out {parsed.out}: index and manifest of existing shards go into a folder; copy that where you want it"
+        )
     reading = Reading(
         splits=parse_assignments(parsed.split),
         image=parsed.image,
@@ -325,7 +336,9 @@ def _add_source(
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     if metavar:
         parser.add_argument("--source", type=kind, required=True, metavar=metavar, help=where)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the splits go")
+    parser.add_argument(
+        "--out", type=place, required=True, metavar="DIR", help="where the splits go; s3://, gs:// or az:// too"
+    )
     parser.add_argument("--workers", type=whole_number(1), default=1, metavar="N", help="processes (%(default)s)")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where shards are made (%(default)s)")
     parser.add_argument(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shards.existing import index_shard
 from shards.jobs import Job, ShardJob, ShardResult
+from shards.upload import upload_shard
 from shards.writer import write_shard
 
 ATTEMPTS = 3
@@ -27,8 +28,11 @@ class WorkersLost(RuntimeError):
 
 
 def run_job(job: Job) -> ShardResult:
-    """Makes or indexes one shard."""
-    return write_shard(job) if isinstance(job, ShardJob) else index_shard(job)
+    """Makes one shard, and uploads it where that is asked, or indexes one."""
+    if not isinstance(job, ShardJob):
+        return index_shard(job)
+    result = write_shard(job)
+    return upload_shard(job, result) if job.upload else result
 
 
 def run_jobs(jobs: Sequence[Job], workers: int = 1) -> Iterator[ShardResult]:

@@ -22,6 +22,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 from distill.children import last_error
@@ -360,6 +361,11 @@ class ObjectRemote:
         """In parts, each only if the object has still the ETag of `facts`, of the version of `facts`."""
         what = f"{self.url}/{name}"
         fetch_parts(lambda start, end: self._part(name, start, end, facts), what, facts.size, file, trip)
+
+    def put(self, name: str, path: Path) -> Facts:
+        """Uploads a file, a large one in parts; what the store says of it then. Raises FetchError."""
+        self._asked(name, lambda: self._obstore.put(self._store, name, path))
+        return self.facts(name)
 
     def _part(self, name: str, start: int, end: int, facts: Facts) -> bytes:
         options: dict[str, Any] = {"range": (start, end)}

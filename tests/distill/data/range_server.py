@@ -33,6 +33,19 @@ class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
+    def do_PUT(self) -> None:
+        server, path = self.server, unquote(urlsplit(self.path).path)
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        with server.lock:
+            fault = server.always or (server.uploads.popleft() if server.uploads else "")
+            server.log.append((self.command, path, "", fault))
+        if fault:
+            return self.answer(int(fault), b"no")
+        file = server.folder / path.strip("/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+        return self.answer(200, b"", ETag=server.etag(file))
+
     def do_GET(self) -> None:
         server, path = self.server, unquote(urlsplit(self.path).path)
         asked = self.headers.get("Range", "")
@@ -122,6 +135,8 @@ class RangeServer(ThreadingHTTPServer):
         self.url = f"http://{address}:{self.server_port}"
         self.script: deque[str] = deque()
         """Faults of the next GET requests, one each: 503, 429:SECONDS, cut, short, slow, no ranges; empty for none."""
+        self.uploads: deque[str] = deque()
+        """Faults of the next PUT requests: 503, 403; empty for none."""
         self.always = ""
         """The fault of every request."""
         self.deaf = False

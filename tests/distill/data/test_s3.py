@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from distill.data.fetch import Facts, Missing, Replaced, Trip, remote_of
+from distill.data.fetch import Facts, Missing, ObjectRemote, Replaced, Trip, remote_of
 
 pytest.importorskip("obstore", reason="the extra `remote` is not installed")
 moto = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[server,s3]'")
@@ -56,6 +57,15 @@ def test_an_object_of_several_parts_is_read_whole_and_listed_with_its_etag(s3: A
     assert listed["large.tar"] == remote.facts("large.tar")
     assert listed["large.tar"].etag.endswith('-2"')
     assert fetched("s3://bucket/in", "large.tar", listed["large.tar"]) == LARGE
+
+
+def test_a_large_file_is_uploaded_in_parts(s3: Any, tmp_path: Path):
+    (tmp_path / "large").write_bytes(LARGE)
+    remote = remote_of("s3://bucket/out")
+    assert isinstance(remote, ObjectRemote)
+    facts = remote.put("large.tar", tmp_path / "large")
+    assert facts.etag.endswith('-3"')
+    assert fetched("s3://bucket/out", "large.tar", facts) == LARGE
 
 
 def test_a_replaced_object_is_refused_and_of_a_bucket_with_versions_the_indexed_one_is_read(s3: Any):

@@ -141,8 +141,8 @@ class TrainOrder:
 
     The tail of each permutation that does not fill a global batch is dropped (`dropped` samples per epoch, others in every
     epoch), so that all processes have the same number of steps. `shuffle_block` is the block size of the block shuffle, 0
-    asks for the global one, `lanes` for the third. Raises ValueError where there is not one global batch of samples, where lanes
-    do not divide it, and for repeats in lanes.
+    asks for the global one, `lanes` for the third. Raises ValueError where there is not one global batch of samples, where
+    lanes do not divide it, and for repeats in lanes.
 
     With `repeats` R every sample comes R times in a row, and position q of the epoch shows sample q // R of the permutation:
     repeated augmentation, as timm's RepeatAugSampler. An epoch keeps its steps and its images, so it shows 1/R of the split.

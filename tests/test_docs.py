@@ -74,7 +74,7 @@ def test_links_lead_somewhere(page: Path):
 
 @EACH_LIVING_PAGE
 def test_paths_of_this_repository_exist(page: Path):
-    for word in re.findall(rf"(?:{'|'.join(OURS)})/[\w./-]*\w/?", "\n".join(re.findall(r"`([^`\n]+)`", prose(page)))):
+    for word in re.findall(rf"(?<![\w/])(?:{'|'.join(OURS)})/[\w./-]*\w/?", "\n".join(re.findall(r"`([^`\n]+)`", prose(page)))):
         assert (ROOT / word).exists(), f"{word}: no such file"
 
 

@@ -10,7 +10,15 @@ from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.data.transforms_factory import transforms_imagenet_eval
 
-from distill.data.augment.parameters import NUMBERS, TrainTransform, crop_windows, eval_geometry, flips, uniforms
+from distill.data.augment.parameters import (
+    NUMBERS,
+    TrainTransform,
+    crop_windows,
+    eval_geometry,
+    flips,
+    uniforms,
+    view_uniforms,
+)
 from distill.protocols import InputSpec
 
 
@@ -26,6 +34,14 @@ def test_random_numbers_of_a_position_do_not_depend_on_the_block_they_are_asked_
     assert whole.min() >= 0
     assert whole.max() < 1
     assert len(np.unique(whole)) == whole.size
+
+
+def test_random_numbers_of_a_sample_in_a_view_are_those_of_its_row_of_the_whole_view():
+    whole = uniforms(3, 1, 0, 100)
+    samples = np.array([99, 0, 41, 40, 42, 41, 7])
+    assert np.array_equal(view_uniforms(3, 1, samples), whole[samples])
+    assert np.array_equal(view_uniforms(3, 1, np.array([1_281_166])), uniforms(3, 1, 1_281_166, 1))
+    assert view_uniforms(3, 1, samples[:0]).shape == (0, NUMBERS)
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (64, 64), (20, 900), (900, 20)])

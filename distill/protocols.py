@@ -23,6 +23,8 @@ class Batch(NamedTuple):
     """int64 [B], class indices."""
     sample_ids: Tensor
     """int64 [B]: the row in the shard index of each image that is really shown, 0 to the number of samples less one."""
+    teacher: Tensor | None = None
+    """uint8 [B, bytes]: what a teacher cache holds of each image, as its codec packs it; None where the teacher is live."""
 
 
 Interpolation = Literal["bilinear", "bicubic"]

@@ -99,6 +99,11 @@ class Augment:
     mix_off_epoch: Count = _doc("images are mixed in the epochs before this one only, counted from 0; 0: in all", 0)
     cutmix_share: Fraction = _doc("share of mixed batches that get CutMix where both are on", 0.5)
     erasing: Fraction = _doc("probability of random erasing, per image", 0.0)
+    views: Count = _doc(
+        "0: what is done to one image is drawn anew in every epoch; N: each image has N views, and epochs take turns with them",
+        0,
+    )
+    view_seed: Count = _doc("with views: the seed that they are drawn from, apart from the run's", 0)
     erasing_mode: ErasingMode = _doc("fill of the erased box (timm's names)", "pixel")
 
     def of_each_image(self, interpolation: Interpolation = "bilinear") -> TrainTransform:

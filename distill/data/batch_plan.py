@@ -6,7 +6,7 @@ Both loaders follow these plans; a plan holds no position, it answers for any.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -21,6 +21,7 @@ from distill.data.augment.parameters import (
     flips,
     layers,
     uniforms,
+    view_uniforms,
 )
 from distill.data.faults import Quarantine
 from distill.data.order import Lanes, TrainOrder, eval_batches, eval_samples, micro_batch_rows, micro_batch_size
@@ -29,6 +30,8 @@ from distill.data.stream import Position, next_position
 from distill.protocols import InputSpec, Interpolation
 
 Loaded = TypeVar("Loaded")
+SLICED = ("pad", "simple_random")
+"""Crops that cut a view out of a padded image and resize nothing after it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,15 @@ class Work:
     """[B, L]: L layers of operations of `policy.py` after the flip, by number."""
     arguments: NDArray[np.float32]
     """[B, L]: what each of them is done with."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """A fixed number of views of every sample, with which epochs take turns; their numbers come from (seed, view, sample)."""
+
+    count: int
+    seed: int = 0
+    """Apart from the run's seed: runs of several seeds may share what was computed of the views."""
 
 
 class Plan(Protocol):
@@ -86,8 +98,12 @@ class Plan(Protocol):
         """The sample that takes the place of a bad one in this row; None where the row is left out instead."""
         ...
 
-    def work(self, position: Position, sizes: NDArray[np.int64]) -> Work:
-        """What to do with each image, from the images' `sizes` [B, 2] as (height, width)."""
+    def view(self, position: Position) -> int:
+        """The number of the view that the batch shows; 0 where views are not counted."""
+        ...
+
+    def work(self, position: Position, sizes: NDArray[np.int64], samples: NDArray[np.int64]) -> Work:
+        """What to do with each image, from the images' `sizes` [B, 2] as (height, width) and of which `samples` [B]."""
         ...
 
 
@@ -108,20 +124,27 @@ class TrainPlan:
         shuffle_block: int = 0,
         repeats: int = 1,
         lanes: Lanes | None = None,
+        views: Views | None = None,
     ) -> None:
+        """views: None draws anew in every epoch, by the place in the epoch."""
         rows = [micro_batch_rows(global_batch_size, accumulate, rank, world_size, micro) for micro in range(accumulate)]
         self.order = TrainOrder(num_samples, global_batch_size, seed, shuffle_block, repeats, lanes)
         self.identity: Mapping[str, int | str] = self.order.identity
+        if views is not None:
+            if repeats > 1:
+                raise ValueError(
+                    f"repeats {repeats} with {views.count} views: a batch would show one view of an image; give one"
+                )
+            self.identity = {**self.identity, "views": views.count, "view_seed": views.seed}
+        self.views = views
         self.transform = transform
         self.size = size
         self.interpolation = transform.interpolation
         self.num_layers = transform.num_layers
         self.fill = transform.fill
         self.resizes = transform.crop != "pad"
-        self.slices = transform.crop in ("pad", "simple_random")
-        self.mirrored = transform.mirrored
-        if self.mirrored >= min(size):
-            raise ValueError(f"padding {self.mirrored}: must be less than the side of the views, {min(size)}, to be mirrored")
+        self.slices = transform.crop in SLICED
+        self.mirrored = mirrored_pixels(transform, size)
         self.exact = self.slices or self.num_layers > 0
         self.batch_size = micro_batch_size(global_batch_size, accumulate, world_size)
         self.batches_per_epoch = self.order.steps_per_epoch * accumulate
@@ -145,18 +168,87 @@ class TrainPlan:
         """A sample drawn at random: a function of the row's place in the epoch, so the same whoever finds the bad one, when."""
         return self.order.substitute(position.epoch, self.first_row(position) + row, attempt)
 
-    def work(self, position: Position, sizes: NDArray[np.int64]) -> Work:
-        """What to do with each image, from the images' `sizes` [B, 2] as (height, width)."""
-        numbers = uniforms(self.order.seed, position.epoch, self.first_row(position), len(sizes))
-        flipped = flips(self.transform, numbers)
-        drawn = layers(self.transform, self.size, numbers)
-        if self.slices:
-            resized = covering_sizes(sizes, self.size) if self.resizes else sizes
-            windows = crop_windows(self.transform, resized, self.size, numbers)
-            return Work(whole_windows(sizes), resized, windows[:, :2], flipped, *drawn)
-        windows = crop_windows(self.transform, sizes, self.size, numbers)
-        resized = np.broadcast_to(np.array(self.size, np.int64), sizes.shape)
-        return Work(windows, resized, np.zeros_like(sizes), flipped, *drawn)
+    def view(self, position: Position) -> int:
+        """The epochs' numbers modulo the number of views."""
+        return position.epoch % self.views.count if self.views is not None else 0
+
+    def work(self, position: Position, sizes: NDArray[np.int64], samples: NDArray[np.int64]) -> Work:
+        """What to do with each image, from the images' `sizes` [B, 2] as (height, width) and of which `samples` [B]."""
+        if self.views is None:
+            numbers = uniforms(self.order.seed, position.epoch, self.first_row(position), len(sizes))
+        else:  # by sample, so that a substitute too is shown in one of its own views
+            numbers = view_uniforms(self.views.seed, self.view(position), samples)
+        return training_work(self.transform, self.size, sizes, numbers)
+
+
+def training_work(
+    transform: TrainTransform, size: tuple[int, int], sizes: NDArray[np.int64], numbers: NDArray[np.float64]
+) -> Work:
+    """What training does with images of these `sizes` [B, 2], for output of `size`, by the random `numbers` of each."""
+    flipped = flips(transform, numbers)
+    drawn = layers(transform, size, numbers)
+    if transform.crop in SLICED:
+        resized = covering_sizes(sizes, size) if transform.crop != "pad" else sizes
+        windows = crop_windows(transform, resized, size, numbers)
+        return Work(whole_windows(sizes), resized, windows[:, :2], flipped, *drawn)
+    windows = crop_windows(transform, sizes, size, numbers)
+    resized = np.broadcast_to(np.array(size, np.int64), sizes.shape)
+    return Work(windows, resized, np.zeros_like(sizes), flipped, *drawn)
+
+
+def mirrored_pixels(transform: TrainTransform, size: tuple[int, int]) -> int:
+    """Pixels mirrored around the resized image. ValueError where a view of `size` has not so many to mirror."""
+    if transform.mirrored >= min(size):
+        raise ValueError(f"padding {transform.mirrored}: must be less than the side of the views, {min(size)}, to be mirrored")
+    return transform.mirrored
+
+
+class EntryPlan:
+    """Training views of samples that are named: batch number `micro` is `entries[micro]`, a view's number and its samples.
+
+    A bad sample is left out, as in evaluation: what is computed of an entry must be of that entry.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[tuple[int, NDArray[np.int64]]],
+        *,
+        size: tuple[int, int],
+        transform: TrainTransform,
+        seed: int,
+    ) -> None:
+        self.identity: Mapping[str, int | str] = {}
+        self.entries, self.transform, self.seed = entries, transform, seed
+        self.size = size
+        self.interpolation = transform.interpolation
+        self.num_layers = transform.num_layers
+        self.fill = transform.fill
+        self.resizes = transform.crop != "pad"
+        self.slices = transform.crop in SLICED
+        self.mirrored = mirrored_pixels(transform, size)
+        self.exact = self.slices or self.num_layers > 0
+        self.batch_size = max(len(samples) for _, samples in entries)
+        self.batches_per_epoch = len(entries)
+
+    def following(self, position: Position) -> Position:
+        """The next batch, and after the last the first again."""
+        return Position(position.epoch, (position.micro + 1) % self.batches_per_epoch)
+
+    def samples(self, position: Position) -> NDArray[np.int64]:
+        """int64 [B]: the samples of this batch."""
+        return self.entries[position.micro][1]
+
+    def view(self, position: Position) -> int:
+        """The view of this batch."""
+        return self.entries[position.micro][0]
+
+    def substitute(self, position: Position, row: int, attempt: int) -> None:
+        """None: a bad sample's entry has no other."""
+        return None
+
+    def work(self, position: Position, sizes: NDArray[np.int64], samples: NDArray[np.int64]) -> Work:
+        """What to do with each image, from the images' `sizes` [B, 2] as (height, width) and of which `samples` [B]."""
+        return training_work(self.transform, self.size, sizes, view_uniforms(self.seed, self.view(position), samples))
 
 
 class EvalPlan:
@@ -194,8 +286,12 @@ class EvalPlan:
         """None: a stand-in would be counted twice, so the bad sample is left out, and the batch is shorter."""
         return None
 
-    def work(self, position: Position, sizes: NDArray[np.int64]) -> Work:
-        """What to do with each image, from the images' `sizes` [B, 2] as (height, width)."""
+    def view(self, position: Position) -> int:
+        """0: evaluation has no views."""
+        return 0
+
+    def work(self, position: Position, sizes: NDArray[np.int64], samples: NDArray[np.int64]) -> Work:
+        """What to do with each image, from the images' `sizes` [B, 2] as (height, width); whichever sample it is."""
         resized, anchors = eval_geometry(sizes, self.spec)
         none = np.zeros((len(sizes), 0), np.int32), np.zeros((len(sizes), 0), np.float32)
         return Work(whole_windows(sizes), resized, anchors, np.zeros(len(sizes), np.int32), *none)

@@ -76,7 +76,9 @@ class DaliStream:
                 continue
             _, batch = self._in_flight.popleft()
             made = self._copied(outputs) if self._pool is None else self._transformed(outputs, batch.work, self._pool)
-            return made if batch.samples[0] != NO_SAMPLE else Batch(*(each[:0] for each in made))
+            if batch.samples[0] == NO_SAMPLE:
+                return Batch(*(each[:0] for each in made if each is not None))
+            return made._replace(teacher=batch.teacher)
         raise RuntimeError(f"DALI failed {RECOVERIES} times on epoch {position.epoch}, micro-batch {position.micro}")
 
     def close(self) -> None:
@@ -199,10 +201,12 @@ class DaliStream:
         if not encoded:
             one = np.ones((1, 2), np.int64)
             black = png_bytes(Image.new("RGB", (1, 1)))
-            return HostBatch([black], one, self._plan.work(position, one), np.zeros(1, np.int64), np.array([NO_SAMPLE]))
+            none = np.zeros(1, np.int64)
+            return HostBatch([black], one, self._plan.work(position, one, none), none, np.array([NO_SAMPLE]))
         sizes = index.sizes(samples)
         labels = index.records["label"][samples].astype(np.int64)
-        return HostBatch(encoded, sizes, self._plan.work(position, sizes), labels, samples)
+        work = self._plan.work(position, sizes, samples)
+        return HostBatch(encoded, sizes, work, labels, samples, self._task.teacher_rows(position, samples))
 
     def _parsable(self, sample: int) -> NDArray[np.uint8]:
         """The sample's encoded image, as a PNG file where DALI's parser does not take it. Raises BadSample as PIL does."""

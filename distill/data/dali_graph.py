@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from distill.data.augment.dali_ops import add_layer, mirrored, resize
 from distill.data.augment.policy import affine_matrices
@@ -53,13 +54,14 @@ def dali_version() -> tuple[str, int] | None:
 @dataclass(frozen=True)
 class HostBatch:
     """A batch as DALI is fed with it: encoded images, their sizes int64 [B, 2] as the index says, what to do with each, labels
-    and samples int64 [B]."""
+    and samples int64 [B]; and what does not go through DALI, a teacher cache's rows."""
 
     encoded: list[NDArray[np.uint8]]
     sizes: NDArray[np.int64]
     work: Work
     labels: NDArray[np.int64]
     samples: NDArray[np.int64]
+    teacher: Tensor | None = None
 
 
 def decoded(modules: Any, encoded: Any, start: Any, shape: Any, mode: DecodeMode, device: torch.device) -> Any:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from distill.children import end_with_parent
 from distill.data.augment.parameters import TrainTransform
-from distill.data.batch_plan import TrainPlan, whole_windows
+from distill.data.batch_plan import EntryPlan, whole_windows
 from distill.data.dali_graph import IN_FLIGHT, DecodeMode, HostBatch, build_pipeline, feed
 from distill.data.pixels import decode
 from distill.data.stream import Position
@@ -43,20 +43,17 @@ def pil_pixels(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(decode(data.tobytes()))
 
 
-def create_batches(images: list[NDArray[np.uint8]]) -> tuple[TrainPlan, HostBatch, HostBatch]:
+def create_batches(images: list[NDArray[np.uint8]]) -> tuple[EntryPlan, HostBatch, HostBatch]:
     """A plan over the images, their random crops of training, and the whole images, as evaluation wants them."""
     count = len(images)
-    transform = TrainTransform()
-    plan = TrainPlan(
-        count, size=(224, 224), transform=transform, global_batch_size=count, accumulate=1, rank=0, world_size=1, seed=0
-    )
+    plan = EntryPlan([(0, np.arange(count))], size=(224, 224), transform=TrainTransform(), seed=0)
     sizes = np.array([pil_pixels(data).shape[:2] for data in images], np.int64)
-    work = plan.work(Position(0, 0), sizes)
+    work = plan.work(Position(0, 0), sizes, np.arange(count))
     crops = HostBatch(images, sizes, work, np.zeros(count, np.int64), np.arange(count))
     return plan, crops, replace(crops, work=replace(work, windows=whole_windows(sizes)))
 
 
-def decoded_batches(pipeline: Any, plan: TrainPlan, batches: Iterable[HostBatch]) -> Iterator[Any]:
+def decoded_batches(pipeline: Any, plan: EntryPlan, batches: Iterable[HostBatch]) -> Iterator[Any]:
     """DALI's images of each of endless `batches`, with as many in flight as in a run."""
     source = iter(batches)
     for _ in range(IN_FLIGHT):  # the first schedule_run starts so many runs

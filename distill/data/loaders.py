@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from distill.data.augment.parameters import TrainTransform
-from distill.data.batch_plan import EvalPlan, Plan, TrainPlan
+from distill.data.batch_plan import EvalPlan, Plan, TrainPlan, Views
 from distill.data.dali_graph import DecodeMode
 from distill.data.faults import Quarantine
 from distill.data.index import ShardIndex
@@ -20,6 +23,17 @@ from distill.data.stream import Position
 from distill.protocols import Batch, InputSpec
 
 LoaderName = Literal["dali", "reference"]
+
+
+class TeacherRows(Protocol):
+    """What was computed of the teacher ahead of training, by view and sample; read by a loader's threads with the images."""
+
+    identity: Mapping[str, Any]
+    """All that its rows depend on, as plain JSON: it joins the identity of the stream."""
+
+    def read(self, view: int, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """uint8 [B, bytes]: the rows of these samples in this view. Raises where a row is not whole."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,13 @@ class Task:
     """Threads for decoding and what follows."""
     decode: DecodeMode | None = None
     """How DALI decodes; None is its default on the device."""
+    teacher: TeacherRows | None = None
+
+    def teacher_rows(self, position: Position, samples: NDArray[np.int64]) -> Tensor | None:
+        """uint8 [B, bytes]: the teacher's rows of the samples that this batch really shows; None where the teacher is live."""
+        if self.teacher is None:
+            return None
+        return torch.from_numpy(self.teacher.read(self.plan.view(position), samples))
 
 
 class PlannedLoader:
@@ -87,7 +108,8 @@ class PlannedLoader:
         yield from prefetched(map(self._take, positions), self.copying)
 
     def _identity(self) -> dict[str, Any]:
-        return {"index": self.task.index.digest, **self.task.plan.identity}
+        teacher = {} if self.task.teacher is None else self.task.teacher.identity
+        return {"index": self.task.index.digest, **self.task.plan.identity, **teacher}
 
 
 def train_task(
@@ -108,12 +130,14 @@ def train_task(
     max_bad_rate: float = 1e-4,
     fault_report: Path | None = None,
     decode: DecodeMode | None = None,
+    views: Views | None = None,
+    teacher: TeacherRows | None = None,
 ) -> Task:
     """The training batches of process `rank`: `global_batch_size // (accumulate * world_size)` images of `size` each.
 
     `max_bad_rate` is the share of the split that may turn out bad; `fault_report` gets a JSON line for each bad sample;
-    `decode` as in `Task`. Raises ValueError where a shard is not the indexed one, and where the global batch does not divide
-    or is not filled.
+    `decode` and `teacher` as in `Task`, `views` as in `TrainPlan`. Raises ValueError where a shard is not the indexed one, and
+    where the global batch does not divide or is not filled.
     """
     index.spot_check()
     plan = TrainPlan(
@@ -128,8 +152,9 @@ def train_task(
         shuffle_block=shuffle_block,
         repeats=repeats,
         lanes=lanes,
+        views=views,
     )
-    return Task(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads, decode)
+    return Task(index, plan, Quarantine(index, max_bad_rate, rank, fault_report), device, num_threads, decode, teacher)
 
 
 def eval_task(

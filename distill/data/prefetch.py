@@ -50,7 +50,8 @@ def _sent(batches: Iterator[Batch], stream: torch.cuda.Stream) -> Iterator[_Sent
             batch = next(batches, None)
             if batch is None:
                 return
-            batch = Batch(*(_to(tensor, stream.device) for tensor in batch))
+            images, labels, sample_ids, teacher = (None if t is None else _to(t, stream.device) for t in batch)
+            batch = Batch(images, labels, sample_ids, teacher)  # type: ignore[arg-type]
             arrived = torch.cuda.Event()
             arrived.record()
         yield _Sent(batch, arrived)
@@ -65,5 +66,6 @@ def _received(sent: _Sent, device: torch.device) -> Batch:
     current = torch.cuda.current_stream(device)
     current.wait_event(sent.arrived)
     for tensor in sent.batch:
-        tensor.record_stream(current)
+        if tensor is not None:
+            tensor.record_stream(current)
     return sent.batch

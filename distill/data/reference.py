@@ -85,11 +85,12 @@ class ReferenceLoader(PlannedLoader):
         if not images:
             none = torch.zeros(0, dtype=torch.int64)
             return Batch(torch.zeros((0, *self.task.plan.size, 3), dtype=torch.uint8), none, none)
-        work = self.task.plan.work(position, self.task.index.sizes(samples))
+        work = self.task.plan.work(position, self.task.index.sizes(samples), samples)
         rows = range(len(images))
         pixels = list(self._pool.map(lambda row: transform_image(images[row], work, row, self.task.plan), rows))
         labels = self.task.index.records["label"][samples].astype(np.int64)
-        return Batch(torch.from_numpy(np.stack(pixels)), torch.from_numpy(labels), torch.from_numpy(samples))
+        teacher = self.task.teacher_rows(position, samples)
+        return Batch(torch.from_numpy(np.stack(pixels)), torch.from_numpy(labels), torch.from_numpy(samples), teacher)
 
     def _decode(self, sample: int) -> Image.Image:
         index = self.task.index

@@ -90,7 +90,7 @@ def first_batches(task: Task, count: int = 2) -> list[Batch]:
     """The first batches of the graph that a GPU has, wherever it runs."""
     loader = DaliLoader(task, decode_only=False)
     try:
-        return [Batch(*(each.cpu() for each in batch)) for batch in islice(loader.epoch(0), count)]
+        return [Batch(*(each.cpu() for each in batch if each is not None)) for batch in islice(loader.epoch(0), count)]
     finally:
         loader.close()
 

@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 
 from distill.batch_transform import BatchTransform, check_pairs
 from distill.config import RecipeError
+from distill.data.batch_plan import Views
 from distill.data.cache import cache_folder
 from distill.data.dali import DaliLoader
 from distill.data.dali_graph import DecodeMode, dali_available
@@ -212,6 +213,7 @@ def build_train_loader(recipe: Recipe, splits: Splits, models: Models, accelerat
         max_bad_rate=recipe.data.max_bad_rate,
         fault_report=fault_report(recipe, accelerator),
         decode=decode_mode(recipe.data.loader, recipe.data.decode, splits.train, accelerator, recipe.data.num_threads),
+        views=Views(recipe.augment.views, recipe.augment.view_seed) if recipe.augment.views else None,
     )
     return LOADERS[loader_name(recipe.data.loader)](task)
 

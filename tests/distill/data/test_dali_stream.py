@@ -43,7 +43,7 @@ def test_encoded_images_are_read_where_they_are():
     grey = [np.frombuffer(bytearray(encoded(Image.new("L", (16, 16), level), "BMP")), np.uint8) for level in (10, 10, 200)]
     sizes = np.array([[16, 16]])
     for number in range(2):
-        work = plan.work(Position(0, number), sizes)
+        work = plan.work(Position(0, number), sizes, np.zeros(1, np.int64))
         feed(
             pipeline, plan, HostBatch([grey[number]], sizes, work, np.zeros(1, np.int64), np.array([number])), decode_only=True
         )

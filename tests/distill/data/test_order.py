@@ -75,12 +75,12 @@ def test_global_batches_are_the_same_for_any_number_of_ranks_and_any_accumulatio
 
 def test_augmentation_of_a_global_batch_does_not_depend_on_the_ranks():
     sizes = np.array([(40 + i, 90 - i) for i in range(24)], np.int64)
-    one = plan(100, 24, 1, 0, 1).work(Position(1, 2), sizes)
+    one = plan(100, 24, 1, 0, 1).work(Position(1, 2), sizes, np.arange(24))
     windows, flips = [], []
     for micro in range(2):
         for rank in range(3):
             rows = micro_batch_rows(24, 2, rank, 3, micro)
-            work = plan(100, 24, 2, rank, 3).work(Position(1, 2 * 2 + micro), sizes[rows])
+            work = plan(100, 24, 2, rank, 3).work(Position(1, 2 * 2 + micro), sizes[rows], np.arange(len(sizes[rows])))
             windows.append(work.windows)
             flips.append(work.flips)
     assert np.array_equal(np.concatenate(windows), one.windows)

@@ -145,7 +145,7 @@ def test_the_graph_of_a_gpu_and_pil_agree_on_every_operation(make_split):
     seen = set()
     for epoch in range(6):
         for micro, (a, b, _) in enumerate(zip(one.epoch(epoch), other.epoch(epoch), plain.epoch(epoch), strict=True)):
-            work = other.task.plan.work(Position(epoch, micro), np.full((12, 2), 48))
+            work = other.task.plan.work(Position(epoch, micro), np.full((12, 2), 48), np.arange(12))
             for row, operation in enumerate(work.operations[:, 0].tolist()):
                 seen.add(operation)
                 difference = (a.images[row].int() - b.images[row].int()).abs().numpy()[2:-2, 2:-2]

@@ -31,7 +31,7 @@ from distill.protocols import InputSpec, Interpolation
 
 Loaded = TypeVar("Loaded")
 SLICED = ("pad", "simple_random")
-"""Crops that cut a view out of a padded image and resize nothing after it."""
+"""Crops that cut the view out of a padded image."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,7 @@ class TrainPlan:
         self.identity: Mapping[str, int | str] = self.order.identity
         if views is not None:
             if repeats > 1:
-                raise ValueError(
-                    f"repeats {repeats} with {views.count} views: a batch would show one view of an image; give one"
-                )
+                raise ValueError(f"repeats {repeats} with {views.count} views: a batch would repeat one view; give one of them")
             self.identity = {**self.identity, "views": views.count, "view_seed": views.seed}
         self.views = views
         self.transform = transform
@@ -213,10 +211,12 @@ class EntryPlan:
         self,
         entries: Sequence[tuple[int, NDArray[np.int64]]],
         *,
+        batch_size: int,
         size: tuple[int, int],
         transform: TrainTransform,
         seed: int,
     ) -> None:
+        """batch_size: of the largest entry; `entries` may be computed as they are asked for."""
         self.identity: Mapping[str, int | str] = {}
         self.entries, self.transform, self.seed = entries, transform, seed
         self.size = size
@@ -227,7 +227,7 @@ class EntryPlan:
         self.slices = transform.crop in SLICED
         self.mirrored = mirrored_pixels(transform, size)
         self.exact = self.slices or self.num_layers > 0
-        self.batch_size = max(len(samples) for _, samples in entries)
+        self.batch_size = batch_size
         self.batches_per_epoch = len(entries)
 
     def following(self, position: Position) -> Position:

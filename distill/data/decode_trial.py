@@ -46,7 +46,7 @@ def pil_pixels(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def create_batches(images: list[NDArray[np.uint8]]) -> tuple[EntryPlan, HostBatch, HostBatch]:
     """A plan over the images, their random crops of training, and the whole images, as evaluation wants them."""
     count = len(images)
-    plan = EntryPlan([(0, np.arange(count))], size=(224, 224), transform=TrainTransform(), seed=0)
+    plan = EntryPlan([(0, np.arange(count))], batch_size=count, size=(224, 224), transform=TrainTransform(), seed=0)
     sizes = np.array([pil_pixels(data).shape[:2] for data in images], np.int64)
     work = plan.work(Position(0, 0), sizes, np.arange(count))
     crops = HostBatch(images, sizes, work, np.zeros(count, np.int64), np.arange(count))

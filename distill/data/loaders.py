@@ -28,8 +28,10 @@ LoaderName = Literal["dali", "reference"]
 class TeacherRows(Protocol):
     """What was computed of the teacher ahead of training, by view and sample; read by a loader's threads with the images."""
 
-    identity: Mapping[str, Any]
-    """All that its rows depend on, as plain JSON: it joins the identity of the stream."""
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """All that its rows depend on, as plain JSON: it joins the identity of the stream."""
+        ...
 
     def read(self, view: int, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
         """uint8 [B, bytes]: the rows of these samples in this view. Raises where a row is not whole."""

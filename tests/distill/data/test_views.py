@@ -28,7 +28,7 @@ def with_views(kind, index, count: int = 2, seed: int = 5, **options) -> Loader:
 
 
 def entries_loader(kind, index, entries, seed: int = 5) -> Loader:
-    plan = EntryPlan(entries, size=(40, 40), transform=TrainTransform(**CROPS), seed=seed)
+    plan = EntryPlan(entries, batch_size=33, size=(40, 40), transform=TrainTransform(**CROPS), seed=seed)
     return kind(Task(index, plan, Quarantine(index, 1.0), CPU, 2))
 
 

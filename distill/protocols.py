@@ -231,6 +231,9 @@ class Criterion(nn.Module):
     the recipe's student and the teacher. The images are noise of each model's input size, [N, C, H, W]; the options are all
     recipe keys of the loss. It is called before the losses are made, and only where the teacher has a classifier of the data's
     classes. It raises ValueError for models that it cannot be made of."""
+    teacher_temperature: float | None = None
+    """The one temperature at which it reads the teacher's logits, through nothing but their softmax over the classes of an
+    image; None: it reads them otherwise."""
     no_weight_decay: frozenset[str] = frozenset()
     """Names of its parameters that the optimiser does not decay."""
 

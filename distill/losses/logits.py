@@ -265,6 +265,7 @@ class KD(Criterion):
         super().__init__()
         check_temperature(temperature)
         self.temperature, self.standardise = temperature, standardise
+        self.teacher_temperature = None if standardise else temperature
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch mean; the labels, hard or soft, are not read."""
@@ -291,6 +292,7 @@ class DKD(Criterion):
         check_temperature(temperature)
         check_weights(alpha=alpha, beta=beta)
         self.loss = partial(dkd_loss, alpha=alpha, beta=beta, temperature=temperature, standardise=standardise)
+        self.teacher_temperature = None if standardise else temperature
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch mean; labels int [B]."""
@@ -317,6 +319,7 @@ class NKD(Criterion):
         check_temperature(temperature)
         check_weights(gamma=gamma)
         self.loss = partial(nkd_loss, gamma=gamma, temperature=temperature, mask_target=mask_target, standardise=standardise)
+        self.teacher_temperature = None if standardise else temperature
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch mean; labels int [B], or float [B, K] of which the largest class counts."""

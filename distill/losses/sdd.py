@@ -243,6 +243,7 @@ class SDD(Criterion):
         self.student_needs = Needs(region_logits=(self.regions,))
         self.teacher_needs = Needs(region_logits=(self.regions,))
         self.accepts_soft_labels = base != "dkd"
+        self.teacher_temperature = None if self.base_options.get("standardise") else base_temperature(base, self.base_options)
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss; and the share of complementary regions, both kinds' parts of the loss, and the mean loss per scale.

@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "distill.losses.simkd": LEAVES | {"distill.regions", "distill.losses", "distill.models.simkd"},
     "distill.data": LEAVES,
     "distill.models": LEAVES | {"distill.regions"},
+    "distill.teacher_cache": LEAVES | {"distill.models"},
     "shards": LEAVES | {"distill.data", "distill.command_line"},
     "pipelines.setup": {"distill", "shards"},
     "pipelines.measure": {"distill", "pipelines.setup"},

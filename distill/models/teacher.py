@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.backbone import Backbone
-from distill.protocols import ModelOutput, Needs
+from distill.protocols import Batch, ModelOutput, Needs
 
 _CAST = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
@@ -38,8 +38,8 @@ class FrozenTeacher(nn.Module):
         """A teacher over the same weights that gives what `needs` asks: not compiled, on the caller's stream."""
         return FrozenTeacher(self.backbone.serving(needs), self.memory_format, self.precision)
 
-    def forward(self, images: Tensor) -> ModelOutput:
-        """What `Backbone.forward` gives; the caller keeps the images until `join`."""
+    def forward(self, images: Tensor, batch: Batch | None = None) -> ModelOutput:
+        """What `Backbone.forward` gives; the caller keeps the images until `join`. A live teacher reads the images alone."""
         if self._stream is None:
             return self._outputs(images)
         # This also lets the outputs' memory be used again: whoever read those of the call before was launched before this.

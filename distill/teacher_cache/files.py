@@ -1,0 +1,297 @@
+"""The files of a cache: `manifest.json`, a `view-0000.npy` for each view, `done/` with a marker for each unit, `absent.jsonl`.
+
+A unit is a run of rows of one view that one process computes. Its marker comes after its bytes are on the disk, the manifest
+after all markers: whatever is killed when, a cache is whole or says that it is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.files import file_sha256, json_bytes, write_atomically
+from distill.teacher_cache.codecs import Codec, codec_of
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+REQUEST = "request.json"
+"""What is being made, while it is: the facts of the manifest to come."""
+ABSENT = "absent.jsonl"
+DONE = "done"
+NOT_COMPARED = ("made_with",)
+"""Facts for people: the spot check finds what matters of them."""
+
+
+class CacheError(RuntimeError):
+    """A cache whose rows are not what they should be; the text has the numbers and the remedy."""
+
+
+def view_path(folder: Path, view: int) -> Path:
+    """The file of a view."""
+    return folder / f"view-{view:04d}.npy"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows `first` to `last`, not included, of a view."""
+
+    view: int
+    number: int
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        """The name of its marker."""
+        return f"{self.view:04d}-{self.number:04d}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The units of a cache and the batches that each is computed in: the same for any number of processes, so that the same
+    images are always in one batch and the same bytes come out."""
+
+    num_samples: int
+    unit: int
+    batch: int
+
+    def units(self, views: int) -> Iterator[Unit]:
+        """All units, view by view, in the order of the shards."""
+        for view in range(views):
+            for number, first in enumerate(range(0, self.num_samples, self.unit)):
+                yield Unit(view, number, first, min(self.num_samples, first + self.unit))
+
+
+class Entries(Sequence[tuple[int, NDArray[np.int64]]]):
+    """The batches of some units, (view, samples) each, computed as they are asked for: there may be millions."""
+
+    def __init__(self, units: Sequence[Unit], batch: int) -> None:
+        self._units, self._batch = units, batch
+        self._ends = np.cumsum([-(-(unit.last - unit.first) // batch) for unit in units])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, number: Any) -> Any:
+        place = int(np.searchsorted(self._ends, number, side="right"))
+        unit, before = self._units[place], int(self._ends[place - 1]) if place else 0
+        first = unit.first + (number - before) * self._batch
+        return unit.view, np.arange(first, min(unit.last, first + self._batch), dtype=np.int64)
+
+
+class Writer:
+    """The folder of a cache that is being made, by one launch at a time (the caller holds its lock)."""
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        self.folder, self.facts = folder, dict(facts)
+        self.codec: Codec = codec_of(self.facts["codec"])
+        self.layout = Layout(self.facts["num_samples"], self.facts["unit"], self.facts["batch"])
+        self._header = _npy_header(self.codec.row, self.layout.num_samples)
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of one view's file."""
+        return len(self._header) + self.layout.num_samples * self.codec.row.itemsize
+
+    def begin(self, views: int) -> int:
+        """The views that the cache will have: as many as asked, or as it has already. Notes what is being made, so that nobody
+        reads it before `finish`; a cache that is whole is left as it is.
+
+        Raises ValueError, with every difference, where the folder holds another cache.
+        """
+        found = _read_json(self.folder / REQUEST) or _read_json(self.folder / MANIFEST)
+        if found is not None and (changed := differences(found, self.facts)):
+            lines = "\n  ".join(changed)
+            raise ValueError(f"{self.folder} holds another cache; give another --out, or ask for the same\n  {lines}")
+        (self.folder / DONE).mkdir(parents=True, exist_ok=True)
+        views = max(views, 0 if found is None else found["views"] if isinstance(found["views"], int) else len(found["views"]))
+        if not self.whole(views):
+            write_atomically(self.folder / REQUEST, json_bytes({**(found or self.facts), "views": views}))
+        return views
+
+    def whole(self, views: int) -> bool:
+        """Whether the cache is finished with so many views."""
+        manifest = _read_json(self.folder / MANIFEST)
+        there = manifest is not None and len(manifest["views"]) == views and not (self.folder / REQUEST).exists()
+        return there and not self.missing(views)
+
+    def missing(self, views: int) -> list[Unit]:
+        """The units without a marker."""
+        done = set(os.listdir(self.folder / DONE))
+        return [unit for unit in self.layout.units(views) if unit.name not in done]
+
+    def allocate(self, views: int) -> None:
+        """Takes the disk space of all views, so that no disk is full hours later. Rows that are there already stay.
+
+        Raises CacheError, with both numbers, where there is not enough; what was taken for that is given back.
+        """
+        absent = [view for view in range(views) if not view_path(self.folder, view).exists()]
+        needed, free = len(absent) * self.view_bytes, shutil.disk_usage(self.folder).free
+        made: list[Path] = []
+        try:
+            if needed > free:
+                raise OSError
+            for view in range(views):
+                path = view_path(self.folder, view)
+                made += [] if path.exists() else [path]
+                with _opened(path) as descriptor:
+                    os.posix_fallocate(descriptor, 0, self.view_bytes)
+                    os.pwrite(descriptor, self._header, 0)
+        except OSError as error:
+            for path in made:
+                path.unlink(missing_ok=True)
+            raise CacheError(
+                f"{self.folder}: {len(absent)} views need {needed:,} bytes, the disk has {free:,} free"
+                f"{f' ({error.strerror})' if error.strerror else ''}; ask for fewer views, or another disk"
+            ) from None
+
+    def write(self, unit: Unit, first: int, rows: NDArray[np.void]) -> None:
+        """Writes rows `first` and on of a unit's view."""
+        with _opened(view_path(self.folder, unit.view)) as descriptor:
+            data = memoryview(rows.tobytes())
+            place = len(self._header) + first * self.codec.row.itemsize
+            while data:
+                written = os.pwrite(descriptor, data, place)
+                data, place = data[written:], place + written
+
+    def mark(self, unit: Unit, crc32: int, absent: Sequence[int]) -> None:
+        """Says that a unit's rows are on the disk; `absent`: its samples that could not be read."""
+        with _opened(view_path(self.folder, unit.view)) as descriptor:
+            os.fsync(descriptor)
+        marker = {"crc32": f"{crc32:08x}", "absent": list(absent)}
+        write_atomically(self.folder / DONE / unit.name, json_bytes(marker))
+
+    def finish(self, views: int, sha256: Sequence[str]) -> None:
+        """Writes `absent.jsonl`, then the manifest, and takes the note of what is being made away."""
+        absent: dict[int, list[int]] = {}
+        for unit in self.layout.units(views):
+            for sample in json.loads((self.folder / DONE / unit.name).read_text())["absent"]:
+                absent.setdefault(sample, []).append(unit.view)
+        lines = [json.dumps({"sample": sample, "views": absent[sample]}) + "\n" for sample in sorted(absent)]
+        write_atomically(self.folder / ABSENT, "".join(lines))
+        entries = [{"bytes": self.view_bytes, "sha256": each} for each in sha256]
+        request = _read_json(self.folder / REQUEST) or self.facts
+        write_atomically(self.folder / MANIFEST, json_bytes({**request, "views": entries}))
+        (self.folder / REQUEST).unlink(missing_ok=True)
+
+
+class TeacherCache:
+    """A finished cache, for reading: a `TeacherRows` of the data room. Made by `TeacherCache.open`."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.folder, self.facts = folder, manifest
+        self.codec: Codec = codec_of(manifest["codec"])
+        self.views = len(manifest["views"])
+        self.absent = [json.loads(line)["sample"] for line in (folder / ABSENT).read_text().splitlines()]
+        """Samples of which a view has no row, sorted."""
+        name = " ".join(str(manifest["codec"][key]) for key in ("name", "dtype", "k") if key in manifest["codec"])
+        # by its rows: a cache that was copied or finished in several goes is the same
+        digest = json_bytes([[view["sha256"] for view in manifest["views"]], manifest["codec"]])
+        self.identity = {"teacher_cache": f"{name}, {_short(digest)}"}
+        self._maps: dict[int, NDArray[np.void]] = {}
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> TeacherCache:
+        """The cache in `folder`, after the size of every view was looked at.
+
+        Raises ValueError, with the remedy, where there is none, where it is not finished, and where a file is not whole.
+        """
+        path = Path(folder)
+        if (path / REQUEST).is_file():
+            raise ValueError(f"{path}: this cache is not finished; run the same command of pipelines/cache_teacher.py again")
+        manifest = _read_json(path / MANIFEST)
+        if manifest is None:
+            raise ValueError(f"{path}: no teacher cache in it; make one with pipelines/cache_teacher.py --out {path}")
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"{path}: a cache of format {manifest.get('format')}, this version reads {FORMAT}; make it again")
+        for view, entry in enumerate(manifest["views"]):
+            file = view_path(path, view)
+            size = file.stat().st_size if file.is_file() else 0
+            if size != entry["bytes"]:
+                raise ValueError(f"{file}: {size} bytes, the manifest says {entry['bytes']}; {remedy(path, [view])}")
+        return cls(path, manifest)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one image's row."""
+        return self.codec.row.itemsize
+
+    def read(self, view: int, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """uint8 [B, bytes]: the rows of these samples. Raises CacheError for one that is not whole."""
+        if view not in self._maps:  # two threads may both map it, to the same end
+            self._maps[view] = np.load(view_path(self.folder, view), mmap_mode="r")
+        rows = np.asarray(self._maps[view])[samples]  # a copy: np.memmap's own indexing is ten times as slow
+        whole = self.codec.whole(rows)
+        if not whole.all():
+            sample = int(samples[int(whole.argmin())])
+            raise CacheError(
+                f"{view_path(self.folder, view)}: the row of sample {sample} in view {view} is not finite: it is damaged, or"
+                f" the sample could not be read when the cache was made; `--verify` says which; {remedy(self.folder, [view])}"
+            )
+        return rows.view(np.uint8).reshape(len(rows), self.row_bytes)
+
+    def damaged(self, view: int) -> bool:
+        """Whether the content of a view's file is not what the manifest says; reads all of it."""
+        wanted: str = self.facts["views"][view]["sha256"]
+        return file_sha256(view_path(self.folder, view)) != wanted
+
+
+def remedy(folder: Path, views: Sequence[int]) -> str:
+    """The command that makes damaged views again."""
+    markers = " ".join(str(folder / DONE / f"{view:04d}-*") for view in views)
+    return f"`rm {markers}`, then the same command of pipelines/cache_teacher.py again, makes it anew"
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], where: str = "") -> list[str]:
+    """A line for each fact of `here` that is another one in a cache's manifest, with both values."""
+    found = []
+    for key, value in here.items():
+        if key in NOT_COMPARED:
+            continue
+        other = there.get(key)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            found += differences(other, value, f"{where}{key}.")
+        elif json.loads(json.dumps(value)) != other:  # tuples are lists in a manifest
+            found.append(f"{where}{key}: {other!r} in the cache, {value!r} asked")
+    return found
+
+
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}); make the cache again in another folder") from error
+    return found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _npy_header(row: np.dtype, count: int) -> bytes:
+    file = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(row), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(file, described)
+    return file.getvalue()

@@ -140,6 +140,10 @@ class Teacher:
         "stop before training if the measured one is off", None
     )
     tolerance: NonNegative = _changeable("how far off the expected top-1 the teacher may be, in percent points", 1.0)
+    cache: str = _changeable(
+        "folder of its outputs, made by pipelines/cache_teacher.py, to read instead of computing them; empty: computed",
+        "",
+    )
     precision: Literal["auto", "bf16"] = _doc("of its weights; auto: as the student's", "auto")
     model_kwargs: dict[str, Any] = _doc("more arguments for timm.create_model", {})
 

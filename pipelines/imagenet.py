@@ -38,6 +38,7 @@ from distill.models.export import export_student
 from distill.recipe import Recipe
 from distill.report import say
 from distill.run import Run, restore
+from distill.teacher_cache.teacher import CachedTeacher
 from distill.watchdog import PeerLostError, Watchdog
 from pipelines.reporting.first_batch import keeping_first
 from pipelines.reporting.publish import card_fields, publish
@@ -195,13 +196,14 @@ def run_once(recipe: Recipe, folder: RunFolder, splits: Splits, session: Session
     with requests():
         run, models = build(recipe, accelerator, splits, session.control, session.watchdog.progress, session.watchdog.check)
     with closed(run, session.watchdog):
-        contents = {**digests(splits), "teacher": digest(models.teacher)}
+        contents = {**digests(splits), "teacher": digest(models.teacher), "teacher_cache": cache_identity(run)}
         folder.check(contents)
         start_trackers(recipe, accelerator)
         if accelerator.is_main_process:
             run.transform = keeping_first(run.transform, folder.path, splits.train.class_names)
         with peers_named(session.watchdog):
             teacher = evaluate_teacher(recipe, run, models, splits.val)
+            forget_trunk(run)
             # 2. the manifest comes before the first checkpoint: whatever is found in this folder later says what made it
             decoding = decoding_facts(recipe, splits.train, accelerator)
             folder.write({"train_samples": splits.train.num_samples, "decoding": decoding, **contents})
@@ -219,6 +221,18 @@ def run_once(recipe: Recipe, folder: RunFolder, splits: Splits, session: Session
     session.say(
         f"{recipe.out}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}, {found['images_per_second']:.0f} images/s"
     )
+
+
+def cache_identity(run: Run) -> str | None:
+    """Which teacher cache a run reads; None where its teacher is live."""
+    return run.teacher.identity["teacher_cache"] if isinstance(run.teacher, CachedTeacher) else None
+
+
+def forget_trunk(run: Run) -> None:
+    """Gives the memory of a cached teacher's trunk back, after the last time that it is run."""
+    if isinstance(run.teacher, CachedTeacher):
+        freed = run.teacher.forget_trunk()
+        run.reporter.say(f"teacher: from {cache_identity(run)}; {freed / 1e6:.1f} MB of its weights are not needed any more")
 
 
 def train_teacher(recipe: Recipe, splits: Splits, session: Session) -> Recipe:

@@ -37,6 +37,7 @@ from pipelines.setup.data import (
 )
 from pipelines.setup.models import Models, build_classifier, build_models, check_precision, compile_backbones
 from pipelines.setup.observers import Observers
+from pipelines.setup.teacher_cache import open_cache
 
 
 def build_settings(recipe: Recipe, index: ShardIndex) -> LoopSettings:
@@ -123,6 +124,7 @@ def build(
     if recipe.train.overlap_teacher and accelerator.device.type != "cuda":
         say(accelerator, "train.overlap_teacher: no effect here, it needs a GPU")
     ema = recipe.ema
+    teacher, cache = open_cache(recipe, models, splits, accelerator)
     average = Average(models.student.model, ema.decay, ema.warmup) if ema.enabled else None
     distiller = build_distiller(recipe, models)
     optimizer = build_optimizer(recipe, distiller)
@@ -134,7 +136,6 @@ def build(
     compile_backbones(recipe, models)
     settings = build_settings(recipe, splits.train)
     spec = eval_spec(recipe, models.student)
-    rank = accelerator.process_index
     reporter = Reporter(Path(recipe.out), accelerator, settings.last_step, Path(recipe.out).name)
     run = Run(
         accelerator=accelerator,
@@ -144,11 +145,11 @@ def build(
         seed=recipe.seed,
         distiller=prepared,
         classifier=build_classifier(models.student, None if average is None else average.module, spec),
-        teacher=models.teacher,
+        teacher=teacher,
         optimizer=prepared_optimizer,
         guard=build_guard(recipe, accelerator, distiller, prepared_optimizer, waiting),
         learning_rate=learning_rate_schedule(peak=recipe.optim.learning_rate, **dataclasses.asdict(recipe.schedule)),
-        train_loader=build_train_loader(recipe, splits, models, accelerator),
+        train_loader=build_train_loader(recipe, splits, models, accelerator, cache),
         eval_loader=build_eval_loader(recipe, splits.val, spec, accelerator),
         transform=build_transform(recipe, splits.train.num_classes, spec, accelerator.device, recipe.train.channels_last),
         generator=torch.Generator(accelerator.device),
@@ -156,7 +157,7 @@ def build(
         checkpoints=Checkpoints(Path(recipe.out) / "checkpoints", recipe.train.keep_checkpoints),
         average=average,
         around_backward=partial(unchanged_statistics, models.student.model) if checkpointing else nullcontext,
-        after_step=Observers(recipe, reporter, rank, settings.last_step),
+        after_step=Observers(recipe, reporter, accelerator.process_index, settings.last_step),
         name_samples=lambda ids: [splits.train.key(i) for i in ids],
     )
     return run, models

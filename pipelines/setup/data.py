@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +15,13 @@ from accelerate.utils import gather_object
 
 from distill.batch_transform import BatchTransform, check_pairs
 from distill.config import RecipeError
-from distill.data.batch_plan import Views
+from distill.data.augment.parameters import TrainTransform
+from distill.data.batch_plan import EntryPlan, Views
 from distill.data.cache import cache_folder
 from distill.data.dali import DaliLoader
 from distill.data.dali_graph import DecodeMode, dali_available
 from distill.data.decoding import DecodeName, Decoding, choose_decoding
+from distill.data.faults import Quarantine
 from distill.data.index import ShardIndex
 from distill.data.loaders import Task, eval_task, train_task
 from distill.data.order import Lanes, TrainOrder, check_lanes, classes_per_shard
@@ -27,6 +29,7 @@ from distill.data.reference import ReferenceLoader
 from distill.models.backbone import Backbone
 from distill.protocols import DataFacts, InputSpec, Loader
 from distill.recipe import Data, Recipe
+from distill.teacher_cache.files import TeacherCache
 from pipelines.setup.machine import micro_batch_of, num_nodes, num_threads
 from pipelines.setup.models import Models
 from pipelines.setup.remote import plan_run
@@ -192,14 +195,43 @@ def fault_report(recipe: Recipe, accelerator: Accelerator) -> Path | None:
     return out / f"faults-rank{accelerator.process_index}.jsonl" if out.is_dir() else None
 
 
-def build_train_loader(recipe: Recipe, splits: Splits, models: Models, accelerator: Accelerator) -> Loader:
-    """Training views at the larger of both models' input sizes; the other model resizes on the device."""
+class TrainImages(NamedTuple):
+    """What training makes of an image: its size (height, width) and the settings of its views."""
+
+    size: tuple[int, int]
+    transform: TrainTransform
+
+
+def train_images(recipe: Recipe, models: Models) -> TrainImages:
+    """Views at the larger of both models' input sizes; the other model resizes on the device."""
     specs = [models.student.input_spec, *([] if models.teacher is None else [models.teacher.backbone.input_spec])]
     asked = recipe.data.interpolation
+    transform = recipe.augment.of_each_image(specs[0].interpolation if asked == "auto" else asked)
+    return TrainImages((max(s.height for s in specs), max(s.width for s in specs)), transform)
+
+
+def build_entry_loader(
+    recipe: Recipe, splits: Splits, images: TrainImages, entries: Sequence[Any], batch_size: int, accelerator: Accelerator
+) -> Loader:
+    """The views that are named, (view, samples) for each batch, as training shows them."""
+    plan = EntryPlan(
+        entries, batch_size=batch_size, size=images.size, transform=images.transform, seed=recipe.augment.view_seed
+    )
+    quarantine = Quarantine(splits.train, recipe.data.max_bad_rate, accelerator.process_index)
+    mode = decode_mode(recipe.data.loader, recipe.data.decode, splits.train, accelerator, recipe.data.num_threads)
+    task = Task(splits.train, plan, quarantine, accelerator.device, num_threads(recipe.data.num_threads), mode)
+    return LOADERS[loader_name(recipe.data.loader)](task)
+
+
+def build_train_loader(
+    recipe: Recipe, splits: Splits, models: Models, accelerator: Accelerator, cache: TeacherCache | None = None
+) -> Loader:
+    """The training batches, with the rows of a teacher cache where there is one; samples that it lacks are replaced."""
+    images, count = train_images(recipe, models), recipe.augment.views or (0 if cache is None else cache.views)
     task = train_task(
         splits.train,
-        size=(max(s.height for s in specs), max(s.width for s in specs)),
-        transform=recipe.augment.of_each_image(specs[0].interpolation if asked == "auto" else asked),
+        size=images.size,
+        transform=images.transform,
         global_batch_size=recipe.train.global_batch_size,
         accumulate=recipe.train.accumulate,
         rank=accelerator.process_index,
@@ -213,8 +245,11 @@ def build_train_loader(recipe: Recipe, splits: Splits, models: Models, accelerat
         max_bad_rate=recipe.data.max_bad_rate,
         fault_report=fault_report(recipe, accelerator),
         decode=decode_mode(recipe.data.loader, recipe.data.decode, splits.train, accelerator, recipe.data.num_threads),
-        views=Views(recipe.augment.views, recipe.augment.view_seed) if recipe.augment.views else None,
+        views=Views(count, recipe.augment.view_seed) if count else None,
+        teacher=cache,
     )
+    if cache is not None:
+        task.quarantine.update(cache.absent)
     return LOADERS[loader_name(recipe.data.loader)](task)
 
 

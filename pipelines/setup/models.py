@@ -23,6 +23,7 @@ from distill.models.region_logits.layout import TimmModel
 from distill.models.teacher import FrozenTeacher, bfloat16_usable
 from distill.protocols import Criterion, DataFacts, InputSpec, Needs
 from distill.recipe import Recipe
+from distill.teacher_cache.teacher import WHOLE
 from pipelines.setup.machine import memory_format
 
 
@@ -54,6 +55,8 @@ def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torc
     criteria = build_criteria(recipe, student, teacher, data)
     check_batchnorm(recipe, student.model, criteria, data.micro_batch)
     student_needs, teacher_needs = needs_of(criteria)
+    if recipe.teacher.cache and teacher is not None:
+        teacher_needs |= Needs(region_logits=(WHOLE,))  # its way to them must be found while it is float32 and eager
     ours = set_batchnorm(student.backbone(student_needs), recipe.student.batchnorm)
     chosen = memory_format(recipe)
     trained: list[nn.Module] = [ours, *criteria.values()]

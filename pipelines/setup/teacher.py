@@ -34,7 +34,8 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     return dataclasses.replace(
         recipe,
         out=str(Path(recipe.out) / "teacher"),
-        teacher=dataclasses.replace(wanted, name="none"),
+        teacher=dataclasses.replace(wanted, name="none", cache=""),
+        augment=dataclasses.replace(recipe.augment, views=0),  # they are the student's: its teacher's outputs are kept by them
         student=student,
         loss=losses_without_teacher(recipe),
         train=dataclasses.replace(recipe.train, epochs=wanted.epochs or recipe.train.epochs),

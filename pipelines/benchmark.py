@@ -35,11 +35,24 @@ from distill.config import RecipeError, as_dict
 from distill.losses import LOSSES
 from distill.protocols import Batch
 from distill.recipe import Recipe
+from distill.teacher_cache.teacher import CachedTeacher
 from pipelines.measure.ceiling import Alone, loader_rate, measure_machine, measure_network
 from pipelines.measure.memory import Arrivals, MemoryTimeline, memory_use
-from pipelines.measure.report import FORMAT, MODELS, Ceiling, MemoryUse, Report, Setting, Step, StepPart, Traffic, WarmUp
+from pipelines.measure.report import (
+    FORMAT,
+    MODELS,
+    CacheUse,
+    Ceiling,
+    MemoryUse,
+    Report,
+    Setting,
+    Step,
+    StepPart,
+    Traffic,
+    WarmUp,
+)
 from pipelines.measure.show import as_text, bottleneck, plot
-from pipelines.measure.timeline import DATA, REST, Communication, Timeline, endless, make_steps, marked
+from pipelines.measure.timeline import DATA, REST, TEACHER, Communication, Timeline, endless, make_steps, marked
 from pipelines.setup.arguments import parse
 from pipelines.setup.build import build
 from pipelines.setup.data import Splits, build_splits, check_mixing
@@ -117,7 +130,7 @@ def arguments(argv: Sequence[str]) -> Asked:
 def measurable(recipe: Recipe, out: str) -> Recipe:
     """The recipe without what is no part of a plain step: logs, trackers, profiles, and weights from elsewhere."""
     teacher, student = recipe.teacher, recipe.student
-    if teacher.weights in ("pretrained", "train"):
+    if teacher.weights in ("pretrained", "train") and not teacher.cache:  # a cache is of these weights
         teacher = dataclasses.replace(teacher, weights="random", class_map=None)
     if student.initial_weights == "pretrained":
         student = dataclasses.replace(student, initial_weights="random")
@@ -138,6 +151,8 @@ class MeasuredRun:
             self.run, self.models = build(self.recipe, self.accelerator, self.splits, Control(collective_timeout(self.recipe)))
         self.run.eval_loader.close()
         self.run.distiller.train()
+        self.row_bytes = self.run.teacher.codec.row.itemsize if isinstance(self.run.teacher, CachedTeacher) else 0
+        """Of a teacher cache; 0 where the teacher is live."""
         self.communication = Communication(self.run)
         self.line = Timeline(self.accelerator.device, time.process_time if asked.clock == "cpu" else None)
         self.stream = self._stream()
@@ -189,7 +204,7 @@ class MeasuredRun:
             buckets=list(self.communication.buckets),
             arrivals=arrivals.timetable(),
             gathers={name: list(each.traffic()) for name, each in self.models.criteria.items() if each.traffic()},
-            bytes_per_image=float(train.records["size"].mean()),
+            bytes_per_image=float(train.records["size"].mean()) + self.row_bytes,
             training_images=train.num_samples,
         )
         return memory, traffic
@@ -202,6 +217,9 @@ class Round(NamedTuple):
     unmarked: list[float]
     local: list[float]
     alone: list[dict[str, float]]
+    """Of the pieces that are in the step."""
+    live_teacher: list[float]
+    """Of the live teacher alone, where the step reads a cache."""
 
 
 def measure_rounds(bench: MeasuredRun, alone: Alone) -> list[Round]:
@@ -223,7 +241,9 @@ def measure_rounds(bench: MeasuredRun, alone: Alone) -> list[Round]:
             alone.make_steps(SETTLE, bench.line)
             bench.line.cut()
         alone.make_steps(count, bench.line)
-        rounds.append(Round(steps, unmarked, local, bench.line.cut()))
+        pieces = bench.line.cut()
+        live = [piece.pop(TEACHER) for piece in pieces] if bench.row_bytes else []
+        rounds.append(Round(steps, unmarked, local, pieces, live))
     return rounds
 
 
@@ -311,7 +331,9 @@ def measure(asked: Asked, out: str) -> Report:
         host_to_device_gigabytes_per_second=machine.host_to_device_gigabytes_per_second,
         teraflops=machine.teraflops,
         teraflops_float32=machine.teraflops_float32,
-        gigaflops_per_image={name: flops / 1e9 for name, flops in alone.flops_per_image().items()},
+        gigaflops_per_image={
+            name: flops / 1e9 for name, flops in alone.flops_per_image().items() if not (bench.row_bytes and name == TEACHER)
+        },
         network_bytes_per_second=None if network is None else network.bandwidth,
         network_latency_ms=None if network is None else network.latency_ms,
     )
@@ -328,7 +350,16 @@ def measure(asked: Asked, out: str) -> Report:
         local_ms=statistics.median(local) if local else None,
     )
     sentence = bottleneck(parts, setting, ceiling)
-    return Report(FORMAT, setting, warm_up, step, parts, ceiling, memory, traffic, sentence)
+    cache = cache_use(bench.row_bytes, parts, [ms for turn in rounds for ms in turn.live_teacher])
+    return Report(FORMAT, setting, warm_up, step, parts, ceiling, memory, traffic, sentence, cache)
+
+
+def cache_use(row_bytes: int, parts: list[StepPart], live_teacher: list[float]) -> CacheUse | None:
+    """The gain of a step that reads a teacher cache; None for one that does not."""
+    if not row_bytes:
+        return None
+    live = statistics.median(live_teacher)
+    return CacheUse(row_bytes, live, sum(part.ms for part in parts if part.name != TEACHER) + live)
 
 
 @command

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, NamedTuple, get_args
@@ -206,20 +206,19 @@ class PrePass:
 @contextmanager
 def claimed(work: PrePass) -> Iterator[int]:
     """Makes this launch the only one that writes to the folder, for as long as the context is open; gives the cache's number of
-    views. Raises RequestError on every process where that cannot be."""
-    asked, lock = work.asked, None
-    answer: list[Any] = ["", 0]
-    if work.accelerator.is_main_process:
+    views. Raises RequestError on every process where that cannot be, CacheError where the disk is too small."""
+    lock: IO[str] | None = None
+
+    def begin() -> int:
+        nonlocal lock
         try:
-            lock = _locked(asked.out)
-            answer[1] = work.writer.begin(asked.views)
+            lock = _locked(work.asked.out)
+            return work.writer.begin(work.asked.views)
         except (ValueError, OSError) as error:
-            answer[0] = str(error)
-    broadcast_object_list(answer)
-    problem, views = answer
+            raise RequestError(f"--out: {error}") from None
+
+    views = of_main_process(work.accelerator, begin)
     with lock or nullcontext():
-        if problem:
-            raise RequestError(f"--out: {problem}")
         yield views
 
 
@@ -230,17 +229,18 @@ def _locked(folder: Path) -> IO[str]:
         raise RequestError(f"another process is writing to {folder}; wait for it, or give another folder") from None
 
 
-def take_space(work: PrePass, views: int) -> None:
-    """Takes the disk space on the main process. CacheError on every process where there is not enough."""
-    answer: list[Any] = [None]
-    if work.accelerator.is_main_process:
+def of_main_process(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
+    """What `act` gives on the main process, on every process; what it raises, likewise."""
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
         try:
-            work.writer.allocate(views)
+            answer[0] = act()
         except Exception as error:
-            answer[0] = error
+            answer[1] = error
     broadcast_object_list(answer)
-    if answer[0] is not None:
-        raise answer[0]
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def show(work: PrePass, mine: Sequence[Unit]) -> None:
@@ -280,7 +280,7 @@ def make(asked: Asked) -> None:
         if missing:
             for line in work.estimate(views, missing):
                 say(accelerator, line)
-            take_space(work, views)
+            of_main_process(accelerator, lambda: work.writer.allocate(views))
             show(work, missing[rank::world])
         meet()
         hashed = {view: file_sha256(view_path(asked.out, view)) for view in range(rank, views, world)}

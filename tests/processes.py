@@ -1,9 +1,10 @@
 """Real processes that start fast: a fork server imports the project once, every run is then a fork of it.
 
-Each run is a process (or one per rank, joined by gloo over loopback) that executes `pipelines.imagenet.main` as its
-command line would; it can be killed like any other.
+Each run is a process (or one per rank, joined by gloo over loopback) that executes `pipelines.imagenet.main`, or another
+command's, as its command line would; it can be killed like any other.
 """
 
+import importlib
 import multiprocessing
 import os
 import resource
@@ -15,10 +16,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pipelines.imagenet"])
+TRAIN, CACHE = "pipelines.imagenet", "pipelines.cache_teacher"
+CONTEXT.set_forkserver_preload([TRAIN, CACHE])
 
 
-def _enter(argv: list[str], environment: dict[str, str], log: str, file_limit: int) -> None:
+def _enter(command: str, argv: list[str], environment: dict[str, str], log: str, file_limit: int) -> None:
     os.setsid()
     if file_limit:  # a disk that is full after so many bytes, as far as one file is concerned
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
@@ -28,7 +30,6 @@ def _enter(argv: list[str], environment: dict[str, str], log: str, file_limit: i
     os.dup2(descriptor, 2)
     import torch
 
-    from pipelines.imagenet import main
     from pipelines.setup.launcher import exit_with
     from tests.runs import fp16_on_cpus
 
@@ -41,7 +42,7 @@ def _enter(argv: list[str], environment: dict[str, str], log: str, file_limit: i
         fp16_on_cpus()
 
     torch.set_num_threads(1)
-    exit_with(lambda: main(argv))
+    exit_with(lambda: importlib.import_module(command).main(argv))
 
 
 def stall_loader(rank: int, reads: int) -> None:
@@ -121,12 +122,18 @@ class Job:
 
 
 def start(
-    argv: Sequence[str], log: Path, world_size: int = 1, environment: dict[str, str] | None = None, file_limit: int = 0
+    argv: Sequence[str],
+    log: Path,
+    world_size: int = 1,
+    environment: dict[str, str] | None = None,
+    file_limit: int = 0,
+    command: str = TRAIN,
 ) -> Job:
     """Starts `pipelines/imagenet.py ARGV` on `world_size` CPU processes that can write files of `file_limit` bytes (0: any)."""
     ranks = []
     for own in rank_environments(world_size):
-        ranks.append(CONTEXT.Process(target=_enter, args=(list(argv), {**own, **(environment or {})}, str(log), file_limit)))
+        shared = {**own, **(environment or {})}
+        ranks.append(CONTEXT.Process(target=_enter, args=(command, list(argv), shared, str(log), file_limit)))
         ranks[-1].start()
     return Job(ranks, log)
 
@@ -142,10 +149,15 @@ def rank_environments(world_size: int) -> list[dict[str, str]]:
 
 
 def finished(
-    argv: Sequence[str], log: Path, world_size: int = 1, codes: int = 0, environment: dict[str, str] | None = None
+    argv: Sequence[str],
+    log: Path,
+    world_size: int = 1,
+    codes: int = 0,
+    environment: dict[str, str] | None = None,
+    command: str = TRAIN,
 ) -> Job:
     """A job that was started and is over; fails with its output unless every rank exits with `codes`."""
-    job = start(argv, log, world_size, environment)
+    job = start(argv, log, world_size, environment, command=command)
     found = job.wait()
     assert found == [codes] * world_size, f"exit codes {found}:\n{job.text()}"
     return job

@@ -105,18 +105,20 @@ class Writer:
         return len(self._header) + self.layout.num_samples * self.codec.row.itemsize
 
     def begin(self, views: int) -> int:
-        """The views that the cache will have: as many as asked, or as it has already. Notes what is being made, so that nobody
-        reads it before `finish`; a cache that is whole is left as it is.
+        """The views that the cache will have: as many as asked, or as a finished one has already. Notes what is being made, so
+        that nobody reads it before `finish`; a cache that is whole is left as it is.
 
-        Raises ValueError, with every difference, where the folder holds another cache.
+        Raises ValueError, with every difference, where the folder holds another cache, and CacheError as `allocate` does.
         """
         found = _read_json(self.folder / REQUEST) or _read_json(self.folder / MANIFEST)
         if found is not None and (changed := differences(found, self.facts)):
             lines = "\n  ".join(changed)
             raise ValueError(f"{self.folder} holds another cache; give another --out, or ask for the same\n  {lines}")
         (self.folder / DONE).mkdir(parents=True, exist_ok=True)
-        views = max(views, 0 if found is None else found["views"] if isinstance(found["views"], int) else len(found["views"]))
+        manifest = _read_json(self.folder / MANIFEST)
+        views = max(views, 0 if manifest is None else len(manifest["views"]))
         if not self.whole(views):
+            self.check_space(views)
             write_atomically(self.folder / REQUEST, json_bytes({**(found or self.facts), "views": views}))
         return views
 
@@ -136,12 +138,8 @@ class Writer:
 
         Raises CacheError, with both numbers, where there is not enough; what was taken for that is given back.
         """
-        absent = [view for view in range(views) if not view_path(self.folder, view).exists()]
-        needed, free = len(absent) * self.view_bytes, shutil.disk_usage(self.folder).free
         made: list[Path] = []
         try:
-            if needed > free:
-                raise OSError
             for view in range(views):
                 path = view_path(self.folder, view)
                 made += [] if path.exists() else [path]
@@ -151,10 +149,22 @@ class Writer:
         except OSError as error:
             for path in made:
                 path.unlink(missing_ok=True)
-            raise CacheError(
-                f"{self.folder}: {len(absent)} views need {needed:,} bytes, the disk has {free:,} free"
-                f"{f' ({error.strerror})' if error.strerror else ''}; ask for fewer views, or another disk"
-            ) from None
+            raise self._full(views, error.strerror) from None
+
+    def check_space(self, views: int) -> None:
+        """Raises CacheError where the disk has not the bytes of the views that are not there yet."""
+        if self._needed(views) > shutil.disk_usage(self.folder).free:
+            raise self._full(views, "no space left")
+
+    def _needed(self, views: int) -> int:
+        return (views - len(list(self.folder.glob("view-*.npy")))) * self.view_bytes
+
+    def _full(self, views: int, reason: str | None) -> CacheError:
+        needed, free = self._needed(views), shutil.disk_usage(self.folder).free
+        return CacheError(
+            f"{self.folder}: {views} views need {needed:,} bytes more, the disk has {free:,} free ({reason}); ask for fewer,"
+            " or take another disk"
+        )
 
     def write(self, unit: Unit, first: int, rows: NDArray[np.void]) -> None:
         """Writes rows `first` and on of a unit's view."""

@@ -31,6 +31,8 @@ LEAST_SPEED = 6_000.0
 MOST_BESIDE = 1.08
 """Step without its wait for data over the models alone, for the papers' first pair with one loss."""
 EVALUATED = "resnet18"
+CACHEABLE = "cifar100/sdd_dkd.yaml"
+"""A recipe of small networks whose losses read logits alone."""
 LEDGER_SECONDS = 40.0
 """Time that one measurement may take; it is not begun where less is left."""
 
@@ -172,6 +174,23 @@ def random_weights(place: Place, name: str) -> Path:
         model = timm.create_model(name, num_classes=ShardIndex.open(place.val).num_classes)
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
     return path
+
+
+def cache(place: Place) -> Iterator[Finding]:
+    """A teacher cache of the made shards, and a run that reads it: what was stored is what loader and teacher give again."""
+    folder, recipe = str(Path(place.folder) / "cache"), "" if place.on_gpu else CACHEABLE
+    few = ["--train.epochs", "1000", "--train.max_steps", "2", "--train.evaluate_every", "1000"]
+    commands = {
+        "made": ["cache_teacher.py", *place.options(recipe), "--out", folder, "--views", "1", "--batch", str(place.batch)],
+        "verified": ["cache_teacher.py", "--out", folder, "--verify"],
+        "read": ["imagenet.py", *place.options(recipe), *few, "--out", f"{folder}-run", "--teacher.cache", folder],
+    }
+    for name, (script, *options) in commands.items():
+        done = place.run([sys.executable, str(ROOT / "pipelines" / script), *options])
+        text = f"exit code {done.returncode}" + (f": {last_line(done)}" if done.returncode else "")
+        yield judged(f"a teacher cache, {name}", not done.returncode, text, "report it")
+        if done.returncode:
+            return
 
 
 def speed(place: Place) -> Iterator[Finding]:

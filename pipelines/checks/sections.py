@@ -35,6 +35,7 @@ SECTIONS: dict[str, Section] = {
     "resume": Section("Interrupted and resumed", "runs.resume", 300, full=True),
     "launchers": Section("Launchers that do not fit", "runs.launchers", 240, full=True),
     "evaluation": Section("Evaluation", "runs.evaluation", 240, full=True),
+    "cache": Section("A teacher cache", "runs.cache", 240, full=True),
     "speed": Section("Speed", "runs.speed", 300, full=True),
 }
 """In the order in which they are made."""

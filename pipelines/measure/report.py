@@ -146,8 +146,21 @@ class Traffic:
     gathers: dict[str, list[Gathered]]
     """Rows that a loss gathers from all processes in a micro-batch, or would if it were set to, by the loss's name."""
     bytes_per_image: float
-    """Mean size of an encoded training image."""
+    """Mean size of an encoded training image, with its row of a teacher cache."""
     training_images: int
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class CacheUse:
+    """A step whose teacher is read from a cache, beside the step with the live one."""
+
+    row_bytes: int
+    """Bytes of an image's row."""
+    live_teacher_ms: float
+    """The live teacher alone, measured in turn with the steps."""
+    live_ms: float
+    """The step with that teacher in the place of the part that is left of it."""
 
 
 @with_config(_STRICT)
@@ -164,6 +177,8 @@ class Report:
     memory: MemoryUse
     traffic: Traffic
     bottleneck: str
+    cache: CacheUse | None = None
+    """None where the teacher is live."""
 
     def part_ms(self, name: str) -> float:
         """Milliseconds of a part; 0 where the step has none."""

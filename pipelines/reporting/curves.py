@@ -101,6 +101,8 @@ def cost_facts(run: RunRecord) -> list[str]:
     if writing:
         waited = writing["copying"] + writing["waiting"]
         said += f"; checkpoints held it up for {waited:.2f} s and took {writing['writing']:.2f} s beside it"
+    if run.manifest.get("teacher_cache"):
+        said += f"; its teacher was read from a cache ({run.manifest['teacher_cache']})"
     if summary.get("bad_samples"):
         said += f"; {summary['bad_samples']} bad samples"
     return [said]

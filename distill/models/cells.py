@@ -123,7 +123,7 @@ class CellHead(nn.Module):
         device = next(backbone.parameters()).device
         rows = headed_rows(backbone.needs, backbone.grid)
         self.register_buffer("shares", means_of(cells, rows).to(device), persistent=False)
-        features = means_of(cells, backbone.plan.matrix.double()) if len(backbone.plan.matrix) else cells[:0, :0].float()
+        features = means_of(cells, backbone.plan.matrix.double()) if len(backbone.plan.matrix) else torch.zeros(0, len(cells))
         self.register_buffer("feature_shares", features.to(device), persistent=False)
         head = backbone.region_head
         if isinstance(head, SplitHead):  # its matrix takes means of a map; here the rows are means already
@@ -133,9 +133,8 @@ class CellHead(nn.Module):
     def forward(self, cells: Tensor) -> ModelOutput:
         """cells float32 [B, N, C]."""
         backbone = self.backbone
-        with torch.autocast(cells.device.type, enabled=False):
-            rows = self.shares @ cells
-            features = self.feature_shares @ cells if self.feature_shares.numel() else rows[:, :0]
+        as_map = cells.transpose(1, 2)[..., None]  # cells are the places of a map, and regions are means over it
+        rows, features = pool(as_map, self.shares), pool(as_map, self.feature_shares)
         with tapped(backbone.model, backbone.head_taps):
             own = self._head(rows)
         embedding = backbone.head_taps[0].taken() if backbone.head_taps else None

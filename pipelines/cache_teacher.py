@@ -17,9 +17,11 @@ from typing import IO, Any, NamedTuple, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
+from distill.children import end_at_interrupt
 from pipelines.setup.launcher import end_with_launcher, exit_with
 
 if __name__ == "__main__":
+    end_at_interrupt()
     end_with_launcher()
 
 import numpy as np

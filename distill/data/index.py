@@ -225,7 +225,9 @@ class ShardIndex:
             os.close(descriptor)
 
     def _made_store(self, cache: Path) -> ShardStore:
-        root = str(self.manifest["root"])
+        root = self.manifest["root"]
+        if not isinstance(root, str):
+            raise TypeError(f"root {root!r}")
         if not is_url(root) and not is_url(self.place):
             return LocalStore([self.folder / root / shard.name for shard in self.shards])
         if is_url(root):

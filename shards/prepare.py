@@ -326,7 +326,9 @@ def _parser() -> Parser:
 
 
 def place(text: str) -> Path | str:
-    """A folder, or the text of a URL."""
+    """A folder, or the text of a URL: a type for `add_argument`."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no path")
     return text if is_url(text) else Path(text)
 
 

@@ -84,6 +84,8 @@ def cells_refusal(backbone: Backbone) -> str:
     layout = backbone.layout
     if layout.several or layout.primary is None or layout.parts[layout.primary].prefix:
         return "its head reads more than one map"
+    if isinstance(backbone.region_head, SplitHead) and backbone.plan.features:
+        return "its head takes means of another map than the one whose region features are asked for"
     return ""
 
 
@@ -117,8 +119,11 @@ class CellHead(nn.Module):
     feature_shares: Tensor
 
     def __init__(self, backbone: Backbone, cells: Tensor) -> None:
-        """cells: float64 [N, H * W] that `forward` is given the values of. ValueError where they do not give the regions."""
+        """cells: float64 [N, H * W] that `forward` is given the values of. ValueError where they do not give the regions,
+        and where the head cannot be run on cells."""
         super().__init__()
+        if refusal := cells_refusal(backbone):
+            raise ValueError(refusal)
         self.backbone = backbone
         device = next(backbone.parameters()).device
         rows = headed_rows(backbone.needs, backbone.grid)

@@ -161,8 +161,9 @@ def open_cache(recipe: Recipe, models: Models, splits: Splits, accelerator: Acce
     teacher: CachedTeacher | None = None
     try:
         teacher = CachedTeacher(models.teacher, cache)
-    except ValueError:
-        changed.append(f"regions: {cache.facts['regions']} in the cache, {regions_fact(models.teacher.backbone)} asked")
+    except ValueError as error:
+        asked = regions_fact(models.teacher.backbone)
+        changed.append(f"regions: {cache.facts['regions']} in the cache, {asked} asked ({error})")
     if changed or teacher is None:
         lines = "\n  ".join(changed)
         raise RecipeError(f"teacher.cache: {cache.folder} is of another recipe; ask for the same, or make another\n  {lines}")

@@ -10,7 +10,7 @@ from distill.protocols import Needs, Regions
 
 PYRAMID = Regions(scales=(1, 2, 4))
 WHOLE = Regions(scales=(1,))
-KINDS = {"cifar_resnet8": 32, "resnet10t": 96, "mobilenetv3_small_050": 96, "mambaout_femto": 96}
+KINDS = {"cifar_resnet8": 32, "resnet10t": 96, "efficientvit_b0": 96, "mambaout_femto": 96}
 """Pool, pool, split, and pool over a map with its channels last; with the side of their images."""
 
 
@@ -30,7 +30,8 @@ def teacher(name: str, needs: Needs, size: int | None = None, classes: int = 7):
     ids=["area", "adaptive", "cascade", "windows"],
 )
 def test_the_head_on_cells_gives_the_logits_of_the_whole_model(name, regions):
-    backbone = teacher(name, Needs(region_logits=(regions, WHOLE), region_features=(Regions((1, 2), regions.mode),)))
+    features = () if name.startswith("efficientvit") else (Regions((1, 2), regions.mode),)
+    backbone = teacher(name, Needs(region_logits=(regions, WHOLE), region_features=features))
     assert not cells_refusal(backbone)
     cells = cell_rows([regions, Regions((1, 2), regions.mode)], backbone.grid)
     images = torch.rand(3, 3, KINDS[name], KINDS[name])
@@ -40,9 +41,16 @@ def test_the_head_on_cells_gives_the_logits_of_the_whole_model(name, regions):
     scale = whole.region_logits[regions].abs().max()
     assert (headed_logits(backbone, whole) - headed_logits(backbone, found)).abs().max() < 1e-5 * scale
     assert (whole.region_logits[regions] - found.region_logits[regions]).abs().max() < 1e-5 * scale
-    if backbone.mechanism == "pool":  # elsewhere the stored map is not the feature map
-        [(asked, features)] = whole.region_features.items()
-        assert torch.allclose(features, found.region_features[asked], atol=1e-5)
+    for asked in features:
+        assert torch.allclose(whole.region_features[asked], found.region_features[asked], atol=1e-5)
+
+
+def test_region_features_of_another_map_than_the_stored_one_are_refused():
+    """A split head stores the map that its own layers made: its means are not those of the feature map."""
+    backbone = teacher("efficientvit_b0", Needs(region_logits=(WHOLE,), region_features=(PYRAMID,)))
+    assert backbone.mechanism == "split"
+    with pytest.raises(ValueError, match="takes means of another map"):
+        CellHead(backbone, cell_rows([PYRAMID], backbone.grid))
 
 
 def test_embeddings_and_the_bias_of_the_head_come_from_cells_too():
@@ -88,7 +96,7 @@ def test_a_head_that_reads_more_than_means_is_refused(name, size):
     assert "reads more than means" in cells_refusal(backbone)
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", ["resnet10t", "efficientvit_b0"])
 def test_a_forgotten_trunk_gives_its_memory_back_and_leaves_the_head(name):
     backbone = teacher(name, Needs(region_logits=(PYRAMID,)))
     cells = cell_rows([PYRAMID], backbone.grid)

@@ -60,7 +60,7 @@ def test_topk_keeps_the_largest_logits_of_the_regions_of_a_head_that_reads_class
         assert torch.allclose(found.region_logits[name].logsumexp(2), whole.region_logits[name].logsumexp(2), atol=0.01)
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet8", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", ["cifar_resnet8", "efficientvit_b0"])
 def test_features_of_bfloat16_weights_come_back_through_the_same_weights(name: str, tmp_path: Path):
     size = 32 if name.startswith("cifar") else 96
     live = teacher(name, FINE, size, "bf16")

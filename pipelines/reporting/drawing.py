@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +22,8 @@ INK = "#0a0b0c"
 """A colour that stands for the page's own and that no palette holds."""
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c7a00", "#7f7f7f")
 """Okabe and Ito's palette, told apart by the colour-blind; its yellow is darkened, which white paper would swallow."""
+PALE = ("#e69f00", "#cc79a7", "#56b4e9")
+"""Those on which white letters cannot be read."""
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "os^Dv"
 MARKS = {"resumed": ("^", "#e69f00"), "skipped": ("x", "#d55e00"), "stopped": ("s", "#7f7f7f")}
@@ -40,6 +44,16 @@ def rasterised() -> Iterator[dict[str, Array]]:
         _pixels.reset(token)
 
 
+def _matplotlib() -> Any:
+    """matplotlib, which draws without a screen."""
+    # a notebook names a backend of its own here, which this environment may lack
+    os.environ["MPLBACKEND"] = "agg"
+    import matplotlib
+
+    matplotlib.use("agg")
+    return matplotlib
+
+
 def _pixels_of(figure: Any) -> Array:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110, facecolor="white")
@@ -50,11 +64,9 @@ def _pixels_of(figure: Any) -> Array:
 @contextmanager
 def _figure(alt: str, out: list[str], height: float = 2.6, width: float = 4.6) -> Iterator[Any]:
     """Axes to draw on; what was drawn is put into `out` as a <figure>."""
-    import matplotlib
-    from matplotlib.rcsetup import cycler
-
-    matplotlib.use("Agg")
+    matplotlib = _matplotlib()
     from matplotlib import pyplot
+    from matplotlib.rcsetup import cycler
 
     style = {
         **{f"{part}.color": INK for part in ("text", "xtick", "ytick")},
@@ -75,8 +87,11 @@ def _figure(alt: str, out: list[str], height: float = 2.6, width: float = 4.6) -
         "svg.fonttype": "none",
         "svg.hashsalt": alt,
         "axes.prop_cycle": cycler(color=COLOURS),
+        "text.parse_math": False,  # a class may be called `$5`
     }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # a browser has the letters that this font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
         yield axes
         file = io.StringIO()
@@ -107,20 +122,25 @@ def lines(
     log: bool = False,
 ) -> str:
     """Lines over steps. levels: dashed lines across, by name. marks: kind of `MARKS` -> steps, at the lower edge."""
+    from matplotlib.ticker import LogFormatter
+
     out: list[str] = []
     with _figure(alt, out) as axes:
         for number, (name, (x, y)) in enumerate(series.items()):
             marker = "o" if len(x) < 25 else None
-            axes.plot(x, y, DASHES[number // len(COLOURS) % len(DASHES)], marker=marker, markersize=3, label=name)
+            axes.plot(x, y, DASHES[number // len(COLOURS) % len(DASHES)], marker=marker, markersize=3, label=_label(name))
         for number, (name, value) in enumerate((levels or {}).items()):
             axes.axhline(value, color=INK, linestyle=DASHES[1 + number % 3], linewidth=1, label=name)
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())  # without formulas, which no text is read as
+            axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
         for kind, steps in (marks or {}).items():
             marker, colour = MARKS[kind]
             # at the lower edge whatever the axis shows: the y of a mark is no value
             place = axes.get_xaxis_transform()
             axes.plot(steps, [0.03] * len(steps), marker, color=colour, transform=place, linestyle="none", label=kind)
+        axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         if len(series) + len(levels or {}) + len(marks or {}) > 1:
@@ -132,7 +152,7 @@ def stacked(x: Sequence[float], shares: Mapping[str, Sequence[float]], alt: str)
     """Shares over steps that fill the height."""
     out: list[str] = []
     with _figure(alt, out) as axes:
-        axes.stackplot(x, list(shares.values()), labels=list(shares), colors=COLOURS, alpha=0.85)
+        axes.stackplot(x, list(shares.values()), labels=list(map(_label, shares)), colors=COLOURS, alpha=0.85)
         axes.set(xlabel="step", ylabel="share", ylim=(0, 1))
         axes.margins(x=0)
         _legend(axes)
@@ -182,7 +202,9 @@ def reliabilities(found: Mapping[str, Reliability], alt: str) -> str:
             sizes = 8 + 60 * each.counts[there] / each.counts.max()
             marker = MARKERS[number % len(MARKERS)]
             colour = COLOURS[number % len(COLOURS)]
-            axes.plot(each.confidence[there], each.accuracy[there], marker, ls="-", lw=1.2, ms=4, color=colour, label=name)
+            axes.plot(
+                each.confidence[there], each.accuracy[there], marker, ls="-", lw=1.2, ms=4, color=colour, label=_label(name)
+            )
             axes.scatter(each.confidence[there], each.accuracy[there], sizes, marker=marker, alpha=0.7, color=colour)
         axes.set(xlabel=f"confidence, {BINS} bins", ylabel="share right", xlim=(0, 1.02), ylim=(0, 1.05))
         _legend(axes)
@@ -201,7 +223,8 @@ def scatter(places: Array, labels: Array, names: Mapping[int, str], alt: str) ->
             axes.scatter(*mine.T, s=12, alpha=0.6, color=colour, marker=marker, linewidths=0)
             box = {"boxstyle": "round,pad=0.15", "facecolor": colour, "alpha": 0.9, "linewidth": 0}
             middle = np.median(mine, axis=0)
-            axes.annotate(_short(name, 14), middle, fontsize=9, ha="center", va="center", color="white", bbox=box)
+            ink = "black" if colour in PALE else "white"
+            axes.annotate(_short(name, 14), middle, fontsize=9, ha="center", va="center", color=ink, bbox=box)
         axes.set(xticks=[], yticks=[])
         axes.set_aspect("equal", adjustable="datalim")
     return out[0]
@@ -214,8 +237,10 @@ def matrix(values: Array, limit: float, names: Sequence[str], alt: str) -> str:
         shown = axes.imshow(values, vmin=0, vmax=limit)
         axes.grid(visible=False)
         if len(names) <= 20:
-            axes.set_xticks(range(len(names)), [_short(name, 8) for name in names], rotation=90 if len(names) > 12 else 0)
-            axes.set_yticks(range(len(names)), [_short(name, 8) for name in names])
+            tags = [_short(name, 8) for name in names]
+            wide = sum(map(len, tags)) > 24  # letters in a row below the matrix
+            axes.set_xticks(range(len(names)), tags, rotation=90 if wide else 0)
+            axes.set_yticks(range(len(names)), tags)
         axes.figure.colorbar(shown, ax=axes, shrink=0.85)
     return out[0]
 
@@ -227,7 +252,7 @@ def grouped(series: Mapping[str, Sequence[float]], groups: Sequence[str], label:
         width = 0.8 / max(len(series), 1)
         for number, (name, values) in enumerate(series.items()):
             places = np.arange(len(groups)) + (number - (len(series) - 1) / 2) * width
-            axes.bar(places, values, width, label=name, color=COLOURS[number % len(COLOURS)])
+            axes.bar(places, values, width, label=_label(name), color=COLOURS[number % len(COLOURS)])
         axes.set_xticks(range(len(groups)), groups)
         axes.set_ylabel(label)
         axes.grid(axis="x", visible=False)
@@ -249,17 +274,20 @@ def ledger(parts: Mapping[str, float], label: str, alt: str) -> str:
 
 def heat(values: Array, side: int = 96) -> Array:
     """A map [H, W] as colours uint8 [side, side, 3], dark at its least and bright at its greatest."""
-    import matplotlib
-
     low, high = float(values.min()), float(values.max())
     scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
-    coloured = (255 * matplotlib.colormaps["cividis"](scaled)[..., :3]).astype(np.uint8)
+    coloured = (255 * _matplotlib().colormaps["cividis"](scaled)[..., :3]).astype(np.uint8)
     return np.asarray(Image.fromarray(coloured).resize((side, side), Image.Resampling.NEAREST))
 
 
 def _legend(axes: Any) -> None:
     """A legend above the axes: inside it would lie on a curve sooner or later."""
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, handlelength=1.6, columnspacing=1.2, borderaxespad=0.2)
+
+
+def _label(name: str) -> str:
+    """A name for a legend, where matplotlib leaves out all that begin with `_`: a space without width goes before them."""
+    return f"\u200b{name}" if name.startswith("_") else name
 
 
 def _short(name: str, most: int) -> str:

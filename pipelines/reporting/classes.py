@@ -39,7 +39,10 @@ def class_facts(comparison: Comparison, run: RunRecord) -> list[str]:
         said.append(f"{len(absent)} of {len(names)} classes have no image in this split and no number: {listed}")
     baseline, both = comparison.baseline_of(run), comparison.against_baseline(run)
     if baseline is None or both is None:
-        why = "no run of the student alone was given" if baseline is None else f"the dump of {baseline.name} is missing"
+        if baseline is None:
+            why = "no run of the student alone was given"
+        else:
+            why = f"the dump of {baseline.name} is {'missing' if baseline.dump is None else 'of other images'}"
         said.append(f"Not shown: what {run.name} gained and lost by class; {why}")
     else:
         gained, order = changed_classes(*both[1:])
@@ -76,7 +79,7 @@ def panel(comparison: Comparison, pictures: Pictures) -> Panel:
         pairs = confusions(run.dump)
         if pairs:
             body += "<h3>Most confused pairs</h3>" + thumbnails([_pair(run.dump, pair, pictures) for pair in pairs])
-    if pictures.index is None and body:
+    if pictures.reason and body:
         said.append(f"Not shown: {pictures.reason}")
     return Panel("Classes", body, tuple(said)) if body else missing("Classes", _reasons(said))
 
@@ -85,7 +88,7 @@ def flip_facts(comparison: Comparison, run: RunRecord) -> list[str]:
     """How many images changed sides."""
     both = comparison.against_baseline(run)
     if both is None:
-        return [f"Not shown: {run.name}'s images right now and wrong alone; this needs a dump of both"]
+        return [f"Not shown: {run.name}'s images right now and wrong alone; this needs dumps of both, of the same images"]
     baseline, dump, alone = both
     mine, _, found = flips_between(dump, alone)
     return [
@@ -133,7 +136,7 @@ def _changes(dump: Dump, baseline: Dump, name: str) -> list[str]:
 def _pair(dump: Dump, pair: Confusion, pictures: Pictures) -> str:
     names = dump.class_names
     caption = f"{names[pair.label]} taken for {names[pair.predicted]}: {pair.images} ({pair.share:.0%})"
-    return pictures.thumbnail(int(dump["sample_ids"][pair.example]), caption)
+    return pictures.thumbnail(dump, int(dump["sample_ids"][pair.example]), caption)
 
 
 def _flip(run: RunRecord, dump: Dump, alone: Dump, row: int, other: int, pictures: Pictures) -> str:
@@ -145,4 +148,4 @@ def _flip(run: RunRecord, dump: Dump, alone: Dump, row: int, other: int, picture
         place = np.flatnonzero(teacher["sample_ids"] == sample)
         said += [f"teacher {names[teacher.predicted[place[0]]]}"] if len(place) else []
     # four long names below a narrow picture would be a column of single words
-    return pictures.thumbnail(sample, ", ".join(said), wide=max(map(len, names)) > 6)
+    return pictures.thumbnail(dump, sample, ", ".join(said), wide=max(map(len, names)) > 6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -13,49 +13,55 @@ from distill.data.pixels import decode
 from distill.data.reader import BadSample
 from distill.data.reference import read_sample
 from distill.data.store import ShardLost
+from pipelines.reporting.dump import Dump
 from pipelines.reporting.page import picture, thumbnail
 from pipelines.reporting.runs import Comparison
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """The images of one split; `reason` says why there are none."""
+    """The images of the splits that dumps describe; `reason` says why some are missing."""
 
-    index: ShardIndex | None
+    indexes: Mapping[str, ShardIndex]
+    """By their digest, as a dump names its split."""
     reason: str = ""
 
     @classmethod
     def of(cls, comparison: Comparison) -> Pictures:
         """The validation images: where they were asked for, else where the dumps and the runs found them."""
-        digests = [dump.facts["split_digest"] for dump in comparison.voices.values()]
-        digests += [run.manifest.get("val_shards") for run in comparison.distilled]
-        dumped = [dump.facts["split"] for dump in comparison.voices.values()]
-        places = [comparison.split, *dumped, *(run.recipe["data"]["val"] for run in comparison.distilled)]
-        reason = "no place is known"
-        for place in filter(None, places):
+        dumps = [dump for run in comparison.distilled for dump in (run.dump, run.teacher_dump) if dump is not None]
+        wanted = {dump.facts["split_digest"] for dump in dumps}
+        places = [comparison.split, *(dump.facts["split"] for dump in dumps)]
+        places += [run.recipe["data"]["val"] for run in comparison.distilled]
+        found, why = dict[str, ShardIndex](), "no place is known"
+        for place in dict.fromkeys(map(str, filter(None, places))):
             try:
                 index = ShardIndex.open(place)
             except ValueError as error:
-                reason = str(error)
+                why = str(error)
                 continue
-            if digests and index.digest != digests[0]:
-                reason = f"{place} holds other images than the run was evaluated on"
-                continue
-            return cls(index)
-        return cls(None, f"no pictures, for the validation shards cannot be read ({reason}); give their folder as --val")
+            if index.digest in wanted:
+                found.setdefault(index.digest, index)
+            else:
+                why = f"{place} holds other images than the run was evaluated on"
+        if wanted <= found.keys():
+            return cls(found)
+        how_many = "some" if found else "no"
+        return cls(found, f"{how_many} pictures, for the validation shards cannot be read ({why}); give their folder as --val")
 
-    def read(self, sample: int) -> Image.Image | None:
-        """The image of a row; None where it cannot be had."""
-        if self.index is None:
+    def read(self, dump: Dump, sample: int) -> Image.Image | None:
+        """The image of a row of the dump's split; None where it cannot be had."""
+        index = self.indexes.get(dump.facts["split_digest"])
+        if index is None:
             return None
         try:
-            return decode(read_sample(self.index, sample))
+            return decode(read_sample(index, sample))
         except (BadSample, ShardLost, KeyError):
             return None
 
-    def thumbnail(self, sample: int, caption: str, wide: bool = False, over: str = "") -> str:
+    def thumbnail(self, dump: Dump, sample: int, caption: str, wide: bool = False, over: str = "") -> str:
         """An image with its caption; a grey square where it cannot be had. over: an <svg> that lies on it."""
-        return shown(self.read(sample), caption, wide, over)
+        return shown(self.read(dump, sample), caption, wide, over)
 
 
 def shown(image: Image.Image | None, caption: str, wide: bool = False, over: str = "") -> str:

@@ -69,7 +69,7 @@ def region_panel(comparison: Comparison, pictures: Pictures) -> Panel:
             "Blue and whole: consistent. Orange and dashed: complementary. Captions: label, class of the whole image, classes"
             " of the regions."
         )
-    if pictures.index is None and body:
+    if pictures.reason and body:
         said.append(f"Not shown: {pictures.reason}")
     return Panel("Regions", body, tuple(said))
 
@@ -84,7 +84,7 @@ def heat_panel(comparison: Comparison, pictures: Pictures) -> Panel:
     body = ""
     for sample in dict.fromkeys(chosen.tolist()):
         label = first.class_names[first["labels"][first.rows(sample)]]
-        row = [pictures.thumbnail(sample, label)]
+        row = [pictures.thumbnail(first, sample, label)]
         for name, dump in there.items():
             if sample in dump["pictured_ids"]:
                 row.append(_heats(name, dump, int(sample)))
@@ -107,7 +107,7 @@ def _regions(dump: Dump, row: int, outside: np.ndarray, scale: int, pictures: Pi
     shapes = [_cell(cell, names[k], tag_of[k], outside[place]) for (cell, place), k in zip(shown, found, strict=True)]
     said = "; ".join(filter(None, [f"{label}: {whole}", legend([names[k] for k in classes], tags, MOST_NAMED)]))
     alt = f"{sum(int(outside[place]) for _, place in shown)} complementary regions"
-    return pictures.thumbnail(sample, said, wide=True, over=overlay(shapes, alt))
+    return pictures.thumbnail(dump, sample, said, wide=True, over=overlay(shapes, alt))
 
 
 def _cell(cell: Cell, name: str, tag: str, outside: bool) -> str:

@@ -32,13 +32,22 @@ def panels(comparison: Comparison) -> list[Panel]:
         samples.data_panel(comparison, pictures),
         reproduce.panel(comparison),
     ]
-    if lacks := comparison.missing_dumps():
-        found.insert(1, Panel("What this report lacks", "", tuple(starmap(_lack, lacks.items()))))
+    if lacks := [*starmap(_lack, comparison.missing_dumps().items()), *_left_out(comparison)]:
+        found.insert(1, Panel("What this report lacks", "", tuple(lacks)))
     return found
 
 
 def _lack(file: Path, options: list[str]) -> str:
     return f"{file} is missing; `python pipelines/evaluate.py {shlex.join(options)}` writes it"
+
+
+def _left_out(comparison: Comparison) -> list[str]:
+    """A line about the dumps that cannot be held against the others."""
+    others = [name for name in comparison.everyone if name not in comparison.voices]
+    shown = "calibration, embeddings, logits, similarity and heat maps are shown without them"
+    return (
+        [f"{', '.join(others)}: evaluated on other images than {next(reversed(comparison.voices))}; {shown}"] if others else []
+    )
 
 
 def title_of(comparison: Comparison) -> str:

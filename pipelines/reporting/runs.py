@@ -182,15 +182,16 @@ class Comparison:
         return next(alone, None) if run.teacher is not None else None
 
     def against_baseline(self, run: RunRecord) -> tuple[RunRecord, Dump, Dump] | None:
-        """The baseline of a run, the dump of the run, the dump of the baseline; None where any of them is missing."""
+        """The baseline of a run, the dump of the run, the dump of the baseline; None where any of them is missing, or the dumps
+        are of two splits."""
         baseline = self.baseline_of(run)
-        if baseline is None or run.dump is None or baseline.dump is None:
+        if baseline is None or run.dump is None or baseline.dump is None or not run.dump.has_split_of(baseline.dump):
             return None
         return baseline, run.dump, baseline.dump
 
     @cached_property
-    def voices(self) -> dict[str, Dump]:
-        """The dumps by the name of who speaks: teacher, students alone, distilled students; none twice, of one split."""
+    def everyone(self) -> dict[str, Dump]:
+        """The dumps by the name of who speaks: teacher, students alone, distilled students; none twice."""
         found: dict[str, Dump] = {}
         for run in self.distilled:
             if run.teacher is not None and run.teacher_dump is not None:
@@ -202,8 +203,13 @@ class Comparison:
         for run in self.distilled:
             if run.dump is not None:
                 found[run.name] = run.dump
-        digest = next((dump.facts["split_digest"] for dump in reversed(found.values())), None)
-        return {name: dump for name, dump in found.items() if dump.facts["split_digest"] == digest}
+        return found
+
+    @cached_property
+    def voices(self) -> dict[str, Dump]:
+        """Those of everyone that are of one split, the last one's, and can be compared image by image."""
+        last = next(reversed(self.everyone.values()), None)
+        return {name: dump for name, dump in self.everyone.items() if last is not None and dump.has_split_of(last)}
 
     def missing_dumps(self) -> dict[Path, list[str]]:
         """Every dump that is missing and could be made, and the options of `pipelines/evaluate.py` that write it."""

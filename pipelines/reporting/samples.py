@@ -60,7 +60,7 @@ def data_panel(comparison: Comparison, pictures: Pictures) -> Panel:
         cells = []
         for row in rows[:MOST_DOUBTFUL]:
             caption = f"label {names[dump['labels'][row]]}, both say {names[dump.predicted[row]]}"
-            cells.append(pictures.thumbnail(int(dump["sample_ids"][row]), caption))
+            cells.append(pictures.thumbnail(dump, int(dump["sample_ids"][row]), caption))
         body += thumbnails(cells)
     return Panel("Doubtful labels and bad samples", body, tuple(said))
 

@@ -1,5 +1,6 @@
 """`pipelines/report.py` and `pipelines/compare.py` on real runs, whole and with parts missing; the page in a real browser."""
 
+import base64
 import io
 import json
 import os
@@ -19,11 +20,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from distill.data.faults import Quarantine
 from distill.data.index import ShardIndex
 from distill.data.order import TrainOrder
+from distill.data.pixels import decode
+from distill.data.reference import read_sample
 from distill.data.stream import Position
 from pipelines.compare import main as compare
 from pipelines.evaluate import main as evaluate
 from pipelines.report import main as report
-from pipelines.reporting.classes import class_facts
+from pipelines.reporting.classes import class_facts, confusions
 from pipelines.reporting.curves import marks
 from pipelines.reporting.dump import Dump
 from pipelines.reporting.evaluations import write_dumps
@@ -325,6 +328,41 @@ def test_moved_shards_are_found_by_an_option_and_missed_in_words(copied: Path, d
     assert "no pictures" not in said_by([copied / "distilled"], tmp_path / "y.html", "--val", str(digits / "val"))
     other = said_by([copied / "distilled"], tmp_path / "z.html", "--val", str(digits / "train"))
     assert "no pictures" in other
+
+
+def test_runs_of_other_data_have_their_own_pictures_and_are_not_compared(copied: Path, digits: Path, tmp_path: Path):
+    other = shutil.copytree(copied / "distilled", copied / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["recipe"]["data"]["val"] = str(digits / "train")
+    manifest["val_shards"] = ShardIndex.open(digits / "train").digest
+    manifest["recipe"]["teacher"]["weights"] = str(tmp_path / "gone" / "student")
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    (other / "teacher.npz").unlink()
+    of = ["--model", f"local-dir:{other / 'student'}", "--val", str(digits / "train"), "--dump-sample", "40"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        assert evaluate([*of, "--dump", str(other / "student.npz")]) == 0
+    said = said_by([copied / "baseline", other, copied / "distilled"], tmp_path / "x.html")
+    assert "* other: evaluated on other images than distilled; calibration" in said
+    assert "Not shown: other's images right now and wrong alone; this needs dumps of both, of the same images" in said
+    classes = (tmp_path / "x.html").read_text().split("<h2>Classes</h2>")[1].split("<h2>")[0]
+    shown = classes.split("<h3>other</h3>")[1].split("<h3>distilled</h3>")[0]
+    data = re.findall(r"src='data:image/png;base64,([^']*)'", shown)
+    dump, index = Dump.load(other / "student.npz"), ShardIndex.open(digits / "train")
+    rows = [int(dump["sample_ids"][pair.example]) for pair in confusions(dump)]
+    assert len(data) == len(rows) > 0
+    for each, row in zip(data, rows, strict=True):
+        expected = np.asarray(decode(read_sample(index, row)))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))), expected)
+
+
+def test_a_baseline_evaluated_on_other_images_is_not_compared(copied: Path, tmp_path: Path):
+    path = copied / "baseline" / "student.npz"
+    dump = Dump.load(path)
+    np.savez(path, facts=np.array(json.dumps({**dump.facts, "split_digest": "of other shards"})), **dump.arrays)
+    said = said_by([copied / "baseline", copied / "distilled"], tmp_path / "x.html")
+    assert "gained and lost by class; the dump of baseline is of other images" in said
+    assert "* baseline: evaluated on other images than distilled; calibration" in said
 
 
 def test_the_batch_is_the_runs_first_one_with_its_labels(page: Path, runs: Path, digits: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from html import escape
 
 import yaml
@@ -12,17 +13,22 @@ from pipelines.reporting.runs import Comparison, RunRecord
 
 def block(run: RunRecord) -> str:
     """Shell commands that check out the commit, write the recipe and start the run."""
-    recipe = yaml.safe_dump({**run.recipe, "out": f"{run.recipe['out']}_again"}, sort_keys=False).rstrip()
+    # `auto` is what this launcher said, and another may say otherwise
+    train = {**run.recipe["train"], "mixed_precision": run.manifest["mixed_precision"]}
+    recipe = yaml.safe_dump({**run.recipe, "out": f"{run.recipe['out']}_again", "train": train}, sort_keys=False).rstrip()
     commit = run.manifest["git_commit"]
     changed = "  # and changes that no commit holds" if commit.endswith("-dirty") else ""
     processes = run.manifest["world_size"]
+    # `accelerate launch` starts one process where there is no GPU
+    on_cpus = f"ACCELERATE_USE_CPU=true torchrun --standalone --nproc-per-node {processes}"
+    launch = on_cpus if run.manifest["distributed"] == "MULTI_CPU" else f"accelerate launch --num_processes {processes}"
     return "\n".join(
         [
             f"git checkout {commit.removesuffix('-dirty')}{changed}",
             "cat > again.yaml <<'RECIPE'",
             recipe,
             "RECIPE",
-            f"accelerate launch --num_processes {processes} pipelines/imagenet.py --recipe again.yaml",
+            shlex.join([*launch.split(), "pipelines/imagenet.py", "--recipe", "again.yaml", *run.imports]),
         ]
     )
 

@@ -1,6 +1,7 @@
 """`pipelines/report.py` and `pipelines/compare.py` on real runs, whole and with parts missing; the page in a real browser."""
 
 import base64
+import dataclasses
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -31,6 +33,7 @@ from pipelines.reporting.curves import marks
 from pipelines.reporting.dump import Dump
 from pipelines.reporting.evaluations import write_dumps
 from pipelines.reporting.first_batch import FirstBatch
+from pipelines.reporting.reproduce import block
 from pipelines.reporting.runs import Comparison, RunRecord
 from tests.conftest import VAL_IMAGES
 from tests.processes import finished
@@ -363,6 +366,22 @@ def test_a_baseline_evaluated_on_other_images_is_not_compared(copied: Path, tmp_
     said = said_by([copied / "baseline", copied / "distilled"], tmp_path / "x.html")
     assert "gained and lost by class; the dump of baseline is of other images" in said
     assert "* baseline: evaluated on other images than distilled; calibration" in said
+
+
+def test_the_block_to_copy_starts_what_ran(copied: Path):
+    run = RunRecord.read(copied / "distilled")
+
+    def started(**changes: object) -> tuple[str, dict]:
+        changed = block(dataclasses.replace(run, manifest={**run.manifest, **changes}))
+        return changed.splitlines()[-1], yaml.safe_load(changed.split("RECIPE'\n")[1].split("\nRECIPE")[0])
+
+    said, recipe = started(mixed_precision="bf16", command=["pipelines/imagenet.py", "--import=my file.py"])
+    assert said == "accelerate launch --num_processes 1 pipelines/imagenet.py --recipe again.yaml --import 'my file.py'"
+    assert recipe["train"]["mixed_precision"] == "bf16"  # that of the launcher, which another launcher need not have
+    changed = {"train": {**run.recipe["train"], "mixed_precision": "bf16"}, "out": f"{run.recipe['out']}_again"}
+    assert recipe == {**run.recipe, **changed}
+    said, _ = started(distributed="MULTI_CPU", world_size=2)
+    assert said.startswith("ACCELERATE_USE_CPU=true torchrun --standalone --nproc-per-node 2 pipelines/imagenet.py ")
 
 
 def test_the_batch_is_the_runs_first_one_with_its_labels(page: Path, runs: Path, digits: Path):

@@ -36,7 +36,7 @@ class Dump:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             facts = json.loads(str(arrays.pop("facts")))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: no dump ({error}); write it with `pipelines/evaluate.py --dump`") from error
         if facts.get("format") != FORMAT:
             raise ValueError(f"{path}: format {facts.get('format')}, this version reads {FORMAT}; write the dump again")

@@ -235,10 +235,17 @@ def _teacher_weights(folder: Path, recipe: dict[str, Any]) -> str:
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file; one that a kill cut short is left out."""
+    """The lines of a .jsonl file; one that a kill cut short is left out. ValueError for a damaged one."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if line.endswith("\n"):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number} is damaged ({error}); take it out") from error
+    return found
 
 
 def _object(path: Path, keys: Sequence[str]) -> dict[str, Any]:

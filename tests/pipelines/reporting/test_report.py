@@ -435,6 +435,22 @@ def test_seeds_of_one_experiment_are_one_bar_with_a_spread(copied: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("student.npz", "", "student.npz: no dump (No data left in file); write it with"),
+        ("events.jsonl", '{"event": "resum{"event": "resumed", "step": 4}\n', "events.jsonl: line 1 is damaged ("),
+    ],
+    ids=["dump", "log"],
+)
+def test_a_damaged_file_is_named(copied: Path, name: str, content: str, said: str, capsys: pytest.CaptureFixture):
+    (copied / "distilled" / name).write_text(content)
+    assert report([str(copied / "distilled"), "--out", str(copied / "x.html")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {copied / 'distilled' / said}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["nowhere"], "error: nowhere: no manifest.json"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,8 +51,8 @@ def publish(folder: Path, trackers: Sequence[Any], say: Callable[[str], None]) -
             say(line)
         say(f"{folder / PAGE}: what the student learned")
     except Exception as error:  # drawing, trackers and evaluations raise whatever they like
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        say(f"{folder}: no report: {why}; `python pipelines/report.py {folder}` draws it")
+        why = next(filter(str.strip, str(error).splitlines()), type(error).__name__)
+        say(f"{folder}: no report: {why}; `python pipelines/report.py {shlex.quote(str(folder))}` draws it")
 
 
 def sheet(images: Array, columns: int = 6) -> Array:

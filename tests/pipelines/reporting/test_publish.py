@@ -1,10 +1,12 @@
 """What goes to trackers and to the hub."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from accelerate.tracking import GeneralTracker
 
-from pipelines.reporting.publish import hub_name, sheet, show
+from pipelines.reporting.publish import hub_name, publish, sheet, show
 
 
 def test_a_sheet_has_its_images_in_rows():
@@ -21,6 +23,15 @@ def test_a_tracker_that_takes_no_images_is_left_alone():
         name, requires_logging_directory, tracker = "numbers", False, None
 
     show([Numbers(_blank=True)], {"x": np.zeros((1, 1, 3), np.uint8)}, 1)
+
+
+def test_a_reason_that_begins_with_an_empty_line_is_said():
+    said = list[str]()
+    publish(Path("\nno where"), [], said.append)
+    assert said == [
+        "\nno where: no report: no where: no manifest.json, so no run began here; give the --out of a run;"
+        " `python pipelines/report.py '\nno where'` draws it"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -100,11 +100,16 @@ def html(title: str, panels: Sequence[Panel]) -> str:
     )
 
 
+def in_markdown(line: str) -> str:
+    """A fact as Markdown, where a name may hold HTML; `code` stays as it is."""
+    return re.sub(r"`[^`]*`|<", lambda found: r"\<" if found[0] == "<" else found[0], line)
+
+
 def markdown(title: str, panels: Sequence[Panel], table: str) -> str:
     """The facts of all panels, after the table of runs."""
-    parts = [f"# {title}", "", "```", table, "```"]
+    parts = [f"# {in_markdown(title)}", "", "```", table, "```"]
     for panel in panels:
-        parts += ["", f"## {panel.title}", "", *(f"* {line}" for line in panel.facts)]
+        parts += ["", f"## {panel.title}", "", *(f"* {in_markdown(line)}" for line in panel.facts)]
     return "\n".join(parts) + "\n"
 
 

@@ -23,6 +23,7 @@ from pipelines.reporting.drawing import rasterised
 from pipelines.reporting.dump import Array
 from pipelines.reporting.evaluations import write_dumps
 from pipelines.reporting.first_batch import FirstBatch
+from pipelines.reporting.page import in_markdown
 from pipelines.reporting.report import write
 from pipelines.reporting.runs import STUDENT_DUMP, Comparison
 
@@ -73,7 +74,7 @@ def show(trackers: Sequence[Any], figures: Mapping[str, Array], step: int) -> No
 
 def add_verdict(student: Path, comparison: Comparison, figures: Mapping[str, Array]) -> None:
     """Writes the verdict in words and the curve of top-1 into the model card of the exported student."""
-    lines = [f"- {line}" for line in verdict.facts(comparison)]
+    lines = [f"- {in_markdown(line)}" for line in verdict.facts(comparison)]
     curve = figures.get(title_of_curve(comparison.runs[0]))
     if curve is not None:
         with written_aside(student / CURVE) as aside:

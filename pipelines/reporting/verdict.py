@@ -95,8 +95,10 @@ def _differences(comparison: Comparison, run: RunRecord) -> list[tuple[str, str,
     found = [
         ("student alone", gain(comparison, run), NOT_RUN),
         ("published", published, "not given"),
-        ("teacher", teacher, "no teacher" if run.teacher is None else "not evaluated"),
+        ("teacher", teacher, "not evaluated"),
     ]
+    if run.teacher is None:  # it is the student alone
+        found = found[1:2]
     return [(name, absent if value is None else f"{value:+.2f} points", value) for name, value, absent in found]
 
 

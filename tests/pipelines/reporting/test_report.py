@@ -283,10 +283,20 @@ def test_without_dumps_the_report_names_the_commands_that_write_them(copied: Pat
     assert said.count("Not shown") >= 8
 
 
+def test_a_name_with_html_is_text_in_markdown_too(copied: Path, tmp_path: Path):
+    folder = (copied / "distilled").rename(copied / "<b>run")
+    said = said_by([folder], tmp_path / "x.html")
+    assert r"* \<b>run: top-1 " in said
+    assert f"--json {folder / 'ledger.json'}`" in said, "inside `code` nothing is escaped"
+    plain = re.sub(r"```.*?```|`[^`]*`", "", said, flags=re.DOTALL)
+    assert re.findall(r"(?<!\\)<", plain) == []
+
+
 def test_a_student_alone_has_a_report_of_its_own(copied: Path, tmp_path: Path):
     said = said_by([copied / "baseline"], tmp_path / "x.html")
     assert "no teacher -> cifar_resnet8" in said
-    assert "teacher no teacher" in said
+    assert re.search(r"top-1 [\d.]+ %; against published not given$", said, re.MULTILINE)  # itself is the student alone
+    assert "not run" not in said
     assert "Not shown: it needs the dumps of a teacher and a student" in said
 
 

@@ -47,8 +47,8 @@ def make_parser() -> Parser:
     parser.add_argument("--out", type=Path, default=Path("runs/published"), help="folder of runs and tables")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     one = commands.add_parser("list", help="cells with what is published and what is ours")
-    for option in ("table", "method", "pair"):
-        one.add_argument(f"--{option}", default="*", help="only these; * stands for anything")
+    for option, text in (("table", "SOURCE/TABLE"), ("method", "a method"), ("pair", "TEACHER/STUDENT")):
+        one.add_argument(f"--{option}", default="*", metavar="PATTERN", help=f"only cells of {text}; * stands for anything")
     one = commands.add_parser("show", help="the complete recipe of a cell")
     one.add_argument("cell")
     one.add_argument("--short", action="store_true", help="leave out what is the default")
@@ -63,6 +63,8 @@ def make_parser() -> Parser:
     one.add_argument("cell", metavar="table")
     one.add_argument("--seeds", type=int, default=3, help="runs of each cell (default 3)")
     one.add_argument("--machine", default="h200", help="a machine of pipelines/published/ledger.csv (default h200)")
+    for one in commands.choices.values():  # behind the command too; the default is that of before it
+        one.add_argument("--out", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
@@ -108,7 +110,7 @@ def listing(asked: argparse.Namespace) -> str:
 
 def write_table(name: str, out: Path) -> None:
     """Writes OUT/NAME.md and OUT/NAME.csv, and prints the first."""
-    found, file = named(name), out / name.replace("/", "-")
+    found, file = named(name), out / name.strip("/").replace("/", "-")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(file.with_suffix(".csv"), as_csv(found, out))
     write_atomically(file.with_suffix(".md"), text := as_markdown(found, out))

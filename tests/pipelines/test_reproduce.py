@@ -65,6 +65,14 @@ def test_the_list_has_every_cell(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert all(line.split()[2] == "not" for line in lines[2:-2])
 
 
+def test_the_folder_of_runs_may_be_named_before_the_command_and_behind_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["--out", str(tmp_path / "a"), "table", "own/digits/"]) == 0
+    assert main(["table", "own/digits", "--out", str(tmp_path / "b")]) == 0
+    written = [sorted(path.name for path in folder.iterdir()) for folder in (tmp_path / "a", tmp_path / "b")]
+    assert written == [["own-digits.csv", "own-digits.md"]] * 2
+    capsys.readouterr()
+
+
 def test_a_plan_counts_runs_once_and_knows_hours_only_of_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["--out", str(tmp_path), "plan", "own/digits", "--seeds", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -79,8 +79,7 @@ def main(argv: Sequence[str]) -> int:
     elif asked.command == "show":
         print(shown(the_cell(asked.cell), asked.out, COMMAND, asked.short), end="")
     elif asked.command == "run":
-        wanted = [cell for cell in named(asked.cell) if cell.metric == "top1"] or named(asked.cell)
-        return make(wanted, asked.seeds, asked.out, asked.data, train_command(asked.launch), Control().listen())
+        return make(named(asked.cell), asked.seeds, asked.out, asked.data, train_command(asked.launch), Control().listen())
     elif asked.command == "table":
         write_table(asked.cell, asked.out)
     else:

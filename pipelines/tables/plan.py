@@ -12,7 +12,7 @@ from distill.models.describe import count_parameters, create_outline
 from distill.recipe import Recipe
 from pipelines.measure.tables import table
 from pipelines.tables.cells import Cell, rows_of
-from pipelines.tables.runs import runs_of
+from pipelines.tables.runs import figure, runs_of
 from pipelines.tables.settings import is_measured_only, recipe_of, teacher_cell
 
 TRAINING_IMAGES = {"cifar10": 50_000, "cifar10_240": 50_000, "cifar100": 50_000, "cub200": 5_994, "imagenet": 1_281_167}
@@ -48,7 +48,7 @@ class Job(NamedTuple):
 
 
 def jobs(cells: Sequence[Cell], seeds: int, out: Path) -> list[Job]:
-    """The runs of these cells and of their teachers, each once. Cells without a recipe are left out."""
+    """The runs of these cells and of their teachers, each once, but for cells without a recipe or that no run measures."""
     found: dict[str, Job] = {}
     for cell, number in _wanted(cells, seeds):
         try:
@@ -61,6 +61,8 @@ def jobs(cells: Sequence[Cell], seeds: int, out: Path) -> list[Job]:
 
 def _wanted(cells: Sequence[Cell], seeds: int) -> Iterator[tuple[Cell, int]]:
     for cell in cells:
+        if figure(cell) is None:
+            continue
         try:
             theirs = teacher_cell(cell)
         except RecipeError:

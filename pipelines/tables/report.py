@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from distill.config import RecipeError
 from pipelines.measure.tables import markdown
 from pipelines.tables.cells import Cell, doubts
-from pipelines.tables.runs import finished_runs, measured
+from pipelines.tables.runs import UNMEASURED, figure, finished_runs, measured
 from pipelines.tables.settings import setting_of
 
 HEADER = (
@@ -43,9 +44,15 @@ def line(cell: Cell, out: Path) -> dict[str, str]:
         found["ours"] = f"{mean:.2f}"
         found["deviation"] = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
         found["difference"] = f"{mean - float(cell.value):+.2f}" if cell.value else ""
-        found["hardware"] = "; ".join(dict.fromkeys(str(run.manifest["device"]) for run in runs))
+        found["hardware"] = "; ".join(dict.fromkeys(hardware(run.manifest) for run in runs))
         found["hours"] = f"{statistics.mean(run.summary['seconds'] for run in runs) / 3600:.2f}"
     return found
+
+
+def hardware(manifest: Mapping[str, Any]) -> str:
+    """The device of a run, and how many: hours say nothing without it."""
+    count, device = manifest["world_size"], manifest["device"]
+    return f"{count} x {device}" if count > 1 else str(device)
 
 
 def remarks(cell: Cell) -> list[str]:
@@ -54,7 +61,8 @@ def remarks(cell: Cell) -> list[str]:
         unknown = setting_of(cell).unknown
     except RecipeError as error:
         return [*doubts(cell), str(error).removeprefix(f"{cell.name}: ")]
-    return [*doubts(cell), *([f"in no source: {', '.join(unknown)}"] if unknown else [])]
+    notes = [f"in no source: {', '.join(unknown)}"] if unknown else []
+    return [*doubts(cell), *notes, *([UNMEASURED] if figure(cell) is None else [])]
 
 
 def as_markdown(cells: Sequence[Cell], out: Path) -> str:

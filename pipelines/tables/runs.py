@@ -12,10 +12,11 @@ from distill.config import RecipeError
 from pipelines.setup.child_run import REFUSED, ended_badly, made, summary_of
 from pipelines.setup.run_folder import MANIFEST
 from pipelines.tables.cells import Cell
-from pipelines.tables.settings import TEACHER, folder, is_measured_only, recipe_of, teacher_cell
+from pipelines.tables.settings import TEACHER, folder, is_measured_only, recipe_of, setting_of, teacher_cell
 
 MEASURED = {"top1": "top1", "top5": "top5", "extra_parameters": "loss_parameters"}
 """Metric of a cell -> its name in a run's summary. Milliseconds are no number of a run."""
+UNMEASURED = "no run measures it"
 
 
 class Finished(NamedTuple):
@@ -35,12 +36,40 @@ def finished_runs(cell: Cell, out: Path) -> list[Finished]:
     return [Finished(json.loads(p.read_text()), json.loads((p.parent / MANIFEST).read_text())) for p in summaries]
 
 
+def figure(cell: Cell) -> str | None:
+    """The name of the cell's metric in a run's summary; None where no run measures it."""
+    if is_measured_only(cell):
+        return "teacher_top1" if cell.metric == "top1" else None
+    return MEASURED.get(cell.metric)
+
+
 def measured(cell: Cell, runs: Sequence[Finished]) -> list[float]:
     """The cell's metric in each of its runs; empty where runs do not measure it."""
-    key = MEASURED.get(cell.metric)
-    if is_measured_only(cell):
-        key = "teacher_top1" if cell.metric == "top1" else None
+    key = figure(cell)
     return [float(run.summary[key]) for run in runs if key is not None and run.summary.get(key) is not None]
+
+
+def trainable(cells: Sequence[Cell]) -> list[Cell]:
+    """Those of the cells that a run of this project measures, after a printed line for each of the others.
+
+    RecipeError with the reason where none is left.
+    """
+    found, others = [], []
+    for cell in cells:
+        try:
+            setting_of(cell)
+        except RecipeError as error:
+            others.append(str(error))
+        else:
+            if figure(cell) is None:
+                others.append(f"{cell.name}: {UNMEASURED}")
+            else:
+                found.append(cell)
+    if not found:
+        raise RecipeError(others[0] if len(others) == 1 else f"none of the {len(others)} cells can be run; {others[0]}")
+    for line in others:
+        print(f"left out: {line}", flush=True)
+    return found
 
 
 def runs_of(cell: Cell, seeds: int) -> int:
@@ -51,9 +80,10 @@ def runs_of(cell: Cell, seeds: int) -> int:
 def make(wanted: Sequence[Cell], seeds: int, out: Path, data: Path | None, train: Sequence[str], control: Control) -> int:
     """Makes the missing runs of the cells; 1 where some run failed or was refused.
 
-    All cells get a seed before any gets the next one; a teacher has one run. RecipeError for a cell that this project cannot
-    train, before the first run, and for a teacher that is refused.
+    All cells get a seed before any gets the next one; a teacher has one run. Cells that no run measures are left out, as
+    `trainable` says. RecipeError for a teacher that is refused.
     """
+    wanted = trainable(wanted)
     planned = [
         (cell, recipe_of(cell, out, seed, data)) for seed in range(seeds) for cell in wanted if seed < runs_of(cell, seeds)
     ]

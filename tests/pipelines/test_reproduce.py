@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.reproduce import main
-from pipelines.tables.cells import cells
+from pipelines.tables.cells import cells, named
+from pipelines.tables.report import hardware
+from pipelines.tables.runs import trainable
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -86,6 +88,30 @@ def test_a_plan_counts_runs_once_and_knows_hours_only_of_what_was_measured(tmp_p
     assert "1 runs, 128.1 million images, 7.7 hours on h200" in capsys.readouterr().out
 
 
+def test_what_no_run_measures_is_not_planned_and_the_table_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["--out", str(tmp_path), "plan", "sdd/T9"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("0 runs")
+    assert main(["--out", str(tmp_path), "table", "sdd/T9"]) == 0
+    lines = list(csv.DictReader((tmp_path / "sdd-T9.csv").open(newline="")))
+    assert [line["remarks"].endswith("no run measures it") for line in lines] == [True] * 4
+    capsys.readouterr()
+
+
+def test_a_table_is_run_without_the_cells_that_this_project_cannot_train(capsys: pytest.CaptureFixture[str]):
+    found = trainable(named("repdistiller_readme/same"))
+    told = capsys.readouterr().out.splitlines()
+    assert {cell.method for cell in found} >= {"kd", "crd", "teacher", "baseline"}
+    assert "fsp" not in {cell.method for cell in found}
+    assert len(found) + len(told) == len(named("repdistiller_readme/same"))
+    assert told[0].startswith("left out: repdistiller_readme/same/")
+    assert "this project does not have" in told[0]
+
+
+def test_hardware_counts_the_devices():
+    assert hardware({"world_size": 1, "device": "x86_64"}) == "x86_64"
+    assert hardware({"world_size": 8, "device": "NVIDIA H200"}) == "8 x NVIDIA H200"
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -94,6 +120,7 @@ def test_a_plan_counts_runs_once_and_knows_hours_only_of_what_was_measured(tmp_p
         (["show", "msdcrd_v1/T9"], "no such cell or table"),
         (["run", CELL, "--seeds", "0"], "--seeds 0: one at least"),
         (["run", "repdistiller_readme/same/cifar_wrn_40_2/cifar_wrn_16_2/vid"], "this project does not have VID"),
+        (["run", "sdd/T9"], "none of the 4 cells can be run; sdd/T9/cifar_resnet32x4/cifar_resnet8x4/crd/milliseconds: no run"),
         (["plan", "sdd/T3", "--machine", "laptop"], "ledger.csv has no rates of it, but of h200"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 
 import numpy as np
 
@@ -54,6 +55,9 @@ def similarity_facts(comparison: Comparison) -> list[str]:
         found = stage_similarities(teacher, student)
         if found:
             said.append(f"{name}: CKA with the teacher {', '.join(f'{value:.3f}' for value in found)}, first stage to last")
+        else:
+            why = next(filter(None, (dump.facts["absent"].get("stages") for dump in (student, teacher))), "there are no stages")
+            said.append(f"Not shown: CKA of {name} with the teacher; {why}")
     return said
 
 
@@ -112,24 +116,33 @@ def matrix_panel(comparison: Comparison) -> Panel:
 
 def embedding_panel(comparison: Comparison) -> Panel:
     """t-SNE of the same classes for teacher, student alone and distilled student."""
-    there = {name: dump for name, dump in comparison.voices.items() if "embeddings" in dump and len(dump["embeddings"]) > 3}
+    there = {
+        name: dump for name, dump in comparison.voices.items() if "embeddings" in dump and np.isfinite(dump["embeddings"]).all()
+    }
+    lacks = [
+        f"Not shown: {name}; {dump.facts['absent'].get('embedding', 'its embeddings are not all finite')}"
+        for name, dump in comparison.voices.items()
+        if name not in there
+    ]
     if not there:
         return missing("Map of embeddings", ["no dump has embeddings"])
-    figures, classes, points = [], np.zeros(0, int), 0
-    names, tags = list[str](), list[str]()
+    common = reduce(np.intersect1d, (dump["sampled_ids"] for dump in there.values()))
+    if len(common) <= 3:
+        return missing("Map of embeddings", [f"the samples of the dumps share {len(common)} images, and it needs 4"])
+    first = next(iter(there.values()))
+    labels = first["labels"][first.rows(common)]
+    classes = shown_classes(labels, MOST_CLASSES)
+    rows = np.sort(np.concatenate([np.flatnonzero(labels == k)[:MOST_POINTS] for k in classes]))
+    names = [first.class_names[k] for k in classes]
+    tags = short_tags(names, 8)
+    marks = dict(zip(classes.tolist(), tags, strict=True))
+    figures = []
     for name, dump in there.items():
-        labels = dump.sampled_labels
-        if not len(classes):
-            classes = shown_classes(labels, MOST_CLASSES)
-        rows = np.sort(np.concatenate([np.flatnonzero(labels == k)[:MOST_POINTS] for k in classes]))
-        points = len(rows)
-        names = [dump.class_names[k] for k in classes]
-        tags = short_tags(names, 8)
-        marks = dict(zip(classes.tolist(), tags, strict=True))
-        figures.append(scatter(embedding_map(dump["embeddings"][rows]), labels[rows], marks, f"Embeddings of {name}"))
+        embeddings = dump["embeddings"][np.searchsorted(dump["sampled_ids"], common[rows])]
+        figures.append(scatter(embedding_map(embeddings), labels[rows], marks, f"Embeddings of {name}"))
     note = (
-        f"t-SNE (after PCA to 50, one seed) of {points:,} images of {len(classes)} classes, the same for every model."
+        f"t-SNE (after PCA to 50, one seed) of {len(rows):,} images of {len(classes)} classes, the same for every model."
         " Groups mean something; sizes of groups and distances between them mean nothing."
     )
     said = legend(names, tags, MOST_CLASSES)
-    return Panel("Map of embeddings", grid(figures), (note, *([f"Classes: {said}"] if said else [])))
+    return Panel("Map of embeddings", grid(figures), (note, *([f"Classes: {said}"] if said else []), *lacks))

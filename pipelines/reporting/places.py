@@ -66,8 +66,8 @@ def region_panel(comparison: Comparison, pictures: Pictures) -> Panel:
             body += f"<h3>{escape(run.name)}: {escape(name)}, {scale} x {scale}</h3>{thumbnails(shown)}"
     if body:
         said.append(
-            "Blue and whole: consistent. Orange and dashed: complementary. Captions: label, class of the whole image, classes"
-            " of the regions."
+            "Blue, solid line: consistent. Orange, dashed line: complementary. Captions: label, class of the whole image,"
+            " classes of the regions."
         )
     if pictures.reason and body:
         said.append(f"Not shown: {pictures.reason}")
@@ -93,7 +93,12 @@ def heat_panel(comparison: Comparison, pictures: Pictures) -> Panel:
         "Norm over channels of each stage's map, first stage to last; then the logit of the class that the model names, cell by"
         " cell of the last map. Each map goes from its own least to its own greatest."
     )
-    return Panel("Heat maps", body, (note,))
+    lacks = [
+        f"Not shown: {name}; {dump.facts['absent'].get('stages', 'its dump has no such images')}"
+        for name, dump in comparison.voices.items()
+        if name not in there
+    ]
+    return Panel("Heat maps", body, (note, *lacks))
 
 
 def _regions(dump: Dump, row: int, outside: np.ndarray, scale: int, pictures: Pictures) -> str:

@@ -369,6 +369,26 @@ def test_runs_of_other_data_have_their_own_pictures_and_are_not_compared(copied:
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))), expected)
 
 
+def test_what_one_model_cannot_give_is_missing_for_it_alone_and_samples_of_two_sizes_are_cut_to_both(
+    copied: Path, tmp_path: Path
+):
+    path = copied / "distilled" / "teacher.npz"
+    dump = Dump.load(path)
+    kept = {name: values for name, values in dump.arrays.items() if not re.match("embeddings|stage|heat", name)}
+    absent = {"embedding": "it has no head", "stages": "it has no stages"}
+    np.savez(path, facts=np.array(json.dumps({**dump.facts, "absent": absent, "stages": 0})), **kept)
+    path = copied / "baseline" / "student.npz"
+    dump = Dump.load(path)
+    for name in ("sampled_ids", "embeddings", "logits", "region_classes", *(f"stage-{i}" for i in (1, 2, 3))):
+        dump.arrays[name] = dump.arrays[name][:20]
+    np.savez(path, facts=np.array(json.dumps(dump.facts)), **dump.arrays)
+    said = said_by([copied / "baseline", copied / "distilled"], tmp_path / "x.html")
+    assert "t-SNE (after PCA to 50, one seed) of 20 images" in said
+    assert "* Not shown: teacher cifar_resnet14; it has no head" in said
+    assert said.count("* Not shown: teacher cifar_resnet14; it has no stages") == 1
+    assert "* Not shown: it needs the dumps of a teacher and a student, both with stages" in said
+
+
 def test_a_baseline_evaluated_on_other_images_is_not_compared(copied: Path, tmp_path: Path):
     path = copied / "baseline" / "student.npz"
     dump = Dump.load(path)

@@ -12,7 +12,7 @@ from pipelines.reporting.drawing import bars
 from pipelines.reporting.page import Panel
 from pipelines.reporting.runs import Comparison, RunRecord
 
-NOT_RUN = "not run"
+NOT_RUN, NOT_YET = "not run", "no evaluation yet"
 
 
 def runs_table(comparison: Comparison) -> str:
@@ -61,8 +61,10 @@ def facts(comparison: Comparison) -> list[str]:
     lines = []
     for run in comparison.distilled:
         lines.append(f"{run.name}: {run.teacher or 'no teacher'} -> {run.student}, {run.method}; {run.state}")
-        top1 = "no evaluation yet" if run.top1 is None else f"top-1 {run.top1:.2f} %"
-        lines.append(f"{run.name}: {top1}; against {_against(comparison, run)}")
+        if run.top1 is None:
+            lines.append(f"{run.name}: {NOT_YET}")
+            continue
+        lines.append(f"{run.name}: top-1 {run.top1:.2f} %; against {_against(comparison, run)}")
         lines += _interval(comparison, run)
     for name, values in seeds(comparison).items():
         if len(values) > 1:
@@ -90,16 +92,23 @@ def _against(comparison: Comparison, run: RunRecord) -> str:
 
 def _differences(comparison: Comparison, run: RunRecord) -> list[tuple[str, str, float | None]]:
     """Name, words and points of each comparison."""
-    published = None if comparison.published is None or run.top1 is None else run.top1 - comparison.published
-    teacher = None if run.teacher_top1 is None or run.top1 is None else run.top1 - run.teacher_top1
+    alone = comparison.baseline_of(run)
     found = [
-        ("student alone", gain(comparison, run), NOT_RUN),
-        ("published", published, "not given"),
-        ("teacher", teacher, "not evaluated"),
+        ("student alone", None if alone is None else alone.top1, NOT_RUN if alone is None else "not evaluated"),
+        ("published", comparison.published, "not given"),
+        ("teacher", run.teacher_top1, "not evaluated"),
     ]
     if run.teacher is None:  # it is the student alone
         found = found[1:2]
-    return [(name, absent if value is None else f"{value:+.2f} points", value) for name, value, absent in found]
+    said = list[tuple[str, str, float | None]]()
+    for name, other, absent in found:
+        if other is None:
+            said.append((name, absent, None))
+        elif run.top1 is None:
+            said.append((name, NOT_YET, None))
+        else:
+            said.append((name, f"{run.top1 - other:+.2f} points", run.top1 - other))
+    return said
 
 
 def _interval(comparison: Comparison, run: RunRecord) -> list[str]:

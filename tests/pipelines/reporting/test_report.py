@@ -307,7 +307,13 @@ def test_a_run_that_stopped_early_says_where(copied: Path, tmp_path: Path):
     (folder / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # killed while it wrote
     said = said_by([copied / "baseline", folder], tmp_path / "x.html")
     assert "stopped at step 3 of 12" in said
-    assert "no evaluation yet" in said
+    assert "* distilled: no evaluation yet\n" in said
+    card = (tmp_path / "x.html").read_text().split("<article")[1].split("</article>")[0]
+    assert [re.sub("<[^>]*>", " ", each).split() for each in re.findall("<div class='delta none'>.*?</div>", card)] == [
+        ["no", "evaluation", "yet", "student", "alone"],
+        ["not", "given", "published"],
+        ["no", "evaluation", "yet", "teacher"],
+    ]
     (folder / "metrics.jsonl").unlink()
     assert "stopped before its first line" in said_by([folder], tmp_path / "y.html")
 

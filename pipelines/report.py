@@ -40,6 +40,9 @@ def main(argv: Sequence[str]) -> None:
         raise RequestError("matplotlib is not installed, and draws the figures; say `pip install matplotlib`")
     if asked.out.suffix != ".html":
         raise RequestError(f"--out: {asked.out} is no page; let its name end in .html")
+    beside = asked.out.with_suffix(".md")
+    if beside.exists() and not asked.out.exists():
+        raise RequestError(f"--out: {beside} is there, and the summary in words would replace it; give another name")
     with requests():
         comparison = Comparison.read(asked.runs, asked.published, asked.val)
         if asked.evaluate:

@@ -486,6 +486,14 @@ def test_a_damaged_file_is_named(copied: Path, name: str, content: str, said: st
     assert error.count("\n") == 1
 
 
+def test_a_file_that_is_no_summary_of_a_report_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture):
+    mine = tmp_path / "README.md"
+    mine.write_text("mine")
+    assert report(["nowhere", "--out", str(tmp_path / "README.html")]) == 2
+    assert f"error: --out: {mine} is there" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

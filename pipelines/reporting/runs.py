@@ -135,7 +135,7 @@ class RunRecord:
         planned = self.recipe["train"]["epochs"] * math.floor(
             self.manifest["train_samples"] / self.recipe["train"]["global_batch_size"]
         )
-        return f"stopped at step {self.last_step:,} of {planned:,}"
+        return f"at step {self.last_step:,} of {planned:,}, not finished"
 
     @property
     def experiment(self) -> str:

@@ -306,7 +306,7 @@ def test_a_run_that_stopped_early_says_where(copied: Path, tmp_path: Path):
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # killed while it wrote
     said = said_by([copied / "baseline", folder], tmp_path / "x.html")
-    assert "stopped at step 3 of 12" in said
+    assert "at step 3 of 12, not finished" in said
     assert "* distilled: no evaluation yet\n" in said
     card = (tmp_path / "x.html").read_text().split("<article")[1].split("</article>")[0]
     assert [re.sub("<[^>]*>", " ", each).split() for each in re.findall("<div class='delta none'>.*?</div>", card)] == [

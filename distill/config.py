@@ -310,14 +310,21 @@ def merge(base: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str,
 
 
 def load_recipe(
-    path: Path | None, overrides: Mapping[str, Any], losses: Mapping[str, type], others: Sequence[str] = ()
+    path: Path | None,
+    overrides: Mapping[str, Any],
+    losses: Mapping[str, type],
+    others: Sequence[str] = (),
+    source: Path | None = None,
 ) -> Recipe:
     """The checked recipe of a YAML file and `section.field -> value` overrides.
+
+    source: the file of another format that overrides were read from, which problems then name.
 
     Raises RecipeError that lists every problem with the nearest valid name, before anything is built: first the `others` that
     the caller found, then unknown keys and wrong values. Combinations are looked at once all of these are right.
     """
-    title = " and ".join([*([str(path)] if path else []), *(["the command line"] if overrides or others else [])])
+    files = [str(file) for file in (path, source) if file is not None]
+    title = " and ".join([*files, *(["the command line"] if overrides or others else [])])
     data: Any = {}
     if path is not None:
         if not path.is_file():

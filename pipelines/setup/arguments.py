@@ -185,8 +185,9 @@ def parse(argv: Sequence[str], losses: Mapping[str, type]) -> Request:
     if timm_args is not None:
         if recipe_path is not None:
             others.append(f"--recipe {recipe_path}: --from-timm-args makes a recipe of its own; drop either")
-        found = convert_file(timm_args, overrides.get("train.global_batch_size"))
-        recipe = load_recipe(None, {**found.values, **overrides}, losses, others)
+        batch = overrides.get("train.global_batch_size")
+        found = convert_file(timm_args, batch if isinstance(batch, int) and batch > 0 else None)  # else the recipe refuses it
+        recipe = load_recipe(None, {**found.values, **overrides}, losses, others, source=timm_args)
         print(header(found, timm_args), end="")
     else:
         recipe = load_recipe(recipe_path or DEFAULT_RECIPE, overrides, losses, others)

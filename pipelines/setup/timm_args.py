@@ -98,27 +98,32 @@ class Arguments:
     """The values of args.yaml, which of them were read, and what is said of them."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values, self._read = values, set(NO_RESULT)
+        self._values = values
+        self._read: dict[str, Any] = dict.fromkeys(NO_RESULT)
         self.lost: list[str] = []
         self.otherwise: list[str] = []
 
     def take(self, name: str, absent: Any = None) -> Any:
         """The argument's value; `absent` where the version of timm had no such argument."""
-        self._read.add(name)
-        return self._values.get(name, absent)
+        self._read[name] = value = self._values.get(name, absent)
+        return value
 
     def lose(self, name: str, why: str = "no counterpart") -> None:
         """Says that the argument's value is lost."""
-        self.lost.append(f"{name}: {self.take(name)}: {why}")
+        self.lost.append(f"{name}: {self._named(name)}: {why}")
 
     def differ(self, name: str, how: str) -> None:
         """Says what is done otherwise here than by the argument's value."""
-        self.otherwise.append(f"{name}: {self.take(name)}: {how}")
+        self.otherwise.append(f"{name}: {self._named(name)}: {how}")
+
+    def _named(self, name: str) -> Any:
+        """The value that counts: the file's, or what `take` was told of a file without it."""
+        return self._values[name] if name in self._values else self._read.get(name)
 
     def lose_the_rest(self) -> None:
         """Says of everything that was not read, and does something, that it is lost."""
         for name, idle in NEUTRAL.items():
-            self._read |= {name, *BELONG.get(name, ())}
+            self._read |= dict.fromkeys((name, *BELONG.get(name, ())))
             if name in self._values and self._values[name] not in idle:
                 self.lose(name)
         for name in self._values:
@@ -134,7 +139,7 @@ def read_arguments(path: Path) -> dict[str, Any]:
         found = parse_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RequestError(f"--from-timm-args {path}: not plain YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict) or "model" not in found:
+    if not isinstance(found, dict) or not found.get("model"):
         raise RequestError(f"--from-timm-args {path}: has no `model`; it must be the args.yaml that timm's train.py saves")
     return found
 
@@ -144,7 +149,7 @@ def convert_file(path: Path, global_batch_size: int | None) -> Converted:
     values = read_arguments(path)
     try:
         return converted(values, global_batch_size)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise RequestError(f"--from-timm-args {path}: a value has another type than timm saves: {error}") from None
 
 
@@ -183,10 +188,11 @@ def header(found: Converted, file: Path) -> str:
 
 def _models(asked: Arguments) -> dict[str, Any]:
     kwargs = {name: value for name in ("bn_momentum", "bn_eps") if (value := asked.take(name)) is not None}
+    drop_path, drop_connect = asked.take("drop_path"), asked.take("drop_connect")  # the latter is the former's old name
     found: dict[str, Any] = {
         "student.name": asked.take("model"),
         "student.drop_rate": asked.take("drop") or 0.0,
-        "student.drop_path_rate": asked.take("drop_path") or asked.take("drop_connect") or 0.0,
+        "student.drop_path_rate": drop_path or drop_connect or 0.0,
         "student.model_kwargs": {**(asked.take("model_kwargs") or {}), **kwargs},
         "student.checkpoint_activations": asked.take("grad_checkpointing", False),
         "student.batchnorm": "sync" if asked.take("sync_bn", False) else "local",

@@ -101,6 +101,18 @@ def test_resnet_strikes_back_a2_becomes_its_recipe():
     assert recipe.train.mixed_precision == "fp16"
 
 
+def test_procedures_of_papers_lose_nothing():
+    assert converted({**ARGUMENTS, **RSB_A2}, 2048).lost == []
+    assert converted({**ARGUMENTS, "drop_path": None, "drop_connect": 0.1}).values["student.drop_path_rate"] == 0.1
+
+
+def test_a_file_of_an_older_timm_is_read_with_timms_defaults_which_are_what_is_named():
+    found = converted({"model": "resnet18"}, 256)
+    assert found.lost == []
+    assert not [line for line in found.otherwise if ": None:" in line]
+    assert "dist_bn: reduce" in found.otherwise[0]
+
+
 @pytest.mark.parametrize(
     ("opt", "expected"), [("sgd", 0.1 * 8), ("lamb", 0.1 * 8**0.5), ("adamw", 0.1 * 8**0.5), ("rmsproptf", 0.1 * 8)]
 )
@@ -169,11 +181,16 @@ def test_what_is_no_args_yaml_is_refused(tmp_path):
         (None, "no such file; it is args.yaml in the output folder"),
         ("student: {name: a}", "has no `model`"),
         ("model: [", "not plain YAML"),
+        ("model: null", "has no `model`"),
         ("model: resnet18\nbatch_size: many", "a value has another type than timm saves"),
+        ("model: resnet18\ncolor_jitter: []", "a value has another type than timm saves"),
+        ("model: resnet18\nepochs: 0", r"args\.yaml and the command line: train\.epochs: 0"),
     ):
         if text is not None:
             file.write_text(text)
         with pytest.raises(RequestError, match=said):
             parse(["--from-timm-args", str(file)], LOSSES)
+    with pytest.raises(RequestError, match=r"train\.global_batch_size: \"x\": input should be a valid integer"):
+        parse(["--from-timm-args", str(DEFAULTS), "--train.global_batch_size", "x"], LOSSES)
     with pytest.raises(RequestError, match="--from-timm-args makes a recipe of its own; drop either"):
         parse(["--from-timm-args", str(DEFAULTS), "--recipe", "a.yaml"], LOSSES)

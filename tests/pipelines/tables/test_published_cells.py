@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
+import re
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -19,7 +21,7 @@ from distill.protocols import DataFacts
 from distill.recipe import Recipe
 from pipelines.reproduce import COMMAND
 from pipelines.setup.models import build_criteria, student_of
-from pipelines.tables.cells import PUBLISHED, Cell, cells, doubts, named
+from pipelines.tables.cells import PUBLISHED, Cell, cells, doubts, named, rows_of
 from pipelines.tables.settings import folder, recipe_of, setting_of, teacher_cell
 from pipelines.tables.show import shown
 
@@ -144,10 +146,28 @@ def test_sp_compares_the_maps_that_its_released_code_compares():
             assert recipe.loss["sp"]["source"] == "blocks", cell.name
 
 
+def test_a_gradient_is_clipped_where_the_settings_say_that_the_source_clips_it():
+    named_rows = 0
+    for row in rows_of("settings.csv"):
+        if said := re.search(r"gradient norm clipped at (\d+)", row["note"]):
+            assert json.loads(row["more"])["train.clip_gradient_norm"] == float(said[1]), row["note"]
+            named_rows += 1
+    assert named_rows > 50
+
+
+def test_rsm_has_the_scales_of_its_pair_and_the_pooling_of_its_code():
+    for cell, recipe in distinct().values():
+        if cell.method.startswith("rsm_"):
+            two = cell.student in ("cifar_resnet8x4", "resnet18")
+            assert recipe.loss["sdd"]["scales"] == ((1, 2) if two else (1, 2, 4)), cell.name
+            assert recipe.loss["sdd"]["pooling"] == "adaptive"
+
+
 def test_what_no_source_gives_is_named_and_is_a_key_of_the_recipe():
     for cell, recipe in distinct().values():
         for key in setting_of(cell).unknown:
             section, _, rest = key.partition(".")
+            assert setting_of(cell).unknown.count(key) == 1, f"{cell.name}: {key} twice"
             assert section in ("train", "optim", "schedule", "loss"), f"{cell.name}: {key}"
             if section == "loss":
                 loss, option = rest.split(".")

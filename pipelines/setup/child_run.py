@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import yaml
 
 from distill.agreement import Control
 from distill.config import RecipeError, as_dict
-from distill.errors import Interrupted
+from distill.errors import Interrupted, RequestError
 from distill.files import write_atomically
 from distill.recipe import Recipe
 from pipelines.setup.launcher import STARTED_BY_US
@@ -31,12 +32,18 @@ REFUSED = 2
 
 def add_launch_option(parser: argparse.ArgumentParser) -> None:
     """Adds `--launch WORDS`, which `train_command` takes."""
-    parser.add_argument("--launch", default=sys.executable, metavar="WORDS", help='such as "accelerate launch"')
+    parser.add_argument("--launch", default=shlex.quote(sys.executable), metavar="WORDS", help='such as "accelerate launch"')
 
 
 def train_command(launch: str, imports: Sequence[Path] = ()) -> list[str]:
-    """The words of the main command, to which a recipe is added."""
-    return [*shlex.split(launch), str(TRAIN), *(word for file in imports for word in ("--import", str(file)))]
+    """The words of the main command, to which a recipe is added. RequestError where `launch` names no program."""
+    try:
+        words = shlex.split(launch)
+    except ValueError as error:
+        raise RequestError(f"--launch {launch}: {error}") from None
+    if not words or shutil.which(words[0]) is None:
+        raise RequestError(f"--launch {launch or repr('')}: no such program; give one of the PATH, or its whole path")
+    return [*words, str(TRAIN), *(word for file in imports for word in ("--import", str(file)))]
 
 
 def summary_of(recipe: Recipe) -> dict[str, Any]:

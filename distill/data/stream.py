@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
+TURN = 0.5
+"""Seconds after which a wait for an item lets Python look for signals."""
 
 
 class Position(NamedTuple):
@@ -48,7 +50,7 @@ class PositionStream(Generic[Item]):
             self._submit(position)
         while len(self._ahead) <= self._depth:
             self._submit(self._following(self._ahead[-1][0]))
-        return self._ahead.popleft()[1].result()
+        return _result(self._ahead.popleft()[1])
 
     def _submit(self, position: Position) -> None:
         self._ahead.append((position, self._pool.submit(self._produce, position)))
@@ -62,3 +64,11 @@ class PositionStream(Generic[Item]):
         """Stops the threads after their present item; calling it twice is harmless."""
         self._drop()
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(future: Future[Item]) -> Item:
+    """The future's result, waited for in turns. Python handles signals in the main thread, which does not wake up for one that
+    the kernel gave to another thread, or that came just before it fell asleep: a Ctrl-C would wait for a disk that hangs."""
+    while not future.done():
+        wait([future], TURN)
+    return future.result()

@@ -21,7 +21,6 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
 from distill.children import end_at_interrupt, last_error, run_child
-from distill.errors import RequestError
 
 if __name__ == "__main__":
     end_at_interrupt()
@@ -29,6 +28,7 @@ if __name__ == "__main__":
 import distill
 from distill.command_line import Parser, command, new_file, requests, whole_number
 from distill.data.index import ShardIndex
+from distill.errors import RequestError
 from pipelines.checks.finding import Finding, skipped
 from pipelines.checks.place import Place, make_own_shards
 from pipelines.checks.sections import SECTIONS, Section

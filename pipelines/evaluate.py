@@ -16,7 +16,6 @@ from typing import get_args
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
 from distill.children import end_at_interrupt
-from distill.errors import RequestError
 from pipelines.setup.launcher import end_with_launcher, exit_with
 
 if __name__ == "__main__":
@@ -27,6 +26,7 @@ from distill.command_line import Parser, command, new_file, requests, whole_numb
 from distill.data.cache import cache_folder
 from distill.data.decoding import DecodeName
 from distill.data.index import ShardIndex
+from distill.errors import RequestError
 from distill.evaluation import evaluate
 from distill.models.build import ProbedModel, create_teacher
 from distill.protocols import Needs

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
 from distill.children import end_at_interrupt
-from distill.errors import Interrupted
 from pipelines.setup.launcher import end_with_launcher, exit_with
 
 if __name__ == "__main__":
@@ -32,6 +31,7 @@ from distill.checkpoint import CheckpointError
 from distill.command_line import command, requests
 from distill.config import as_dict, doubts
 from distill.engine import NonFiniteError, fit
+from distill.errors import Interrupted
 from distill.evaluation import known_bad_samples
 from distill.losses import LOSSES
 from distill.models.export import export_student

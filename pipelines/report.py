@@ -10,12 +10,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
 from distill.children import end_at_interrupt
-from distill.errors import RequestError
 
 if __name__ == "__main__":
     end_at_interrupt()
 
 from distill.command_line import Parser, command, new_file, requests
+from distill.errors import RequestError
 from pipelines.reporting.evaluations import write_dumps
 from pipelines.reporting.report import write
 from pipelines.reporting.runs import Comparison

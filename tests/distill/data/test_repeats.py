@@ -66,7 +66,7 @@ def test_as_many_processes_as_views_see_no_image_twice_in_a_step(repeats, more, 
 
 def test_each_view_has_numbers_of_its_own():
     one = plan(48, 1, 0, 1, 3)
-    work = one.work(Position(0, 0), np.full((48, 2), 500, np.int64))
+    work = one.work(Position(0, 0), np.full((48, 2), 500, np.int64), one.samples(Position(0, 0)))
     for sample in set(one.samples(Position(0, 0)).tolist()):
         rows = np.flatnonzero(one.samples(Position(0, 0)) == sample)
         assert len(np.unique(work.windows[rows], axis=0)) == len(rows)

@@ -82,7 +82,8 @@ def test_on_a_cpu_a_view_is_torchvisions_bit_for_bit(kind, make_split):
     loader = train(kind, index, **SRC, **THREE)
     seen = set()
     for micro, batch in enumerate(loader.epoch(0)):
-        work = loader.task.plan.work(Position(0, micro), index.sizes(batch.sample_ids.numpy()))
+        samples = batch.sample_ids.numpy()
+        work = loader.task.plan.work(Position(0, micro), index.sizes(samples), samples)
         for row, sample in enumerate(batch.sample_ids.tolist()):
             expected = by_torchvision(decode(read_sample(index, sample)), work, row, 40, 4)
             assert np.array_equal(batch.images[row].numpy(), expected), (micro, row)
@@ -111,7 +112,7 @@ def test_the_graph_of_a_gpu_blurs_by_a_true_gaussian_and_agrees_on_the_other_two
     loaders = [train(kind, index, crop="resize", flip=0.0, three_augment=True) for kind in (GraphLoader, ReferenceLoader)]
     seen = set()
     for micro, (a, b) in enumerate(zip(*(loader.epoch(0) for loader in loaders), strict=True)):
-        work = loaders[0].task.plan.work(Position(0, micro), np.full((12, 2), 40))
+        work = loaders[0].task.plan.work(Position(0, micro), np.full((12, 2), 40), a.sample_ids.numpy())
         for row, operation in enumerate(work.operations[:, 0].tolist()):
             seen.add(operation)
             difference = (a.images[row].int() - b.images[row].int()).abs().numpy()

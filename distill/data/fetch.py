@@ -43,7 +43,9 @@ IDLE_SECONDS = 60.0
 UNKNOWN = -1
 """The size of an object that only its last byte tells."""
 SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
-URL = re.compile(rf"(?:{'|'.join(SCHEMES)})://|pipe:")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|pipe:")
+"""Also of schemes that no store has, and with one slash: such a typo is refused, and makes no folder of this name."""
+URL_SAFE = ":/[]!$&'()*+,;=%~"
 RETRIED = {408, 429, *range(500, 600)}
 """HTTP's answers after which the same request may succeed."""
 CREDENTIALS = {
@@ -132,7 +134,7 @@ class Remote(Protocol):
 
 
 def is_url(place: str) -> bool:
-    """Whether a place is remote; anything else is a folder."""
+    """Whether a place is remote, or was meant to be; anything else is a folder."""
     return URL.match(place) is not None
 
 
@@ -145,13 +147,20 @@ def remote_of(url: str, options: Mapping[str, str] | None = None) -> Remote:
         return PipeRemote(url)
     scheme = url.partition("://")[0]
     if scheme not in SCHEMES:
-        raise ValueError(f"{url}: no scheme of a store; there are {', '.join(f'{known}://' for known in SCHEMES)} and pipe:")
-    address = urllib.parse.urlsplit(url)
+        known = ", ".join(f"{each}://" for each in SCHEMES)
+        raise ValueError(f"{url.partition('/')[0]}/...: no scheme of a store; there are {known} and pipe:")
+    try:
+        address = urllib.parse.urlsplit(url)
+        complete = address.hostname and address.port != 0
+    except ValueError as error:  # a port that is no number, half of a pair of brackets
+        raise ValueError(f"{scheme}://...: no URL ({error})") from error
     if address.username or address.password or address.query:
         raise ValueError(
             f"{scheme}://{address.hostname}...: the URL has a user, a password or a query, which manifests and logs would keep;"
             " give credentials in the environment"
         )
+    if not complete:
+        raise ValueError(f"{url}: names no host and no bucket")
     url = url.rstrip("/")
     if scheme == "hf":
         from distill.data.hub import HubRemote
@@ -293,7 +302,8 @@ class HttpRemote:
                 raise Busy(f"{self.url}/{name}: the answer broke off ({error!r})") from error
 
     def _answer(self, name: str, method: str, headers: dict[str, str], known: Facts | None = None) -> Any:
-        url = f"{self.url}/{urllib.parse.quote(name)}"
+        # what people typed may have spaces; what is quoted in it stays so
+        url = f"{urllib.parse.quote(self.url, safe=URL_SAFE)}/{urllib.parse.quote(name)}"
         try:
             return urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=method), timeout=IDLE_SECONDS)
         except urllib.error.HTTPError as error:

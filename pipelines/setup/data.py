@@ -22,6 +22,7 @@ from distill.data.dali import DaliLoader
 from distill.data.dali_graph import DecodeMode, dali_available
 from distill.data.decoding import DecodeName, Decoding, choose_decoding
 from distill.data.faults import Quarantine
+from distill.data.fetch import is_url
 from distill.data.index import ShardIndex
 from distill.data.loaders import Task, eval_task, train_task
 from distill.data.order import Lanes, TrainOrder, check_lanes, classes_per_shard
@@ -60,7 +61,12 @@ def build_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
     """Both indexes, checked against their shards and each other; prepares the embedded data set where the recipe asks."""
     root = Path(recipe.data.train).parent
     # only into the place that the recipe means: a mistyped --train must not fill somebody's folder
-    if recipe.data.prepare == "digits" and [root / "train", root / "val"] == [Path(recipe.data.train), Path(recipe.data.val)]:
+    here = not is_url(recipe.data.train)
+    if (
+        here
+        and recipe.data.prepare == "digits"
+        and [root / "train", root / "val"] == [Path(recipe.data.train), Path(recipe.data.val)]
+    ):
         from shards.prepare import prepare_digits
 
         with accelerator.main_process_first():

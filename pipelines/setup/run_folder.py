@@ -23,6 +23,7 @@ import distill
 from distill.checkpoint import FORMAT
 from distill.config import RecipeError, as_dict, carried_over, recipe_fields
 from distill.data.decoding import library_versions
+from distill.data.fetch import is_url
 from distill.files import locked, write_atomically
 from distill.recipe import Recipe
 from distill.report import say
@@ -157,6 +158,8 @@ def _claim(recipe: Recipe, resume: bool) -> tuple[IO[str], dict[str, Any]]:
     """The folder's lock and the manifest of the run in it, empty where there is none."""
     if not recipe.out:
         raise RecipeError("out: '' is no folder; give the run's folder with --out")
+    if is_url(recipe.out):
+        raise RecipeError(f"out: {recipe.out} is a URL; a run is written to a folder, which can be copied there afterwards")
     folder = Path(recipe.out)
     holds = f"out: {folder} already holds a run; add --resume to go on with it, or give another --out"
     if _read(folder) and not resume:

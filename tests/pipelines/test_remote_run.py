@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -11,9 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from distill.data.index import ShardIndex, write_split
+from distill.losses import LOSSES
 from pipelines.evaluate import main as evaluate
+from pipelines.setup.arguments import parse
+from pipelines.setup.data import build_splits
 from shards.prepare import main as prepare
 from tests.distill.data.range_server import RangeServer
 from tests.processes import finished, start
@@ -156,3 +161,12 @@ def test_evaluation_reads_a_split_of_a_url(server: RangeServer, many_shards: Pat
         del figures[-1]["images_per_second"]
     assert figures[0] == figures[1]
     assert threading.active_count() < 20
+
+
+def test_the_embedded_digits_are_not_made_beside_shards_of_a_url(
+    server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_accelerate: None
+):
+    monkeypatch.chdir(tmp_path)
+    recipe = parse(remote(server, Path("run"), Path("cache"), "--data.prepare", "digits"), LOSSES).recipe
+    build_splits(recipe, Accelerator(cpu=True)).close()
+    assert os.listdir() == ["cache"]

@@ -207,6 +207,7 @@ def test_bad_requests_get_one_clear_line_and_exit_code_2(digits: Path, tmp_path:
         ("--augment.mixup", "0.2", "--train.global_batch_size", "23"): "a micro-batch of 23 is odd",
         ("--out", str(digits / "_info.json")): "cannot be a run's folder",
         ("--out", ""): "out: '' is no folder; give the run's folder with --out",
+        ("--out", "s3://bucket/run"): "out: s3://bucket/run is a URL",
         ("--report.trackers", "[nonesuch]"): "report.trackers: nonesuch cannot be had",
         ("--optim.learning_rate", ".inf"): "optim.learning_rate",
         ("--train.mixed_precision", "fp16"): "fp16 needs a GPU, and this is a cpu; take bf16 or no",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from distill.data import fetch
-from distill.data.fetch import Busy, Denied, Facts, FetchError, Missing, Remote, Replaced, Trip, remote_of
+from distill.data.fetch import Busy, Denied, Facts, FetchError, Missing, Remote, Replaced, Trip, is_url, remote_of
 from tests.distill.data.range_server import COMMIT, RangeServer
 
 DATA = np.random.default_rng(0).bytes(100_000)
@@ -158,8 +158,28 @@ def test_a_url_that_carries_credentials_is_refused_without_repeating_them(url: s
 
 
 def test_an_unknown_scheme_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="s3://, gs://, az://"):
-        remote_of("ftp://host/x")
+    for url in ("ftp://host/x", "HTTPS://key:word@host/x", "s3:/bucket/x"):
+        assert is_url(url)  # no folder of that name is looked for, or made
+        with pytest.raises(ValueError, match="s3://, gs://, az://") as error:
+            remote_of(url)
+        assert "word" not in str(error.value)
+    assert not is_url("data/a:b")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [("http://host:abc/x", "abc"), ("https://[::1/x", "IPv6"), ("http:///x", "no host"), ("s3:///x", "no bucket")],
+)
+def test_a_url_that_cannot_be_asked_is_refused_before_it_is(url: str, said: str):
+    with pytest.raises(ValueError, match=f"^{url[:4].rstrip(':')}.*{said}"):
+        remote_of(url)
+
+
+def test_a_folder_with_a_space_in_its_name_is_read_as_it_is_typed_and_as_it_is_quoted(server: RangeServer):
+    (server.folder / "my shards").mkdir()
+    (server.folder / "my shards" / "a#b.tar").write_bytes(DATA)
+    for folder in ("my shards", "my%20shards"):
+        assert fetched(remote_of(f"{server.url}/{folder}"), name="a#b.tar") == DATA
 
 
 def test_a_pipe_gives_the_object_that_its_braces_name(tmp_path: Path):

@@ -117,7 +117,7 @@ class ShardIndex:
         """
         index = cls.load(place, cache)
         if isinstance(index.store, CachedStore):
-            check_cache(index.store.folder.parent)
+            check_cache(index.store.folder)
             index.store.check()
         else:
             index._check_sizes()
@@ -298,8 +298,8 @@ def _fetched_split(url: str, cache: Path) -> tuple[Path, Mapping[str, Any]]:
         digest = str(manifest.get("index_sha256"))
         if re.fullmatch("[0-9a-f]{64}", digest) is None:  # it becomes the name of a folder
             raise ValueError(f"{url}/{MANIFEST}: damaged (index_sha256 {digest[:80]!r}); prepare the split again")
-        check_cache(cache)
         folder = cache / digest
+        check_cache(folder)
         with locked(folder, wait_seconds=LOCK_SECONDS):  # the processes of a node open the split at the same moment
             if not (folder / INDEX).is_file() or file_sha256(folder / INDEX) != digest:
                 write_atomically(folder / INDEX, read_object(remote, INDEX))

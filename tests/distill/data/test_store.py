@@ -269,7 +269,7 @@ def test_an_evicted_shard_is_read_on_by_who_has_it_open_and_nothing_else_is_ever
     """mosaicml/streaming#988: an eviction deleted the only copy of local shards."""
     index = opened()
     folder = cached(index).folder
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     kept = [tmp_path / "cache" / "other" / "00000.tar", folder / "mine.txt", *map(local.shard_path, range(SHARDS))]
     for path in kept[:2]:
         path.parent.mkdir(exist_ok=True)
@@ -327,7 +327,7 @@ def test_a_shard_that_the_store_itself_has_damaged_is_fetched_once_more_and_then
 def test_a_copy_of_another_size_is_not_used(opened: Callable[[], ShardIndex], local: ShardIndex, server: RangeServer):
     index = opened()
     path = cached(index).path(2)
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"left by a crash of the machine")
     assert same_bytes(index, local)
 
@@ -337,7 +337,7 @@ def test_what_a_killed_download_left_is_overwritten_and_its_room_is_given_back(
 ):
     index = opened()
     folder = cached(index).folder
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for shard in (0, 5):
         (folder / f"{shard:05d}{store.PART_FILE}").write_bytes(bytes(10**6))
     cached(index).limit = 10**6
@@ -506,6 +506,16 @@ def test_a_cache_in_the_place_of_a_file_is_refused(tmp_path: Path):
         check_cache(tmp_path / "file" / "cache")
 
 
+@pytest.mark.parametrize("place", ["manifest of a folder", "url"])
+def test_a_cache_whose_folder_of_the_split_is_no_folder_is_refused(
+    opened: Callable[[], ShardIndex], server: RangeServer, local: ShardIndex, tmp_path: Path, place: str
+):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / local.digest).touch()
+    with pytest.raises(ValueError, match=f"data.cache_dir: .*{local.digest} cannot be made"):
+        opened() if place != "url" else ShardIndex.open(f"{server.url}/shards", tmp_path / "cache")
+
+
 def test_the_cache_lies_in_the_users_folder_of_caches(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert cache_folder() == Path("/somewhere/distill")
@@ -515,7 +525,7 @@ def test_the_cache_lies_in_the_users_folder_of_caches(monkeypatch: pytest.Monkey
 def test_a_lock_that_is_held_does_not_keep_a_run_from_ending(opened: Callable[[], ShardIndex]):
     index = opened()
     folder = cached(index).folder
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "00000.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         threading.Timer(0.2, index.store.close).start()

@@ -59,6 +59,8 @@ CREDENTIALS = {
 }
 """Where each kind of store finds its credentials; `http` counts as `https`."""
 
+METADATA = re.compile(r"/latest/(?:api/token|meta-data)|/computeMetadata/|/metadata/identity")
+"""The paths at which a cloud tells its machines their role."""
 STORE_OPTIONS = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION"), "endpoint": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT")}
 """Where S3 is, as a manifest says it -> the variables of the environment that say it, and then count."""
 
@@ -407,6 +409,8 @@ class ObjectRemote:
             raise Missing(f"{url}: not there ({_first_line(error)})") from error
         except errors.BaseError as error:
             said = _first_line(error)
+            if METADATA.search(said):  # which is asked where the environment has no credentials
+                said += f"; credentials are looked for in {CREDENTIALS[self._kind]}"
             if "ExpiredToken" in str(error):  # S3 says it with 400
                 raise denied(url, self._kind, said) from error
             status = re.search(r"status code: (\d+)", said)
@@ -473,6 +477,8 @@ class PipeRemote:
             said = last_error(err.read()) or "nothing on stderr"
         if code:
             raise Busy(f"exit code {code} of {command}: {said}")
+        if size < 0:
+            os.ftruncate(file, trip.arrived)  # a try that failed may have written more
         if size >= 0 and trip.arrived != size:
             raise Busy(f"{trip.arrived} bytes came instead of {size} from {command}: {said}")
 

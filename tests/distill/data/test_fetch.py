@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from distill.data import fetch
-from distill.data.fetch import Busy, Denied, Facts, FetchError, Missing, Remote, Replaced, Trip, is_url, remote_of
+from distill.data.fetch import Busy, Denied, Facts, FetchError, Missing, Remote, Replaced, Trip, is_url, read_object, remote_of
 from tests.distill.data.range_server import COMMIT, RangeServer
 
 DATA = np.random.default_rng(0).bytes(100_000)
@@ -127,6 +127,15 @@ def test_refused_credentials_are_not_tried_again_and_only_their_variables_are_na
     assert server.gets() <= 4
 
 
+def test_where_there_are_no_credentials_their_variables_are_named(server: RangeServer, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("obstore", reason="the extra `remote` is not installed")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", server.url)  # a machine without a role
+    with pytest.raises(FetchError, match="credentials are looked for in AWS_ACCESS_KEY_ID"):
+        place(server, "s3").facts("a b.tar")
+
+
 @TWICE
 def test_an_object_that_is_not_there_is_named(server: RangeServer, kind: str):
     with pytest.raises(Missing, match="other"):
@@ -210,6 +219,14 @@ def test_a_pipe_that_fails_once_runs_again(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "a b.tar").write_bytes(DATA)
     once = f"test -e {tmp_path}/once || {{ touch {tmp_path}/once; head -c 5000 {tmp_path}/{{}}; exit 3; }}"
     assert fetched(remote_of(f"pipe:{once}; cat {tmp_path}/{{}}"), Facts(len(DATA))) == DATA
+
+
+def test_a_pipe_that_fails_after_more_than_it_gives_in_the_end_leaves_none_of_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(fetch, "BACKOFF", 0.01)
+    once = f"test -e {tmp_path}/once || {{ touch {tmp_path}/once; echo a page that says busy; exit 3; }}"
+    assert read_object(remote_of(f"pipe:{once}; echo {{}}"), "name") == b"name\n"
 
 
 def test_a_pipe_without_braces_is_refused():

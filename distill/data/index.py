@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,8 @@ class ShardIndex:
         self.records = records
         self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
         self.shards = tuple(ShardInfo(**shard) for shard in manifest["shards"])
+        for shard in self.shards:
+            _check_shard(self.place, shard)
         self.digest: str = manifest["index_sha256"]
         """Identifies the split: sha256 of the index, which holds every sample's checksum."""
         self.store: ShardStore = self._made_store(cache or cache_folder())
@@ -318,6 +320,17 @@ def _below(url: str, root: str) -> Remote:
     if root == "." or url.startswith("pipe:"):
         return remote_of(url)
     return remote_of(f"{url.rstrip('/')}/{root}")
+
+
+def _check_shard(place: str, shard: ShardInfo) -> None:
+    """Raises ValueError for a shard outside of the manifest's root, TypeError for one whose name and tags are no text."""
+    name = PurePosixPath(shard.name)
+    if not all(isinstance(text, str) for text in (shard.sha256, shard.etag, shard.version)):
+        raise TypeError(f"shard {shard.name}: sha256, etag or version is no text")
+    if name.is_absolute() or ".." in name.parts:
+        raise ValueError(
+            f"{place}/{MANIFEST}: names the shard {shard.name}, which lies outside of its root; prepare the split again"
+        )
 
 
 def _check_format(folder: str, found: object) -> None:

@@ -219,8 +219,10 @@ class CachedStore:
                 return False
             logger.warning("%s: its copy %s is damaged; fetched again", self.where(shard), path)
             path.unlink()
-            os.close(self._download(shard, wait=True))
-            if (again := file_sha256(path)) != wanted:
+            fetched = self._download(shard, wait=True)
+            again = file_sha256(Path(f"/proc/self/fd/{fetched}"))  # its name may be evicted meanwhile
+            os.close(fetched)
+            if again != wanted:
                 logger.warning("%s: sha256 %s..., the manifest says %s...", self.where(shard), again[:12], wanted[:12])
                 os.pwrite(lock, again.encode(), 0)
             return True
@@ -244,12 +246,13 @@ class CachedStore:
             return
         first = self._shards[0]
         try:
-            found = {first.name: self._facts(first)}  # a HEAD, for the right to list is not the right to read
+            self._compare(first, self._facts(first))  # a HEAD, for the right to list is not the right to read
+            listed = None
             if not first.version:  # a version stays readable whatever came after it
                 with suppress(Denied):
-                    found = self._listing() or found
-            for shard in self._shards if len(found) > 1 else [first]:
-                self._compare(shard, found.get(shard.name))
+                    listed = self._listing()
+            for shard in self._shards if listed else ():
+                self._compare(shard, (listed or {}).get(shard.name))
         except FetchError as error:
             raise ValueError(str(error)) from error
 

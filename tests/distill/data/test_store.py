@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +109,21 @@ def test_the_command_of_a_manifest_is_not_run(local: ShardIndex, tmp_path: Path)
     with pytest.raises(ValueError, match="would run the command"):
         ShardIndex.open(tmp_path, tmp_path / "cache")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"name": "../x.tar"}, "outside of its root"), ({"name": 5}, "damaged"), ({"etag": 5}, "damaged")]
+)
+@pytest.mark.parametrize("kind", ["folder", "url"])
+def test_a_manifest_whose_shard_lies_elsewhere_or_has_no_name_is_refused(
+    local: ShardIndex, tmp_path: Path, change: dict[str, Any], said: str, kind: str
+):
+    file = Path(shutil.copytree(local.folder, tmp_path / "shards")) / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["shards"][0] |= change
+    file.write_text(json.dumps(manifest))
+    with RangeServer(tmp_path) as server, pytest.raises(ValueError, match=said):
+        ShardIndex.open({"folder": str(file.parent), "url": f"{server.url}/shards"}[kind], tmp_path / "cache")
 
 
 def test_a_manifest_of_local_shards_is_what_it_was(local: ShardIndex):
@@ -425,6 +443,12 @@ def test_a_store_that_can_list_is_asked_for_every_shard_at_the_start(
     shards[-1] = replace(local.shards[-1], name="train-9999.tar")
     write_split(tmp_path / ".", shards, local.records, local.class_names, root="s3://shards")
     with pytest.raises(ValueError, match=r"train-9999\.tar: shard is missing"):
+        ShardIndex.open(tmp_path, tmp_path / "cache")
+    write_split(tmp_path / ".", local.shards, local.records, local.class_names, root="s3://shards")
+    (tmp_path / "alone/shards").mkdir(parents=True)
+    shutil.copy(local.folder / local.shards[0].name, tmp_path / "alone/shards")
+    server.folder = tmp_path / "alone"
+    with pytest.raises(ValueError, match=rf"{local.shards[1].name}: shard is missing"):  # one alone is left
         ShardIndex.open(tmp_path, tmp_path / "cache")
 
 

@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 import distill
 from distill.command_line import Parser, command, new_file, requests, whole_number
+from distill.data.fetch import is_url
 from distill.data.index import ShardIndex
 from distill.errors import RequestError
 from pipelines.checks.finding import Finding, skipped
@@ -67,6 +68,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise RequestError(f"--only: {', '.join(unknown) or 'nothing'}: no such section; there are {', '.join(SECTIONS)}")
     if asked.pretend and not (asked.full or names):
         raise RequestError("--pretend: belongs to --full or --only, whose sections it walks on a CPU")
+    if is_url(asked.shards):
+        raise RequestError(
+            f"--shards {asked.shards}: is a URL; give the folder of a local copy, whose disk is what is measured"
+        )
     if asked.shards:
         with requests():
             ShardIndex.open(asked.shards)

@@ -311,18 +311,25 @@ def _parser() -> Parser:
     wds.add_argument("--one-class", action="store_true", help="prepare shards with a single class")
     wds.add_argument("--renumber", action="store_true", help="number the labels that occur from 0 on, in their order")
     verify = commands.add_parser("verify", help="compare shards with index and manifest; exit code 1 if there is a defect")
-    verify.add_argument("folder", type=Path, metavar="DIR", help="a split, or the folder of splits")
+    verify.add_argument("folder", type=local_folder, metavar="DIR", help="a split, or the folder of splits")
     verify.add_argument("--full", action="store_true", help="decode every image")
     verify.add_argument(
         "--decodes", type=whole_number(1), default=200, metavar="N", help="or N random ones a split (%(default)s)"
     )
     renew = commands.add_parser("renew", help="bring the index of an earlier version to the present format; shards are kept")
-    renew.add_argument("folder", type=Path, metavar="DIR", help="a split, or the folder of splits")
+    renew.add_argument("folder", type=local_folder, metavar="DIR", help="a split, or the folder of splits")
     show = commands.add_parser("show", help="classes, counts, sizes, and a sheet of images")
-    show.add_argument("folder", type=Path, metavar="DIR", help="a split, or the folder of splits")
+    show.add_argument("folder", type=local_folder, metavar="DIR", help="a split, or the folder of splits")
     show.add_argument("--images", type=whole_number(1), default=24, metavar="N", help="images of each split (%(default)s)")
     show.add_argument("--sheet", type=Path, metavar="FILE", help="default: DIR/sheet.png")
     return parser
+
+
+def local_folder(text: str) -> Path:
+    """A folder of this machine: a type for `add_argument`."""
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{text} is a URL; give a folder, as `wds --source URL --out DIR` makes one")
+    return Path(text)
 
 
 def place(text: str) -> Path | str:

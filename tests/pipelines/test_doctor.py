@@ -72,6 +72,7 @@ def test_what_there_is_no_time_for_is_said(tmp_path: Path):
         (["--ful"], "error: --ful: unknown option, did you mean --full?"),
         (["--json", "no/folder/x.json"], "error: --json: "),
         (["--shards", "nowhere"], "error: nowhere"),
+        (["--shards", "https://host/train"], "error: --shards https://host/train: is a URL"),
     ],
 )
 def test_a_wrong_request_is_one_line(argv: list[str], line: str, capsys: pytest.CaptureFixture[str]):

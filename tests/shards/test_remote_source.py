@@ -158,3 +158,9 @@ def test_a_shard_that_is_replaced_while_it_is_indexed_is_an_error_with_its_name(
 def test_a_source_that_is_a_command_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["wds", "--source", "pipe:cat {}", "--out", str(tmp_path / "out")]) == 2
     assert "give --source another URL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["verify", "show", "renew"])
+def test_what_works_on_folders_refuses_a_url_as_one(command: str, capsys: pytest.CaptureFixture[str]):
+    assert main([command, "https://host/train"]) == 2
+    assert "https://host/train is a URL" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,8 +61,11 @@ def run_jobs(jobs: Sequence[Job], workers: int = 1) -> Iterator[ShardResult]:
 def _pool(jobs: Sequence[Job], workers: int) -> Iterator[ShardResult]:
     """A spawned pool: forked workers would inherit locks and threads of whatever imported this."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(os.getpid(),)) as pool:
+        # workers start with the mask of who starts them: a Ctrl-C would print the traceback of whatever they import
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         futures = [pool.submit(run_job, job) for job in jobs]
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -69,8 +73,9 @@ def _pool(jobs: Sequence[Job], workers: int) -> Iterator[ShardResult]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _die_with_parent(parent: int) -> None:
-    """Without it the workers of a killed preparation would wait for work for ever."""
+def _begin(parent: int) -> None:
+    """Lets a worker end with its parent, which it would otherwise outlive, waiting for work, and at a Ctrl-C without a word, for
+    the preparation says what there is to say."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -78,6 +83,8 @@ def _die_with_parent(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def run_jobs_on_ray(jobs: Sequence[Job], address: str | None = None) -> Iterator[ShardResult]:

@@ -74,8 +74,8 @@ def _pool(jobs: Sequence[Job], workers: int) -> Iterator[ShardResult]:
 
 
 def _begin(parent: int) -> None:
-    """Lets a worker end with its parent, which it would otherwise outlive, waiting for work, and at a Ctrl-C without a word, for
-    the preparation says what there is to say."""
+    """Lets a worker end with its parent, which it would otherwise outlive, and at a Ctrl-C without a word: the preparation says
+    what there is to say."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,6 +1,8 @@
 """What several tests share: small shards of real scans, made once."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,10 @@ from tests.runs import fp16_on_cpus
 # commands that tests start are one core's too
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# a shell's background (`make test &`) ignores Ctrl-C, and so would all commands that tests start and interrupt
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TRAIN_IMAGES, VAL_IMAGES = 145, 37
 """Neither divides by what the tests split it into: 6 steps of 24 an epoch, and evaluation shares of unequal size."""

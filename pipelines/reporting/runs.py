@@ -236,10 +236,12 @@ def _teacher_weights(folder: Path, recipe: dict[str, Any]) -> str:
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
     """The lines of a .jsonl file; one that a kill cut short is left out. ValueError for a damaged one."""
-    if not path.is_file():
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
         return []
     found = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
         if line.endswith("\n"):
             try:
                 found.append(json.loads(line))

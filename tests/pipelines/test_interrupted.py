@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,12 +74,17 @@ pass the signal on to them."""
 
 def words(name: str, run: Path, digits: Path, out: Path) -> list[str]:
     """A request that a command has work with."""
+    # a read of a pipe waits: the work itself takes milliseconds
     if name == "scale":
-        os.mkfifo(out / "ledger.json")  # a read of it waits: the work itself takes milliseconds
+        os.mkfifo(out / "ledger.json")
+    if name == "compare":
+        shutil.copytree(run, out / "run")
+        (out / "run" / "metrics.jsonl").unlink()
+        os.mkfifo(out / "run" / "metrics.jsonl")
     images = ["--source", str(digits / "images"), "--out", str(out / "shards"), "--workers", "2", "--shards", "40"]
     return {
         "benchmark": arguments(digits, out / "run"),
-        "compare": [str(run)] * 20,
+        "compare": [str(out / "run")],
         "doctor": ["--only", "versions", "--out", str(out)],
         "evaluate": ["--model", "cifar_resnet8", "--weights", str(run / "student"), "--val", str(digits / "val")],
         "export": [str(run), "--out", str(out / "student.onnx")],

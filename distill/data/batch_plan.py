@@ -107,7 +107,39 @@ class Plan(Protocol):
         ...
 
 
-class TrainPlan:
+class TrainingViews:
+    """What is the same of all views that a training transform gives, whichever samples they are of."""
+
+    def __init__(self, transform: TrainTransform, size: tuple[int, int]) -> None:
+        """size: (height, width) of the views. ValueError where they have not as many pixels as are to be mirrored."""
+        if transform.mirrored >= min(size):
+            raise ValueError(
+                f"padding {transform.mirrored}: must be less than the side of the views, {min(size)}, to be mirrored"
+            )
+        self.transform = transform
+        self.size = size
+        self.interpolation = transform.interpolation
+        self.num_layers = transform.num_layers
+        self.fill = transform.fill
+        self.resizes = transform.crop != "pad"
+        self.slices = transform.crop in SLICED
+        self.mirrored = transform.mirrored
+        self.exact = self.slices or self.num_layers > 0
+
+    def drawn(self, sizes: NDArray[np.int64], numbers: NDArray[np.float64]) -> Work:
+        """What is done with images of these `sizes` [B, 2] by the random `numbers` of each."""
+        flipped = flips(self.transform, numbers)
+        drawn = layers(self.transform, self.size, numbers)
+        if self.slices:
+            resized = covering_sizes(sizes, self.size) if self.resizes else sizes
+            windows = crop_windows(self.transform, resized, self.size, numbers)
+            return Work(whole_windows(sizes), resized, windows[:, :2], flipped, *drawn)
+        windows = crop_windows(self.transform, sizes, self.size, numbers)
+        resized = np.broadcast_to(np.array(self.size, np.int64), sizes.shape)
+        return Work(windows, resized, np.zeros_like(sizes), flipped, *drawn)
+
+
+class TrainPlan(TrainingViews):
     """The micro-batches of process `rank` in training: pure functions of (seed, epoch, micro-batch)."""
 
     def __init__(
@@ -127,6 +159,7 @@ class TrainPlan:
         views: Views | None = None,
     ) -> None:
         """views: None draws anew in every epoch, by the place in the epoch."""
+        super().__init__(transform, size)
         rows = [micro_batch_rows(global_batch_size, accumulate, rank, world_size, micro) for micro in range(accumulate)]
         self.order = TrainOrder(num_samples, global_batch_size, seed, shuffle_block, repeats, lanes)
         self.identity: Mapping[str, int | str] = self.order.identity
@@ -135,15 +168,6 @@ class TrainPlan:
                 raise ValueError(f"repeats {repeats} with {views.count} views: a batch would repeat one view; give one of them")
             self.identity = {**self.identity, "views": views.count, "view_seed": views.seed}
         self.views = views
-        self.transform = transform
-        self.size = size
-        self.interpolation = transform.interpolation
-        self.num_layers = transform.num_layers
-        self.fill = transform.fill
-        self.resizes = transform.crop != "pad"
-        self.slices = transform.crop in SLICED
-        self.mirrored = mirrored_pixels(transform, size)
-        self.exact = self.slices or self.num_layers > 0
         self.batch_size = micro_batch_size(global_batch_size, accumulate, world_size)
         self.batches_per_epoch = self.order.steps_per_epoch * accumulate
         self._rows = rows
@@ -176,32 +200,10 @@ class TrainPlan:
             numbers = uniforms(self.order.seed, position.epoch, self.first_row(position), len(sizes))
         else:  # by sample, so that a substitute too is shown in one of its own views
             numbers = view_uniforms(self.views.seed, self.view(position), samples)
-        return training_work(self.transform, self.size, sizes, numbers)
+        return self.drawn(sizes, numbers)
 
 
-def training_work(
-    transform: TrainTransform, size: tuple[int, int], sizes: NDArray[np.int64], numbers: NDArray[np.float64]
-) -> Work:
-    """What training does with images of these `sizes` [B, 2], for output of `size`, by the random `numbers` of each."""
-    flipped = flips(transform, numbers)
-    drawn = layers(transform, size, numbers)
-    if transform.crop in SLICED:
-        resized = covering_sizes(sizes, size) if transform.crop != "pad" else sizes
-        windows = crop_windows(transform, resized, size, numbers)
-        return Work(whole_windows(sizes), resized, windows[:, :2], flipped, *drawn)
-    windows = crop_windows(transform, sizes, size, numbers)
-    resized = np.broadcast_to(np.array(size, np.int64), sizes.shape)
-    return Work(windows, resized, np.zeros_like(sizes), flipped, *drawn)
-
-
-def mirrored_pixels(transform: TrainTransform, size: tuple[int, int]) -> int:
-    """Pixels mirrored around the resized image. ValueError where a view of `size` has not so many to mirror."""
-    if transform.mirrored >= min(size):
-        raise ValueError(f"padding {transform.mirrored}: must be less than the side of the views, {min(size)}, to be mirrored")
-    return transform.mirrored
-
-
-class EntryPlan:
+class EntryPlan(TrainingViews):
     """Training views of samples that are named: batch number `micro` is `entries[micro]`, a view's number and its samples.
 
     A bad sample is left out, as in evaluation: what is computed of an entry must be of that entry.
@@ -217,16 +219,9 @@ class EntryPlan:
         seed: int,
     ) -> None:
         """batch_size: of the largest entry; `entries` may be computed as they are asked for."""
+        super().__init__(transform, size)
         self.identity: Mapping[str, int | str] = {}
-        self.entries, self.transform, self.seed = entries, transform, seed
-        self.size = size
-        self.interpolation = transform.interpolation
-        self.num_layers = transform.num_layers
-        self.fill = transform.fill
-        self.resizes = transform.crop != "pad"
-        self.slices = transform.crop in SLICED
-        self.mirrored = mirrored_pixels(transform, size)
-        self.exact = self.slices or self.num_layers > 0
+        self.entries, self.seed = entries, seed
         self.batch_size = batch_size
         self.batches_per_epoch = len(entries)
 
@@ -248,7 +243,7 @@ class EntryPlan:
 
     def work(self, position: Position, sizes: NDArray[np.int64], samples: NDArray[np.int64]) -> Work:
         """What to do with each image, from the images' `sizes` [B, 2] as (height, width) and of which `samples` [B]."""
-        return training_work(self.transform, self.size, sizes, view_uniforms(self.seed, self.view(position), samples))
+        return self.drawn(sizes, view_uniforms(self.seed, self.view(position), samples))
 
 
 class EvalPlan:

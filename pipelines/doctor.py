@@ -27,8 +27,8 @@ if __name__ == "__main__":
 
 import distill
 from distill.command_line import Parser, command, new_file, requests, whole_number
-from distill.data.fetch import is_url
 from distill.data.index import ShardIndex
+from distill.data.remote.fetch import is_url
 from distill.errors import RequestError
 from pipelines.checks.finding import Finding, skipped
 from pipelines.checks.place import Place, make_own_shards

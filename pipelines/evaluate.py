@@ -23,9 +23,9 @@ if __name__ == "__main__":
     end_with_launcher()
 
 from distill.command_line import Parser, command, new_file, requests, whole_number
-from distill.data.cache import cache_folder
 from distill.data.decoding import DecodeName
 from distill.data.index import ShardIndex
+from distill.data.remote.cache import cache_folder
 from distill.errors import RequestError
 from distill.evaluation import evaluate
 from distill.models.build import ProbedModel, create_teacher

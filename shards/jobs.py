@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.fetch import Facts
 from distill.data.index import RECORD, ShardInfo
+from distill.data.remote.fetch import Facts
 from distill.files import json_bytes, write_atomically
 from shards.items import Item
 

@@ -22,8 +22,8 @@ if __name__ == "__main__":
     end_at_interrupt()
 
 from distill.command_line import Parser, command, percent, requests, whole_number
-from distill.data.fetch import is_url, remote_of, retried
 from distill.data.index import ShardIndex
+from distill.data.remote.fetch import is_url, remote_of, retried
 from shards.archives import cifar_source, cub200_source, imagenet_source
 from shards.folders import folder_source, kaggle_source
 from shards.indexing import Reading, index_existing

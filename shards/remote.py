@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple, cast
 
 from braceexpand import braceexpand
 
-from distill.data.fetch import Facts, FetchError, Missing, Remote, Trip, read_object, remote_of, retried, store_options
+from distill.data.remote.fetch import Facts, FetchError, Missing, Remote, Trip, read_object, remote_of, retried, store_options
 from shards.jobs import PARTS, IndexJob
 from shards.splits import COMPRESSED_NAMES, INFO_NAMES, find_splits
 

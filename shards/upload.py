@@ -10,8 +10,8 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from distill.data.cache import cache_folder
-from distill.data.fetch import FetchError, ObjectRemote, remote_of, retried
+from distill.data.remote.cache import cache_folder
+from distill.data.remote.fetch import FetchError, ObjectRemote, remote_of, retried
 from shards.jobs import ShardJob, ShardResult, shard_path, write_mark
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.cache import cache_folder, check_cache
-from distill.data.fetch import FetchError, Remote, is_url, read_object, remote_of
+from distill.data.remote.cache import cache_folder, check_cache
+from distill.data.remote.fetch import FetchError, Remote, is_url, read_object, remote_of
 from distill.data.store import CachedStore, LocalStore, ShardInfo, ShardLost, ShardStore
 from distill.files import file_sha256, json_bytes, locked, write_atomically, written_aside
 

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from distill.data.fetch import Denied, Facts, FetchError, Remote, Trip, replaced, retried
-from distill.data.schedule import ShardSchedule
+from distill.data.remote.fetch import Denied, Facts, FetchError, Remote, Trip, replaced, retried
+from distill.data.remote.schedule import ShardSchedule
 from distill.data.stream import Position
 from distill.files import file_sha256, sync
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.batch_transform import to_pixels
-from distill.data.fetch import is_url
 from distill.data.index import ShardIndex
+from distill.data.remote.fetch import is_url
 from distill.files import written_aside
 from distill.models.build import ProbedModel
 from distill.protocols import Batch, ModelOutput, Needs, Regions

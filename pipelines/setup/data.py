@@ -17,16 +17,16 @@ from distill.batch_transform import BatchTransform, check_pairs
 from distill.config import RecipeError
 from distill.data.augment.parameters import TrainTransform
 from distill.data.batch_plan import EntryPlan, Views
-from distill.data.cache import cache_folder
 from distill.data.dali import DaliLoader
 from distill.data.dali_graph import DecodeMode, dali_available
 from distill.data.decoding import DecodeName, Decoding, choose_decoding
 from distill.data.faults import Quarantine
-from distill.data.fetch import is_url
 from distill.data.index import ShardIndex
 from distill.data.loaders import Task, eval_task, train_task
 from distill.data.order import Lanes, TrainOrder, check_lanes, classes_per_shard
 from distill.data.reference import ReferenceLoader
+from distill.data.remote.cache import cache_folder
+from distill.data.remote.fetch import is_url
 from distill.models.backbone import Backbone
 from distill.protocols import DataFacts, InputSpec, Loader
 from distill.recipe import Data, Recipe

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from accelerate import Accelerator
 
 from distill.config import RecipeError
-from distill.data.cache import KEPT_FREE, Room, share_room
-from distill.data.fetch import CONNECTIONS
 from distill.data.index import ShardIndex
 from distill.data.order import TrainOrder
-from distill.data.schedule import ShardSchedule, eval_schedule, train_schedule
+from distill.data.remote.cache import KEPT_FREE, Room, share_room
+from distill.data.remote.fetch import CONNECTIONS
+from distill.data.remote.schedule import ShardSchedule, eval_schedule, train_schedule
 from distill.data.store import CachedStore
 from distill.recipe import Recipe
 from pipelines.setup.machine import local_processes, micro_batch_of, num_nodes

@@ -13,7 +13,19 @@ import numpy as np
 import pytest
 
 from distill.data import fetch
-from distill.data.fetch import Busy, Denied, Facts, FetchError, Missing, Remote, Replaced, Trip, is_url, read_object, remote_of
+from distill.data.remote.fetch import (
+    Busy,
+    Denied,
+    Facts,
+    FetchError,
+    Missing,
+    Remote,
+    Replaced,
+    Trip,
+    is_url,
+    read_object,
+    remote_of,
+)
 from tests.distill.data.range_server import COMMIT, RangeServer
 
 DATA = np.random.default_rng(0).bytes(100_000)

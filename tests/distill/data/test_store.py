@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 
 from distill.data import fetch, store
-from distill.data.cache import Room, cache_folder, check_cache, file_system, share_room
 from distill.data.index import ShardIndex, ShardInfo, write_split
 from distill.data.order import Lanes, TrainOrder
 from distill.data.reader import BadSample, SampleReader
 from distill.data.reference import read_sample
-from distill.data.schedule import SLACK, eval_schedule, train_schedule
+from distill.data.remote.cache import Room, cache_folder, check_cache, file_system, share_room
+from distill.data.remote.schedule import SLACK, eval_schedule, train_schedule
 from distill.data.store import CachedStore, ShardLost
 from distill.data.stream import Position
 from tests.distill.data.planting import flip_on_disk
@@ -214,7 +214,7 @@ def walk(index: ShardIndex, epochs: int) -> int:
 def test_with_the_least_room_each_shard_is_fetched_once_an_epoch_and_with_more_once(
     opened: Callable[[], ShardIndex], local: ShardIndex, server: RangeServer, spare: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("distill.data.schedule.SLACK", 1)
+    monkeypatch.setattr("distill.data.remote.schedule.SLACK", 1)
     monkeypatch.setattr(store, "SCAN_SECONDS", 0.01)
     index = opened()
     sizes = [shard.bytes for shard in index.shards]
@@ -519,7 +519,7 @@ def test_a_cache_on_a_network_file_system_is_refused(tmp_path: Path, monkeypatch
     check_cache(tmp_path / "made")
     table = tmp_path / "mountinfo"
     table.write_text(f"30 22 0:40 / {tmp_path.resolve()} rw - lustre host:/export rw\n")
-    monkeypatch.setattr("distill.data.cache.MOUNTS", table)
+    monkeypatch.setattr("distill.data.remote.cache.MOUNTS", table)
     with pytest.raises(ValueError, match=r"network file system \(lustre\).*disk of this machine"):
         check_cache(tmp_path / "made")
 

@@ -165,7 +165,7 @@ def remote_of(url: str, options: Mapping[str, str] | None = None) -> Remote:
         raise ValueError(f"{url}: names no host and no bucket")
     url = url.rstrip("/")
     if scheme == "hf":
-        from distill.data.hub import HubRemote
+        from distill.data.remote.hub import HubRemote
 
         return HubRemote(url)
     return HttpRemote(url) if scheme in ("http", "https") else ObjectRemote(url, options or {})

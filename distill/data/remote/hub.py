@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from distill.data.fetch import Busy, Denied, Facts, FetchError, Missing, Trip, denied, retried
+from distill.data.remote.fetch import Busy, Denied, Facts, FetchError, Missing, Trip, denied, retried
 
 PLACE = re.compile(r"hf://datasets/(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.+))?")
 

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 import distill
 from distill.command_line import Parser, command, new_file, requests, whole_number
 from distill.data.index import ShardIndex
-from distill.data.remote.fetch import is_url
+from distill.data.remote.urls import is_url
 from distill.errors import RequestError
 from pipelines.checks.finding import Finding, skipped
 from pipelines.checks.place import Place, make_own_shards

@@ -23,7 +23,8 @@ if __name__ == "__main__":
 
 from distill.command_line import Parser, command, percent, requests, whole_number
 from distill.data.index import ShardIndex
-from distill.data.remote.fetch import is_url, remote_of, retried
+from distill.data.remote.fetch import retried
+from distill.data.remote.urls import is_url, remote_of
 from shards.archives import cifar_source, cub200_source, imagenet_source
 from shards.folders import folder_source, kaggle_source
 from shards.indexing import Reading, index_existing

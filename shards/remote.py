@@ -12,7 +12,9 @@ from typing import BinaryIO, NamedTuple, cast
 
 from braceexpand import braceexpand
 
-from distill.data.remote.fetch import Facts, FetchError, Missing, Remote, Trip, read_object, remote_of, retried, store_options
+from distill.data.remote.buckets import store_options
+from distill.data.remote.fetch import Facts, FetchError, Missing, Remote, Trip, read_object, retried
+from distill.data.remote.urls import remote_of
 from shards.jobs import PARTS, IndexJob
 from shards.splits import COMPRESSED_NAMES, INFO_NAMES, find_splits
 

@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from distill.data.index import MANIFEST, ShardIndex, read_manifest
-from distill.data.remote.fetch import is_url, store_options
+from distill.data.remote.buckets import store_options
+from distill.data.remote.urls import is_url
 from distill.files import json_bytes, locked, write_atomically
 from shards.jobs import PARTS, Job, ShardJob, ShardResult, read_marker
 from shards.refusals import TooManyRefused, check_refused, read_refusals

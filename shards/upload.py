@@ -10,8 +10,10 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+from distill.data.remote.buckets import ObjectRemote
 from distill.data.remote.cache import cache_folder
-from distill.data.remote.fetch import FetchError, ObjectRemote, remote_of, retried
+from distill.data.remote.fetch import FetchError, retried
+from distill.data.remote.urls import remote_of
 from shards.jobs import ShardJob, ShardResult, shard_path, write_mark
 
 

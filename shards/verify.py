@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from distill.data.index import MANIFEST, ShardIndex, ShardInfo, member_key
 from distill.data.order import permutation
-from distill.data.remote.fetch import is_url
+from distill.data.remote.urls import is_url
 from distill.data.store import ShardLost
 from distill.seeds import derive_seed
 from shards.existing import label_text

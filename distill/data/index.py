@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.data.remote.cache import cache_folder, check_cache
-from distill.data.remote.fetch import FetchError, Remote, is_url, read_object, remote_of
+from distill.data.remote.fetch import FetchError, Remote, read_object
+from distill.data.remote.urls import is_url, remote_of
 from distill.data.store import CachedStore, LocalStore, ShardInfo, ShardLost, ShardStore
 from distill.files import file_sha256, json_bytes, locked, write_atomically, written_aside
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill.batch_transform import to_pixels
 from distill.data.index import ShardIndex
-from distill.data.remote.fetch import is_url
+from distill.data.remote.urls import is_url
 from distill.files import written_aside
 from distill.models.build import ProbedModel
 from distill.protocols import Batch, ModelOutput, Needs, Regions

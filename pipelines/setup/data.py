@@ -26,7 +26,7 @@ from distill.data.loaders import Task, eval_task, train_task
 from distill.data.order import Lanes, TrainOrder, check_lanes, classes_per_shard
 from distill.data.reference import ReferenceLoader
 from distill.data.remote.cache import cache_folder
-from distill.data.remote.fetch import is_url
+from distill.data.remote.urls import is_url
 from distill.models.backbone import Backbone
 from distill.protocols import DataFacts, InputSpec, Loader
 from distill.recipe import Data, Recipe

@@ -23,7 +23,7 @@ import distill
 from distill.checkpoint import FORMAT
 from distill.config import RecipeError, as_dict, carried_over, recipe_fields
 from distill.data.decoding import library_versions
-from distill.data.remote.fetch import is_url
+from distill.data.remote.urls import is_url
 from distill.files import locked, write_atomically
 from distill.recipe import Recipe
 from distill.report import say

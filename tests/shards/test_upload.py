@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from distill.data import fetch
 from distill.data.index import ShardIndex
 from distill.data.reader import SampleReader
+from distill.data.remote import fetch
 from shards.prepare import main
 from tests.distill.data.range_server import RangeServer
 from tests.shards.preparing import ROOT, image_bytes

@@ -12,20 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill.data import fetch
-from distill.data.remote.fetch import (
-    Busy,
-    Denied,
-    Facts,
-    FetchError,
-    Missing,
-    Remote,
-    Replaced,
-    Trip,
-    is_url,
-    read_object,
-    remote_of,
-)
+from distill.data.remote import fetch
+from distill.data.remote.fetch import Busy, Denied, Facts, FetchError, Missing, Remote, Replaced, Trip, read_object
+from distill.data.remote.urls import is_url, remote_of
 from tests.distill.data.range_server import COMMIT, RangeServer
 
 DATA = np.random.default_rng(0).bytes(100_000)

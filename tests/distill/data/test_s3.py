@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.data.remote.fetch import Facts, Missing, ObjectRemote, Replaced, Trip, remote_of
+from distill.data.remote.buckets import ObjectRemote
+from distill.data.remote.fetch import Facts, Missing, Replaced, Trip
+from distill.data.remote.urls import remote_of
 
 pytest.importorskip("obstore", reason="the extra `remote` is not installed")
 moto = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[server,s3]'")

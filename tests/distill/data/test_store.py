@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.data import fetch, store
+from distill.data import store
 from distill.data.index import ShardIndex, ShardInfo, write_split
 from distill.data.order import Lanes, TrainOrder
 from distill.data.reader import BadSample, SampleReader
 from distill.data.reference import read_sample
+from distill.data.remote import fetch
 from distill.data.remote.cache import Room, cache_folder, check_cache, file_system, share_room
 from distill.data.remote.schedule import SLACK, eval_schedule, train_schedule
 from distill.data.store import CachedStore, ShardLost
@@ -134,7 +135,7 @@ def test_a_manifest_of_local_shards_is_what_it_was(local: ShardIndex):
 CHILD = """
 import sys
 from pathlib import Path
-from distill.data import fetch
+from distill.data.remote import fetch
 from distill.data.index import ShardIndex
 from distill.data.reader import SampleReader
 fetch.PART, fetch.BACKOFF = 3000, 0.01

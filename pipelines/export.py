@@ -30,7 +30,8 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from distill.command_line import Parser, command, new_file, requests
-from distill.data.index import MANIFEST, ShardIndex
+from distill.data.index import ShardIndex
+from distill.data.manifest import MANIFEST
 from distill.data.pixels import decode
 from distill.data.reference import read_sample
 from distill.models.build import create_model

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distill.data.index import INDEX, MANIFEST, ShardIndex, parse_manifest
+from distill.data.index import ShardIndex
+from distill.data.manifest import INDEX, MANIFEST, parse_manifest
 from distill.data.order import permutation
 from distill.data.remote.fetch import FetchError, read_object, retried
 from distill.files import json_bytes, write_atomically

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from distill.data.index import INDEX, MANIFEST, MAX_SIDE, OLD_FORMAT, RECORD, ShardIndex, ShardInfo, read_manifest, write_split
+from distill.data.index import MAX_SIDE, RECORD, ShardIndex, ShardInfo, write_split
+from distill.data.manifest import INDEX, MANIFEST, OLD_FORMAT, read_manifest
 from distill.files import file_sha256
 
 WRITTEN_ANEW = ("format", "num_samples", "num_classes", "root", "index_sha256", "shards", "class_names")

@@ -13,7 +13,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from distill.data.index import MANIFEST, ShardIndex, read_manifest
+from distill.data.index import ShardIndex
+from distill.data.manifest import MANIFEST, read_manifest
 from distill.data.remote.buckets import store_options
 from distill.data.remote.urls import is_url
 from distill.files import json_bytes, locked, write_atomically

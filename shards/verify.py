@@ -12,7 +12,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.index import MANIFEST, ShardIndex, ShardInfo, member_key
+from distill.data.index import ShardIndex, ShardInfo, member_key
+from distill.data.manifest import MANIFEST
 from distill.data.order import permutation
 from distill.data.remote.urls import is_url
 from distill.data.store import ShardLost

@@ -7,35 +7,26 @@ shared by all processes of a machine.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.remote.cache import cache_folder, check_cache
-from distill.data.remote.fetch import FetchError, Remote, read_object
-from distill.data.remote.urls import is_url, remote_of
-from distill.data.store import CachedStore, LocalStore, ShardInfo, ShardLost, ShardStore
-from distill.files import file_sha256, json_bytes, locked, write_atomically, written_aside
+from distill.data.manifest import FORMAT, INDEX, MANIFEST, REMOTE_FORMAT, check_format, check_shard, read_manifest
+from distill.data.remote.cache import cache_folder
+from distill.data.remote.cached_store import CachedStore
+from distill.data.remote.split import fetched_split, store_of
+from distill.data.remote.urls import is_url
+from distill.data.store import LocalStore, ShardInfo, ShardLost, ShardStore
+from distill.files import file_sha256, json_bytes, write_atomically, written_aside
 
-FORMAT = 2
-REMOTE_FORMAT = 3
-"""With a URL as root, and each shard's ETag and version; the index is that of `FORMAT`."""
-OLD_FORMAT = 1
-"""Without height and width in the index; `shards/renew.py` adds them."""
-MANIFEST = "manifest.json"
-INDEX = "index.npy"
-LOCK_SECONDS = 600.0
-"""The longest that a process waits for another one of its node that fetches the index, 36 MB of ImageNet."""
 TAR_BLOCK = 512
 
 RECORD = np.dtype(
@@ -103,7 +94,7 @@ class ShardIndex:
         self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
         self.shards = tuple(ShardInfo(**shard) for shard in manifest["shards"])
         for shard in self.shards:
-            _check_shard(self.place, shard)
+            check_shard(self.place, shard)
         self.digest: str = manifest["index_sha256"]
         """Identifies the split: sha256 of the index, which holds every sample's checksum."""
         self.store: ShardStore = self._made_store(cache or cache_folder())
@@ -119,11 +110,7 @@ class ShardIndex:
         shard is missing or has another size, and where a store refuses access.
         """
         index = cls.load(place, cache)
-        if isinstance(index.store, CachedStore):
-            check_cache(index.store.folder)
-            index.store.check()
-        else:
-            index._check_sizes()
+        index.store.check()
         return index
 
     @classmethod
@@ -132,10 +119,10 @@ class ShardIndex:
         name, cache = os.fspath(place), cache or cache_folder()
         name = name.rstrip("/") if is_url(name) else str(Path(name))
         if is_url(name):
-            folder, manifest = _fetched_split(name, cache)
+            folder, manifest = fetched_split(name, cache)
         else:
             folder, manifest = Path(name), read_manifest(Path(name))
-            _check_format(name, manifest["format"])
+            check_format(name, manifest["format"])
         try:
             index = cls(folder, manifest, _map_records(folder, manifest), name, cache)
             held = sum(shard.samples for shard in index.shards), index.num_classes
@@ -193,7 +180,7 @@ class ShardIndex:
         Costs one small read per shard. One damaged image is no reason to stop: where the first sample differs, the middle
         and the last one have to differ too. Raises ValueError naming the shard.
         """
-        if isinstance(self.store, CachedStore):
+        if self.store.checks_arrivals:
             return
         for number in range(len(self.shards)):
             descriptor = self.store.open(number)
@@ -231,119 +218,15 @@ class ShardIndex:
         root = self.manifest["root"]
         if not isinstance(root, str):
             raise TypeError(f"root {root!r}")
-        if not is_url(root) and not is_url(self.place):
-            return LocalStore([self.folder / root / shard.name for shard in self.shards])
-        if is_url(root):
-            if root.startswith("pipe:"):
-                raise ValueError(
-                    f"{self.place}: its manifest would run the command {root}; give it with --train or --val instead"
-                )
-            remote = remote_of(root, self.manifest.get("store"))
-        else:
-            remote = _below(self.place, root)
-        return CachedStore(remote, self.shards, cache / self.digest, self._check_samples)
-
-    def _check_sizes(self) -> None:
-        for number, shard in enumerate(self.shards):
-            path = self.shard_path(number)
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise ValueError(
-                    f"{path}: shard is missing ({error.strerror}); copy it again, or remove {self.place} and prepare it again"
-                ) from error
-            if size != shard.bytes:
-                raise ValueError(
-                    f"{path}: shard has {size} bytes, the manifest says {shard.bytes}; "
-                    f"copy it again, or remove {self.place} and prepare it again"
-                )
+        if is_url(root) or is_url(self.place):
+            return CachedStore(store_of(self.place, self.manifest), self.shards, cache / self.digest, self._check_samples)
+        return LocalStore(self.folder / root, self.shards, self.place)
 
 
 def member_key(name: str) -> str:
     """A WebDataset key: the member's name up to the first dot after its last slash."""
     head, slash, tail = name.rpartition("/")
     return head + slash + tail.split(".", 1)[0]
-
-
-def read_manifest(folder: Path) -> Mapping[str, Any]:
-    """The manifest of a split of any format, by its keys; `format` is one of them. Raises ValueError where there is none."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; make it with `python shards/prepare.py SOURCE ... --out DIR`")
-    try:
-        return parse_manifest(str(folder), (folder / MANIFEST).read_bytes())
-    except FileNotFoundError as error:
-        splits = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
-        hint = (
-            f"its splits are {', '.join(splits)}: name one of them, as {folder / splits[0]}"
-            if splits
-            else "prepare it, or let an unfinished preparation finish, with `python shards/prepare.py`"
-        )
-        raise ValueError(f"{folder}: no {MANIFEST} in it, so this is no finished split; {hint}") from error
-
-
-def parse_manifest(place: str, content: bytes) -> Mapping[str, Any]:
-    """The manifest of the split at `place` from its bytes. Raises ValueError for any others."""
-    try:
-        manifest = json.loads(content)
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{place}/{MANIFEST}: not readable as JSON ({error}); prepare the split again") from error
-    if not isinstance(manifest, dict) or "format" not in manifest:
-        raise ValueError(f"{place}/{MANIFEST}: damaged (no format in it); prepare the split again")
-    return manifest
-
-
-def _fetched_split(url: str, cache: Path) -> tuple[Path, Mapping[str, Any]]:
-    """The folder of the cache in which the index of a remote split lies now, and its manifest."""
-    remote = remote_of(url)
-    try:
-        manifest = parse_manifest(url, read_object(remote, MANIFEST))
-        _check_format(url, manifest["format"])
-        digest = str(manifest.get("index_sha256"))
-        if re.fullmatch("[0-9a-f]{64}", digest) is None:  # it becomes the name of a folder
-            raise ValueError(f"{url}/{MANIFEST}: damaged (index_sha256 {digest[:80]!r}); prepare the split again")
-        folder = cache / digest
-        check_cache(folder)
-        with locked(folder, wait_seconds=LOCK_SECONDS):  # the processes of a node open the split at the same moment
-            if not (folder / INDEX).is_file() or file_sha256(folder / INDEX) != digest:
-                write_atomically(folder / INDEX, read_object(remote, INDEX))
-    except FetchError as error:
-        raise ValueError(f"{error}; --train and --val take the place of a prepared split, which has a {MANIFEST}") from error
-    return folder, manifest
-
-
-def _below(url: str, root: str) -> Remote:
-    """The store of the shards of a split at `url` whose manifest has a relative root. Raises ValueError for another."""
-    if Path(root).is_absolute() or ".." in Path(root).parts:
-        raise ValueError(
-            f"{url}/{MANIFEST}: its shards lie in {root}, a folder of the machine that prepared it; index them where they lie"
-            " with `python shards/prepare.py wds --source URL`"
-        )
-    if root == "." or url.startswith("pipe:"):
-        return remote_of(url)
-    return remote_of(f"{url.rstrip('/')}/{root}")
-
-
-def _check_shard(place: str, shard: ShardInfo) -> None:
-    """Raises ValueError for a shard outside of the manifest's root, TypeError for one whose name and tags are no text."""
-    name = PurePosixPath(shard.name)
-    if not all(isinstance(text, str) for text in (shard.sha256, shard.etag, shard.version)):
-        raise TypeError(f"shard {shard.name}: sha256, etag or version is no text")
-    if name.is_absolute() or ".." in name.parts:
-        raise ValueError(
-            f"{place}/{MANIFEST}: names the shard {shard.name}, which lies outside of its root; prepare the split again"
-        )
-
-
-def _check_format(folder: str, found: object) -> None:
-    if found == OLD_FORMAT:
-        raise ValueError(
-            f"{folder}: prepared by an earlier version, its index has no image sizes; run "
-            f"`python shards/prepare.py renew {folder}`, which writes them into the index and keeps the shards"
-        )
-    if found not in (FORMAT, REMOTE_FORMAT):
-        raise ValueError(
-            f"{folder}/{MANIFEST}: format {found}, this version reads {FORMAT} and {REMOTE_FORMAT}; prepare the split again"
-        )
 
 
 def _map_records(folder: Path, manifest: Mapping[str, Any]) -> NDArray[np.void]:

@@ -11,9 +11,9 @@ from distill.config import RecipeError
 from distill.data.index import ShardIndex
 from distill.data.order import TrainOrder
 from distill.data.remote.cache import KEPT_FREE, Room, share_room
+from distill.data.remote.cached_store import CachedStore
 from distill.data.remote.fetch import CONNECTIONS
 from distill.data.remote.schedule import ShardSchedule, eval_schedule, train_schedule
-from distill.data.store import CachedStore
 from distill.recipe import Recipe
 from pipelines.setup.machine import local_processes, micro_batch_of, num_nodes
 

@@ -20,7 +20,8 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 
 from distill.data.dali import AHEAD, READERS
-from distill.data.index import INDEX, RECORD, ShardIndex, ShardInfo, write_split
+from distill.data.index import RECORD, ShardIndex, ShardInfo, write_split
+from distill.data.manifest import INDEX
 from distill.data.order import TrainOrder
 from distill.data.reader import SampleReader
 from distill.data.stream import Position, PositionStream, next_position

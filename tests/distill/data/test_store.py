@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.data import store
 from distill.data.index import ShardIndex, ShardInfo, write_split
 from distill.data.order import Lanes, TrainOrder
 from distill.data.reader import BadSample, SampleReader
 from distill.data.reference import read_sample
-from distill.data.remote import fetch
+from distill.data.remote import cached_store, fetch
 from distill.data.remote.cache import Room, cache_folder, check_cache, file_system, share_room
+from distill.data.remote.cached_store import CachedStore
 from distill.data.remote.schedule import SLACK, eval_schedule, train_schedule
-from distill.data.store import CachedStore, ShardLost
+from distill.data.store import ShardLost
 from distill.data.stream import Position
 from tests.distill.data.planting import flip_on_disk
 from tests.distill.data.range_server import RangeServer
@@ -135,7 +135,7 @@ def test_a_manifest_of_local_shards_is_what_it_was(local: ShardIndex):
 CHILD = """
 import sys
 from pathlib import Path
-from distill.data.remote import fetch
+from distill.data.remote import cached_store, fetch
 from distill.data.index import ShardIndex
 from distill.data.reader import SampleReader
 fetch.PART, fetch.BACKOFF = 3000, 0.01
@@ -187,7 +187,7 @@ def downloads(process: int, folder: Path) -> bool:
     """Whether the process has a download open."""
     links = Path(f"/proc/{process}/fd")
     try:
-        return any(os.readlink(link).endswith(store.PART_FILE) for link in links.iterdir())
+        return any(os.readlink(link).endswith(cached_store.PART_FILE) for link in links.iterdir())
     except OSError:
         return False
 
@@ -216,7 +216,7 @@ def test_with_the_least_room_each_shard_is_fetched_once_an_epoch_and_with_more_o
     opened: Callable[[], ShardIndex], local: ShardIndex, server: RangeServer, spare: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("distill.data.remote.schedule.SLACK", 1)
-    monkeypatch.setattr(store, "SCAN_SECONDS", 0.01)
+    monkeypatch.setattr(cached_store, "SCAN_SECONDS", 0.01)
     index = opened()
     sizes = [shard.bytes for shard in index.shards]
     schedule = eval_schedule(index.shard_samples, sizes, batch_size=1, node=range(1), world_size=1)
@@ -358,7 +358,7 @@ def test_what_a_killed_download_left_is_overwritten_and_its_room_is_given_back(
     folder = cached(index).folder
     folder.mkdir(parents=True, exist_ok=True)
     for shard in (0, 5):
-        (folder / f"{shard:05d}{store.PART_FILE}").write_bytes(bytes(10**6))
+        (folder / f"{shard:05d}{cached_store.PART_FILE}").write_bytes(bytes(10**6))
     cached(index).limit = 10**6
     os.close(index.store.open(0))
     assert sorted(path.name for path in folder.glob("*.tar*")) == ["00000.tar"]

@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -55,6 +55,14 @@ def loss_adapter(loss: type) -> TypeAdapter:
     hints = typing.get_type_hints(TermSchedule, include_extras=True)
     term = {name: (hints[name], f.default) for name, f in TERM_OPTIONS.items()}
     return option_adapter(loss.__name__, {**loss_options(loss), **term})
+
+
+def term_schedule(options: Mapping[str, Any]) -> tuple[TermSchedule, dict[str, Any]]:
+    """An entry of the `loss` section split into its term's schedule and the options of its loss."""
+    return (
+        TermSchedule(**{k: v for k, v in options.items() if k in TERM_OPTIONS}),
+        {k: v for k, v in options.items() if k not in TERM_OPTIONS},
+    )
 
 
 def summary(loss: type) -> str:

@@ -30,10 +30,11 @@ if __name__ == "__main__":
 
 from distill.agreement import Control
 from distill.command_line import Parser, command
-from distill.config import RecipeError, as_dict, load_recipe, parse_yaml
+from distill.config import RecipeError, as_dict, load_recipe
 from distill.files import write_atomically
 from distill.losses import LOSSES
 from distill.recipe import Recipe
+from distill.yaml12 import parse_yaml
 from pipelines.measure.tables import markdown
 from pipelines.setup.arguments import add_import_option, parse
 from pipelines.setup.child_run import REFUSED, add_launch_option, ended_badly, made, summary_of, train_command

@@ -29,13 +29,14 @@ from torch import nn
 from distill.agreement import Control
 from distill.checkpoint import CheckpointError
 from distill.command_line import command, requests
-from distill.config import as_dict, doubts
+from distill.config import as_dict
 from distill.engine import NonFiniteError, fit
 from distill.errors import Interrupted
 from distill.evaluation import known_bad_samples
 from distill.losses import LOSSES
 from distill.models.export import export_student
 from distill.recipe import Recipe
+from distill.recipe_checks import doubts
 from distill.report import say
 from distill.run import Run, restore
 from distill.teacher_cache.teacher import CachedTeacher

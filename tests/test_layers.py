@@ -11,7 +11,7 @@ import pytest
 from distill.losses import LOSSES
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {f"distill.{name}" for name in ("protocols", "errors", "seeds", "files", "precision", "children")}
+LEAVES = {f"distill.{name}" for name in ("protocols", "errors", "seeds", "files", "precision", "children", "yaml12")}
 """They import nothing of ours."""
 
 ALLOWED: dict[str, set[str]] = {
@@ -20,12 +20,9 @@ ALLOWED: dict[str, set[str]] = {
     "distill.recipe": {"distill.protocols", "distill.batch_transform", "distill.data"},
     "distill.loss_options": {"distill.protocols", "distill.recipe"},
     "distill.command_line": {"distill.children", "distill.errors"},
+    "distill.recipe_checks": {"distill.recipe", "distill.loss_options", "distill.data.order"},
     "distill.config": {
-        "distill.recipe",
-        "distill.loss_options",
-        "distill.data.order",
-        "distill.command_line",
-        "distill.errors",
+        f"distill.{name}" for name in ("recipe", "recipe_checks", "loss_options", "yaml12", "command_line", "errors")
     },
     "distill.metrics": LEAVES,
     "distill.optim": LEAVES,

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from distill.command_line import Parser, requests, unknown_arguments
-from distill.config import as_dict, load_recipe, parse_yaml, recipe_fields
+from distill.config import as_dict, load_recipe, recipe_fields
 from distill.loss_options import TERM_OPTIONS, check_loss, loss_options, option_descriptions, summary
 from distill.recipe import Recipe, TermSchedule
+from distill.yaml12 import parse_yaml
 from pipelines.setup.timm_args import convert_file, header
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "digits" / "distilled.yaml"

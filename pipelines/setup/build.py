@@ -16,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distill.agreement import Control
 from distill.average import Average
 from distill.checkpoint import Checkpoints
-from distill.config import term_schedule
 from distill.data.index import ShardIndex
 from distill.distiller import Distiller
+from distill.loss_options import term_schedule
 from distill.models.recompute import set_activation_checkpointing, unchanged_statistics
 from distill.nonfinite import Guard
 from distill.optim import create_optimizer, learning_rate_schedule, weight_schedule

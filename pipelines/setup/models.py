@@ -12,8 +12,8 @@ from timm.models import is_model_pretrained
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distill.config import RecipeError, term_schedule
-from distill.loss_options import loss_options, run_parameters
+from distill.config import RecipeError
+from distill.loss_options import loss_options, run_parameters, term_schedule
 from distill.losses import LOSSES
 from distill.models.anatomy import evaluating
 from distill.models.backbone import Backbone

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from distill.config import parse_yaml
 from distill.data.augment.policy import parse_rand_augment
 from distill.errors import RequestError
+from distill.yaml12 import parse_yaml
 
 NO_RESULT = frozenset(
     """

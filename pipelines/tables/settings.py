@@ -9,9 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distill.config import RecipeError, load_recipe, parse_yaml
+from distill.config import RecipeError, load_recipe
 from distill.losses import LOSSES
 from distill.recipe import Recipe
+from distill.yaml12 import parse_yaml
 from pipelines.tables.cells import PUBLISHED, Cell, fits, rows_of
 
 ALONE = "baseline"

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import RecipeError, as_dict, load_recipe, parse_yaml
+from distill.config import RecipeError, as_dict, load_recipe
 from distill.data.augment.parameters import TrainTransform
 from distill.errors import RequestError
 from distill.loss_options import loss_options, option_descriptions, summary
 from distill.losses import LOSSES
 from distill.recipe import Augment
+from distill.yaml12 import parse_yaml
 from pipelines.setup.arguments import DEFAULT_RECIPE, parse
 
 RECIPES = sorted((Path(__file__).parents[2] / "pipelines" / "recipes").rglob("*.yaml"))

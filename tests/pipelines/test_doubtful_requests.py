@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import doubts
 from distill.losses import LOSSES
+from distill.recipe_checks import doubts
 from pipelines.setup.arguments import parse
 from shards.prepare import main as prepare
 from tests.processes import finished

@@ -9,12 +9,13 @@ import pytest
 import torch
 from timm.scheduler import create_scheduler_v2
 
-from distill.config import load_recipe, parse_yaml
+from distill.config import load_recipe
 from distill.errors import RequestError
 from distill.losses import LOSSES
 from distill.optim import learning_rate_schedule
 from distill.protocols import Progress
 from distill.recipe import Recipe
+from distill.yaml12 import parse_yaml
 from pipelines.setup.arguments import parse
 from pipelines.setup.timm_args import BELONG, NO_RESULT, converted
 

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.config import RecipeError, load_recipe, parse_yaml, term_schedule
+from distill.config import RecipeError, load_recipe
+from distill.loss_options import term_schedule
 from distill.losses import LOSSES
 from distill.models.build import ProbedModel
 from distill.models.describe import Uninitialised, create_outline, outlined, probed_with_noise
 from distill.protocols import DataFacts
 from distill.recipe import Recipe
+from distill.yaml12 import parse_yaml
 from pipelines.reproduce import COMMAND
 from pipelines.setup.models import build_criteria, student_of
 from pipelines.tables.cells import PUBLISHED, Cell, cells, doubts, named, rows_of

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from distill.config import as_dict, load_recipe, parse_yaml
+from distill.config import as_dict, load_recipe
 from distill.losses import LOSSES
 from distill.models.build import input_spec_of
 from distill.models.describe import Uninitialised, create_outline, probed_with_noise
 from distill.optim import layer_scales
 from distill.protocols import DataFacts
 from distill.recipe import Recipe
+from distill.yaml12 import parse_yaml
 from pipelines.setup.models import build_criteria
 
 FOLDER = Path(__file__).parents[3] / "pipelines" / "recipes" / "imagenet"

@@ -8,10 +8,9 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 if __package__ in (None, ""):  # run as a script: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,16 +20,16 @@ from distill.children import end_at_interrupt
 if __name__ == "__main__":
     end_at_interrupt()
 
-from distill.command_line import Parser, command, percent, requests, whole_number
+from distill.command_line import command, requests
 from distill.data.index import ShardIndex
 from distill.data.remote.fetch import retried
-from distill.data.remote.urls import is_url, remote_of
-from shards.archives import cifar_source, cub200_source, imagenet_source
-from shards.folders import folder_source, kaggle_source
+from distill.data.remote.urls import remote_of
+from shards.arguments import SOURCES, parser_of
+from shards.folders import folder_source
 from shards.indexing import Reading, index_existing
 from shards.items import Source, SourceChanged
 from shards.preparation import Options, prepare, split_jobs
-from shards.refusals import MAX_REFUSED, TooManyRefused, reasons_of
+from shards.refusals import TooManyRefused, reasons_of
 from shards.renew import renew_split
 from shards.show import describe, write_sheet
 from shards.sources import digits_source
@@ -42,44 +41,9 @@ from shards.verify import find_split_folders, unfinished_splits, verify_split
 from shards.workers import Runner, WorkersLost, run_jobs, run_jobs_on_ray
 from shards.writer import QUARANTINE
 
-EPILOG = """examples:
-  python shards/prepare.py digits --out data/digits
-  python shards/prepare.py folder --source images --out data/mine --shards 16 --workers 4
-  python shards/prepare.py imagenet --source archives --out data/imagenet --workers 16
-  python shards/prepare.py wds --source imagenet-1k-wds --out data/imagenet
-  python shards/prepare.py wds --source hf://datasets/timm/imagenet-1k-wds --out data/imagenet --workers 8
-  python shards/prepare.py verify data/mine --full
-A source with several splits gives DIR/train and DIR/val, one with a single split gives it in DIR.
-Started again after a stop, it makes only what is missing. Exit code: 0 done, 1 failed (or defects found), 2 bad request."""
-
-
-class SourceCommand(NamedTuple):
-    """A command that prepares a source."""
-
-    make: Callable[..., Source]
-    """Lists the source that --source names."""
-    help: str
-    metavar: str = ""
-    """Kind of thing that --source takes; empty where there is no --source."""
-
-
-SOURCES = {
-    "folder": SourceCommand(
-        folder_source, "a folder of images, CLASS/NAME.jpg, or train/ and val/ (or test/) of these", "IMAGES"
-    ),
-    "imagenet": SourceCommand(imagenet_source, "the official ILSVRC2012 archives, read without unpacking", "FOLDER"),
-    "kaggle": SourceCommand(
-        kaggle_source, "ImageNet-1k as unpacked from Kaggle's archive, with LOC_val_solution.csv", "FOLDER"
-    ),
-    "cifar10": SourceCommand(partial(cifar_source, classes=10), "the official python archive of CIFAR-10", "ARCHIVE"),
-    "cifar100": SourceCommand(partial(cifar_source, classes=100), "the official python archive of CIFAR-100", "ARCHIVE"),
-    "cub200": SourceCommand(cub200_source, "the official archive of CUB-200-2011", "ARCHIVE"),
-    "digits": SourceCommand(digits_source, "the 1,797 scans that scikit-learn embeds, as 32x32 JPEG files"),
-}
 DIGITS_SHARDS = 4
 SHOWN = 8
 """Classes that are named where more have no image."""
-NAMES_HELP = "one class name a line: the class numbers are those of the lines, from 0 on"
 
 
 def prepare_digits(out: Path, *, progress: bool = False) -> list[SplitSummary]:
@@ -90,7 +54,7 @@ def prepare_digits(out: Path, *, progress: bool = False) -> list[SplitSummary]:
 @command
 def main(argv: Sequence[str]) -> int:
     """1 where the disk, a worker or an archive fails, and where a split has defects."""
-    parsed = _parser().parse_args(argv)
+    parsed = parser_of(__doc__).parse_args(argv)
     commands = {"verify": _verify, "show": _show, "renew": _renew, "wds": _index}
     with requests():
         try:
@@ -287,105 +251,6 @@ def _unused_numbers(summaries: Sequence[SplitSummary]) -> list[str]:
         f"labels: {len(unused):,} of the numbers 0 to {len(names) - 1:,} occur nowhere, such as {min(unused, key=int)};"
         " --renumber numbers those that occur from 0 on"
     ]
-
-
-def _parser() -> Parser:
-    parser = Parser(prog="prepare.py", description=__doc__, epilog=EPILOG)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, text, metavar) in SOURCES.items():
-        _add_options(source := _add_source(commands, name, text, metavar))
-        if name == "folder":
-            _add_folder_options(source)
-    told = "existing WebDataset shards: indexed and verified, not changed"
-    wds = _add_source(commands, "wds", told, "PLACE", kind=place, where="folder or URL where they lie; a URL is read once")
-    wds.add_argument(
-        "--split",
-        action="append",
-        default=[],
-        metavar="NAME=PATTERN",
-        help="shards of train or val, as train=*train*.tar; default: by _info.json or the names",
-    )
-    wds.add_argument("--image", metavar="FIELD", help="field of the image, as left.jpg; default: the one that is an image")
-    wds.add_argument("--label", metavar="FIELD", help="field of the label, as txt; default: cls, or another usual name")
-    wds.add_argument("--json-label", metavar="FIELD", help="place of the label in .json, as meta.label")
-    wds.add_argument("--class-names", type=Path, metavar="FILE", help=NAMES_HELP)
-    wds.add_argument("--one-class", action="store_true", help="prepare shards with a single class")
-    wds.add_argument("--renumber", action="store_true", help="number the labels that occur from 0 on, in their order")
-    verify = commands.add_parser("verify", help="compare shards with index and manifest; exit code 1 if there is a defect")
-    verify.add_argument("folder", type=local_folder, metavar="DIR", help="a split, or the folder of splits")
-    verify.add_argument("--full", action="store_true", help="decode every image")
-    verify.add_argument(
-        "--decodes", type=whole_number(1), default=200, metavar="N", help="or N random ones a split (%(default)s)"
-    )
-    renew = commands.add_parser("renew", help="bring the index of an earlier version to the present format; shards are kept")
-    renew.add_argument("folder", type=local_folder, metavar="DIR", help="a split, or the folder of splits")
-    show = commands.add_parser("show", help="classes, counts, sizes, and a sheet of images")
-    show.add_argument("folder", type=local_folder, metavar="DIR", help="a split, or the folder of splits")
-    show.add_argument("--images", type=whole_number(1), default=24, metavar="N", help="images of each split (%(default)s)")
-    show.add_argument("--sheet", type=Path, metavar="FILE", help="default: DIR/sheet.png")
-    return parser
-
-
-def local_folder(text: str) -> Path:
-    """A folder of this machine: a type for `add_argument`."""
-    if is_url(text):
-        raise argparse.ArgumentTypeError(f"{text} is a URL; give a folder, as `wds --source URL --out DIR` makes one")
-    return Path(text)
-
-
-def place(text: str) -> Path | str:
-    """A folder, or the text of a URL: a type for `add_argument`."""
-    if not text:
-        raise argparse.ArgumentTypeError("'' is no path")
-    return text if is_url(text) else Path(text)
-
-
-def _add_source(
-    commands: Any, name: str, text: str, metavar: str, kind: Callable[[str], Any] = Path, where: str = "where it lies"
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    if metavar:
-        parser.add_argument("--source", type=kind, required=True, metavar=metavar, help=where)
-    parser.add_argument(
-        "--out", type=place, required=True, metavar="DIR", help="where the splits go; s3://, gs:// or az:// too"
-    )
-    parser.add_argument("--workers", type=whole_number(1), default=1, metavar="N", help="processes (%(default)s)")
-    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where shards are made (%(default)s)")
-    parser.add_argument(
-        "--max-refused",
-        type=percent,
-        default=100 * MAX_REFUSED,
-        metavar="P",
-        help="fail where more than P per cent of a split's images are refused (%(default)g)",
-    )
-    parser.add_argument("--address", metavar="A", help="a running Ray cluster; default: one on this machine")
-    return parser
-
-
-def _add_folder_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--val-name", metavar="NAME", help="folder that becomes val, where several could")
-    parser.add_argument(
-        "--class-order", choices=("plain", "natural"), help="order of the class numbers: torchvision's (default) or timm's"
-    )
-    parser.add_argument("--class-names", type=Path, metavar="FILE", help=NAMES_HELP)
-    parser.add_argument("--one-class", action="store_true", help="prepare a folder with a single class")
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    count = parser.add_mutually_exclusive_group()
-    count.add_argument("--shards", type=whole_number(1), metavar="N", help="shards of the training split")
-    count.add_argument(
-        "--shard-size", type=whole_number(1), default=Options.shard_size, metavar="N", help="or images a shard (%(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the shuffle (%(default)s)")
-    parser.add_argument(
-        "--resize-short", type=whole_number(1), metavar="N", help="shrink larger training images; default: bytes are kept"
-    )
-    parser.add_argument(
-        "--quality", type=whole_number(1, 100), metavar="Q", help=f"JPEG quality of shrunk images ({Options.quality})"
-    )
-    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="at most N images a split")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be made, write nothing")
 
 
 if __name__ == "__main__":

@@ -5,16 +5,12 @@ accelerate launch pipelines/benchmark.py --help
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from itertools import cycle, islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
@@ -29,48 +25,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from distill.agreement import Control
-from distill.command_line import Parser, command, new_file, requests
+from distill.command_line import Parser, command, new_file
 from distill.config import RecipeError, as_dict
 from distill.losses import LOSSES
-from distill.protocols import Batch
-from distill.recipe import Recipe
-from distill.teacher_cache.teacher import CachedTeacher
 from pipelines.measure.ceiling import Alone, loader_rate, measure_machine, measure_network
-from pipelines.measure.memory import Arrivals, MemoryTimeline, memory_use
-from pipelines.measure.report import (
-    FORMAT,
-    MODELS,
-    CacheUse,
-    Ceiling,
-    MemoryUse,
-    Report,
-    Setting,
-    Step,
-    StepPart,
-    Traffic,
-    WarmUp,
-)
+from pipelines.measure.measured_run import Asked, MeasuredRun
+from pipelines.measure.report import FORMAT, CacheUse, Ceiling, Report, Setting, Step, StepPart
+from pipelines.measure.rounds import measure_rounds, middle, parts_of, ratio
 from pipelines.measure.show import as_text, bottleneck, plot
-from pipelines.measure.timeline import DATA, REST, TEACHER, Communication, Timeline, endless, make_steps, marked
+from pipelines.measure.timeline import TEACHER
 from pipelines.setup.arguments import parse
-from pipelines.setup.build import build
-from pipelines.setup.data import Splits, build_splits, check_mixing
-from pipelines.setup.machine import (
-    build_accelerator,
-    collective_timeout,
-    keep_freed_memory,
-    leave_together,
-    meet,
-    micro_batch_of,
-)
-from pipelines.setup.observers import compile_report
+from pipelines.setup.machine import keep_freed_memory, leave_together, meet
 from pipelines.setup.out_of_memory import memory_explained
-
-SETTLE = 3
-"""Steps that are made after each pause and not counted: they use up what the loader made ready in it."""
-IN_MEMORY = 2
-"""Global batches that take turns with `--data memory`."""
 
 EPILOG = """
 examples:
@@ -83,19 +49,6 @@ every other option is one of the recipe's: pipelines/imagenet.py --help lists th
 first have random weights here: the time of a step does not depend on them.
 exit codes: 0 done, 1 failed, 2 the request was wrong.
 """
-
-
-class Asked(NamedTuple):
-    """The command line."""
-
-    recipe: Recipe
-    steps: int
-    warm_up: int
-    rounds: int
-    data: str
-    clock: str
-    json: Path | None
-    plot: Path | None
 
 
 def arguments(argv: Sequence[str]) -> Asked:
@@ -125,148 +78,6 @@ def arguments(argv: Sequence[str]) -> Asked:
         raise RecipeError("--clock: cpu counts what all threads of this process do; it needs --data memory and no GPU")
     rounds = min(ours.rounds, ours.steps)
     return Asked(request.recipe, ours.steps, ours.warm_up, rounds, ours.data, ours.clock, ours.json, ours.plot)
-
-
-def measurable(recipe: Recipe, out: str) -> Recipe:
-    """The recipe without what is no part of a plain step: logs, trackers, profiles, and weights from elsewhere."""
-    teacher, student = recipe.teacher, recipe.student
-    if teacher.weights in ("pretrained", "train") and not teacher.cache:  # a cache is of these weights
-        teacher = dataclasses.replace(teacher, weights="random", class_map=None)
-    if student.initial_weights == "pretrained":
-        student = dataclasses.replace(student, initial_weights="random")
-    report = dataclasses.replace(recipe.report, log_every=10**9, trackers=(), gradient_shares=False, profile_steps=0)
-    return dataclasses.replace(recipe, out=out, teacher=teacher, student=student, report=report)
-
-
-class MeasuredRun:
-    """A run, its models and data, and the line on which its steps set their marks."""
-
-    def __init__(self, asked: Asked, out: str) -> None:
-        self.asked, self.recipe = asked, measurable(asked.recipe, out)
-        self.accelerator = build_accelerator(self.recipe)
-        self.batch = micro_batch_of(self.recipe, self.accelerator.num_processes)
-        check_mixing(self.recipe, self.batch)
-        with requests():
-            self.splits: Splits = build_splits(self.recipe, self.accelerator)
-            self.run, self.models = build(self.recipe, self.accelerator, self.splits, Control(collective_timeout(self.recipe)))
-        self.run.eval_loader.close()
-        self.run.distiller.train()
-        self.row_bytes = self.run.teacher.codec.row.itemsize if isinstance(self.run.teacher, CachedTeacher) else 0
-        """Of a teacher cache; 0 where the teacher is live."""
-        self.communication = Communication(self.run)
-        self.line = Timeline(self.accelerator.device, time.process_time if asked.clock == "cpu" else None)
-        self.stream = self._stream()
-
-    def _stream(self) -> Iterator[Batch]:
-        stream = endless(self.run.train_loader)
-        if self.asked.data == "memory":
-            return cycle(list(islice(stream, IN_MEMORY * self.run.settings.accumulate)))
-        return stream
-
-    def steps(self, count: int, marks: bool = False, local: bool = False) -> list[dict[str, float]]:
-        """Milliseconds of each part of `count` steps; without marks a step has two parts, with `local` nothing is reduced."""
-        if local:
-            with self.accelerator.no_sync(self.run.distiller):
-                return self.steps(count)
-        if marks:
-            with marked(self.run, self.line, self.communication):
-                make_steps(self.run, self.stream, count, self.line)
-        else:
-            make_steps(self.run, self.stream, count, self.line)
-        return self.line.cut()
-
-    def warm_up(self) -> WarmUp:
-        """The first steps, on which compilers, allocators and DDP's buckets settle."""
-        taken = []
-        for _ in range(self.asked.warm_up):
-            begin = time.perf_counter()  # compilers work on the host, in processes of their own
-            self.steps(1)
-            taken.append(time.perf_counter() - begin)
-        compiles = self.recipe.train.compile != "none"
-        extra = 1000 * max(0.0, taken[0] - taken[-1]) if compiles and len(taken) > 1 else None
-        return WarmUp(len(taken), sum(taken), 1000 * taken[0], extra, compile_report() if compiles else "")
-
-    def memory_and_traffic(self) -> tuple[MemoryUse, Traffic]:
-        """The memory and the traffic of a step, seen in two steps that are not measured."""
-        line = MemoryTimeline(self.run)
-        with marked(self.run, line, self.communication), torch.autograd.graph.saved_tensors_hooks(line.pack, lambda t: t):
-            make_steps(self.run, self.stream, 1, self.line)
-        memory = memory_use(self.run, line)
-        arrivals = Arrivals(self.accelerator.device)
-        self.communication.buckets.clear()
-        with arrivals.observe(self.run):
-            make_steps(self.run, self.stream, 1, self.line)
-        self.line.cut()
-        train = self.splits.train
-        trained = [p for p in self.run.distiller.parameters() if p.requires_grad]
-        traffic = Traffic(
-            gradient_bytes=sum(p.nbytes for p in trained),
-            buckets=list(self.communication.buckets),
-            arrivals=arrivals.timetable(),
-            gathers={name: list(each.traffic()) for name, each in self.models.criteria.items() if each.traffic()},
-            bytes_per_image=float(train.records["size"].mean()) + self.row_bytes,
-            training_images=train.num_samples,
-        )
-        return memory, traffic
-
-
-class Round(NamedTuple):
-    """The milliseconds that one turn found."""
-
-    steps: list[dict[str, float]]
-    unmarked: list[float]
-    local: list[float]
-    alone: list[dict[str, float]]
-    """Of the pieces that are in the step."""
-    live_teacher: list[float]
-    """Of the live teacher alone, where the step reads a cache."""
-
-
-def measure_rounds(bench: MeasuredRun, alone: Alone) -> list[Round]:
-    """Steps with marks, without marks, without all-reduce and the pieces alone, in turn: a machine that is slower for a while
-    is slower for all of them."""
-    asked, several = bench.asked, bench.accelerator.num_processes > 1
-    rounds = []
-    alone.make_steps(1, bench.line)
-    bench.line.cut()
-    for number in range(asked.rounds):
-        count = len(range(number, asked.steps, asked.rounds))
-        meet()
-        if asked.data == "shards" or bench.line.device.type == "cuda":
-            bench.steps(SETTLE)
-        steps = bench.steps(count, marks=True)
-        unmarked = [sum(step.values()) for step in bench.steps(count)]
-        local = [sum(step.values()) for step in bench.steps(count, local=True)] if several else []
-        if bench.line.device.type == "cuda":
-            alone.make_steps(SETTLE, bench.line)
-            bench.line.cut()
-        alone.make_steps(count, bench.line)
-        pieces = bench.line.cut()
-        live = [piece.pop(TEACHER) for piece in pieces] if bench.row_bytes else []
-        rounds.append(Round(steps, unmarked, local, pieces, live))
-    return rounds
-
-
-def middle(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each part over the middle half of the steps by duration: means of the same steps sum as the steps do."""
-    ordered = sorted(steps, key=lambda step: sum(step.values()))
-    cut = len(ordered) // 4
-    kept = ordered[cut : len(ordered) - cut]
-    names = list(dict.fromkeys(name for step in kept for name in step))
-    return {name: sum(step.get(name, 0.0) for step in kept) / len(kept) for name in names}
-
-
-def parts_of(steps: dict[str, float], alone: dict[str, float]) -> list[StepPart]:
-    """The parts in order of appearance; the rest comes last."""
-    total = sum(steps.values())
-    names = [name for name in steps if name != REST] + [REST]
-    return [StepPart(n, steps.get(n, 0.0), steps.get(n, 0.0) / total, alone.get(n) if n in MODELS else None) for n in names]
-
-
-def ratio(turn: Round) -> float:
-    """The ratio of one round: its median step without waiting for data, over its median of the models alone."""
-    working = statistics.median(sum(step.values()) - step[DATA] for step in turn.steps)
-    return working / statistics.median(sum(step.values()) for step in turn.alone)
 
 
 def setting_of(bench: MeasuredRun) -> Setting:

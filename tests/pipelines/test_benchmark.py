@@ -16,8 +16,9 @@ from distill.config import RecipeError
 from distill.models.build import create_model
 from distill.models.export import export_student
 from distill.models.input_spec import input_spec_of
-from pipelines.benchmark import main, middle
+from pipelines.benchmark import main
 from pipelines.measure.report import Report, StepPart
+from pipelines.measure.rounds import middle
 from pipelines.measure.show import as_text, bottleneck
 from pipelines.measure.timeline import (
     ALL_REDUCE,

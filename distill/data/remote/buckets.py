@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import threading
+import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from distill.data.remote.fetch import (
+    BACKOFF,
     CREDENTIALS,
     RETRIED,
     UNKNOWN,
@@ -22,9 +27,13 @@ from distill.data.remote.fetch import (
     fetch_parts,
     replaced,
 )
+from distill.data.remote.web import asked_to_wait
 
 METADATA = re.compile(r"/latest/(?:api/token|meta-data)|/computeMetadata/|/metadata/identity")
 """The paths at which a cloud tells its machines their role."""
+THROTTLED = {429, 503}
+"""The answers that may say, as Retry-After, when to come again."""
+SIGNED_FOR = timedelta(minutes=1)
 STORE_OPTIONS = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION"), "endpoint": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT")}
 """Where S3 is, as a manifest says it -> the variables of the environment that say it, and then count."""
 
@@ -65,6 +74,9 @@ class ObjectRemote:
             self._store: Any = from_url(url, config=config, client_options=client, retry_config=retry)
         except (obstore.exceptions.BaseError, ValueError) as error:
             raise ValueError(f"{url}: {_first_line(error)}; {self._kind}:// reads {CREDENTIALS[self._kind]}") from error
+        self._asking = threading.Lock()
+        self._asked_at = -math.inf
+        self._told: float | None = None
 
     def facts(self, name: str) -> Facts:
         """The answer to a HEAD request."""
@@ -119,10 +131,26 @@ class ObjectRemote:
                 said += f"; credentials are looked for in {CREDENTIALS[self._kind]}"
             if "ExpiredToken" in str(error):  # S3 says it with 400
                 raise denied(url, self._kind, said) from error
-            status = re.search(r"status code: (\d+)", said)
-            if status is not None and int(status[1]) not in RETRIED:
+            found = re.search(r"status code: (\d+)", said)
+            status = int(found[1]) if found is not None else 0
+            if status and status not in RETRIED:
                 raise FetchError(f"{url}: {said}") from error
-            raise Busy(f"{url}: {said}") from error
+            raise Busy(f"{url}: {said}", self._asked_to_wait(name) if name and status in THROTTLED else None) from error
+
+    def _asked_to_wait(self, name: str) -> float | None:
+        """Seconds of the Retry-After of a busy store; None where nobody can know.
+
+        obstore keeps no header of an answer (0.12), so a signed URL asks once more, for all parts that wait at that moment.
+        Credentials without a key, such as none, sign nothing.
+        """
+        with self._asking:
+            if time.monotonic() - self._asked_at > BACKOFF:
+                try:
+                    self._told = asked_to_wait(self._obstore.sign(self._store, "GET", name, SIGNED_FOR))
+                except (self._obstore.exceptions.BaseError, ValueError):
+                    self._told = None
+                self._asked_at = time.monotonic()
+            return self._told
 
 
 def _facts(meta: Mapping[str, Any]) -> Facts:

@@ -88,6 +88,21 @@ class HttpRemote:
             raise Busy(f"{url}: no answer ({getattr(error, 'reason', error)})") from error
 
 
+def asked_to_wait(url: str) -> float | None:
+    """The seconds that a busy server asks to wait before the next request; None where it serves, or says nothing of it.
+
+    Asks for one byte. url: complete and quoted, such as a signed one.
+    """
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, headers={"Range": "bytes=0-0"}), timeout=IDLE_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+        return _seconds(error.headers.get("Retry-After"))
+    except (OSError, http.client.HTTPException):
+        pass
+    return None
+
+
 def _seconds(retry_after: str | None) -> float | None:
     """The seconds of a Retry-After; None for the form that is a date, which a clock that is off would misread."""
     return float(retry_after) if retry_after and retry_after.isdecimal() else None

@@ -50,8 +50,12 @@ class Handler(BaseHTTPRequestHandler):
         server, path = self.server, unquote(urlsplit(self.path).path)
         asked = self.headers.get("Range", "")
         with server.lock:
-            fault = server.always or (server.script.popleft() if server.script and self.command == "GET" else "")
-            server.log.append((self.command, path, asked, fault))
+            if "X-Amz-Signature" in urlsplit(self.path).query:  # a signed URL asks how long it lasts
+                server.log.append(("SIGNED", path, asked, fault := server.last))
+            else:
+                fault = server.always or (server.script.popleft() if server.script and self.command == "GET" else "")
+                server.log.append((self.command, path, asked, fault))
+                server.last = fault if fault[:3] in ("429", "503") else server.last
         if fault[:1] in "45" and fault:
             code, _, seconds = fault.partition(":")
             gated = {"X-Error-Code": "GatedRepo"} if fault == "403" and "/resolve/" in path else {}
@@ -141,6 +145,8 @@ class RangeServer(ThreadingHTTPServer):
         """The fault of every request."""
         self.deaf = False
         """Whether If-Match is ignored."""
+        self.last = ""
+        """The last of 429 and 503, which a signed URL is answered with: a store that is busy is busy for all requests."""
         self.tags: dict[str, str] = {}
         """File name -> an ETag in the place of the right one."""
         self.delay = 0.0

@@ -85,12 +85,27 @@ def test_a_store_that_stays_busy_is_given_up_with_its_name_and_last_answer(serve
     assert "503" in str(error.value)
 
 
-def test_retry_after_is_obeyed(server: RangeServer, caplog: pytest.LogCaptureFixture):
-    server.script.extend(["429:1"])
+@TWICE
+def test_retry_after_is_obeyed(server: RangeServer, kind: str, caplog: pytest.LogCaptureFixture):
+    server.script.extend(["429:1"] * 4)
     started = time.monotonic()
-    assert fetched(place(server, "http")) == DATA
+    assert fetched(place(server, kind)) == DATA
     assert time.monotonic() - started >= 1
-    assert "in 1.0 s" in caplog.text
+    assert [line[-8:] for line in caplog.messages] == ["in 1.0 s"] * 4
+    assert sum(method == "SIGNED" for method, *_ in server.log) == (kind == "s3"), "parts that wait together ask together"
+
+
+def test_a_store_that_cannot_be_asked_when_to_come_again_is_tried_as_ever(
+    server: RangeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Without credentials nothing can be signed."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    server.script.extend(["429:60"])
+    assert fetched(place(server, "s3")) == DATA
+    assert len(caplog.messages) == 1
+    assert "60" not in caplog.text.rsplit("try", 1)[1]
 
 
 @TWICE

@@ -29,7 +29,7 @@ LONGEST_WAIT = 600.0
 """Seconds of a Retry-After that are waited for; the hub's windows have 300."""
 UNKNOWN = -1
 """The size of an object that only its last byte tells."""
-RETRIED = {408, 429, *range(500, 600)}
+RETRIED = {408, 429, *range(500, 600)} - {501, 505}
 """HTTP's answers after which the same request may succeed."""
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_SKIP_SIGNATURE, AWS_WEB_IDENTITY_TOKEN_FILE, then"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -85,6 +86,11 @@ class HttpRemote:
                 raise Busy(f"{url}: {said}", _seconds(error.headers.get("Retry-After"))) from error
             raise FetchError(f"{url}: {said}") from error
         except (OSError, http.client.HTTPException) as error:  # no connection, a reset, a time-out
+            if isinstance(untrusted := getattr(error, "reason", None), ssl.SSLCertVerificationError):
+                raise FetchError(
+                    f"{url}: its certificate is not trusted ({untrusted.verify_message}); name the file of your authority's"
+                    " certificate in SSL_CERT_FILE"
+                ) from error
             raise Busy(f"{url}: no answer ({getattr(error, 'reason', error)})") from error
 
 

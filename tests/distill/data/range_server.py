@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
+from email.utils import formatdate
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -50,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         server, path = self.server, unquote(urlsplit(self.path).path)
         asked = self.headers.get("Range", "")
         with server.lock:
-            if "X-Amz-Signature" in urlsplit(self.path).query:  # a signed URL asks how long it lasts
+            if {"X-Amz-Signature", "sig"} & parse_qs(urlsplit(self.path).query).keys():  # a signed URL asks how long it lasts
                 server.log.append(("SIGNED", path, asked, fault := server.last))
             else:
                 fault = server.always or (server.script.popleft() if server.script and self.command == "GET" else "")
@@ -72,6 +73,7 @@ class Handler(BaseHTTPRequestHandler):
     def content(self, file: Path, asked: str, fault: str) -> None:
         data, etag = file.read_bytes(), self.server.etag(file)
         headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers["Last-Modified"] = formatdate(file.stat().st_mtime, usegmt=True)
         if not self.server.deaf and self.headers.get("If-Match") not in (None, etag):
             return self.answer(412, b"")
         if not asked or fault == "no ranges":

@@ -210,7 +210,7 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         make_photos(Path(name))
-        make_teacher("resnet18", 2, 64, Path(name) / "teacher")
+        make_teacher("resnet18", ("0", "1"), 64, Path(name) / "teacher")
         recorded = json.loads(asked.file.read_text())["ratios"] if asked.file.is_file() else {}
         pieces = measurements(Path(name), asked.only)
         if asked.record:

@@ -9,6 +9,8 @@ same folder, on the same number of worker threads (timm: processes) and compute 
 Both sides run twice a turn, short and long. Whole run: images of the long run over all of its seconds, from the start of the
 process to its end. Steady: the images that the long run has more, over the seconds that it takes more. Seconds are of this
 process's clock, and, for machines that others use too, core-seconds: user and system time of a run and all its children.
+
+With --cache-views a third side is ours with a teacher cache, which is made once, before the turns.
 """
 
 from __future__ import annotations
@@ -78,19 +80,18 @@ class Times:
         return (self.images_long - self.images_short) / (getattr(self.long, clock) - getattr(self.short, clock))
 
 
-def make_teacher(name: str, classes: int, side: int, folder: Path) -> None:
+def make_teacher(name: str, class_names: Sequence[str], side: int, folder: Path) -> None:
     """Random weights as a folder that both sides load; its config names the side of the images that it sees."""
-    backbone = create_teacher(name, weights="random", num_classes=classes)
+    backbone = create_teacher(name, weights="random", num_classes=len(class_names))
     spec = replace(backbone.input_spec, height=side, width=side)
-    names = [str(number) for number in range(classes)]
-    export_student(backbone.model, folder, input_spec=spec, class_names=names, metadata={})
+    export_student(backbone.model, folder, input_spec=spec, class_names=list(class_names), metadata={})
 
 
-def ours(asked: argparse.Namespace, teacher: Path, epochs: int, out: Path) -> list[str]:
-    """The command line of this project's side."""
+def ours(asked: argparse.Namespace, teacher: Path, epochs: int, out: Path, script: str = "imagenet.py") -> list[str]:
+    """The command line of this project's side, or, of another script, of its pre-pass."""
     precision = "bf16" if asked.bf16 else "no"
     return [
-        *(sys.executable, str(ROOT / "pipelines" / "imagenet.py"), "--recipe", str(out.parent / "recipe.yaml")),
+        *(sys.executable, str(ROOT / "pipelines" / script), "--recipe", str(out.parent / "recipe.yaml")),
         *("--train", str(asked.shards / "train"), "--val", str(asked.shards / "val"), "--out", str(out)),
         *("--teacher", asked.teacher, "--teacher-weights", str(teacher), "--student", asked.student),
         *("--data.image_size", str(asked.side), "--data.num_threads", str(asked.workers)),
@@ -141,14 +142,16 @@ def seconds_of(command: list[str], threads: int, log: Path) -> Seconds:
 
 
 def turn(asked: argparse.Namespace, number: int, images: int, classes: int, folder: Path) -> dict[str, Times]:
-    """Both sides, short and long; the order changes from turn to turn."""
+    """All sides, short and long; the order changes from turn to turn."""
     teacher, found = folder / "teacher", {}
-    sides = ["ours", "timm"] if number % 2 == 0 else ["timm", "ours"]
-    for side in sides:
+    sides = ["ours", *(["cached"] if asked.cache_views else []), "timm"]
+    for side in sides if number % 2 == 0 else reversed(sides):
         taken = []
         for epochs in (asked.short, asked.long):
             out = folder / f"{side}{number}-{epochs}"
-            command = ours(asked, teacher, epochs, out) if side == "ours" else theirs(asked, teacher, classes, epochs, out)
+            command = theirs(asked, teacher, classes, epochs, out) if side == "timm" else ours(asked, teacher, epochs, out)
+            if side == "cached":
+                command += ["--teacher.cache", str(folder / "cache")]
             taken.append(seconds_of(command, asked.threads, folder / f"{out.name}.log"))
         found[side] = Times(taken[0], taken[1], images * asked.short, images * asked.long)
         told = " and ".join(f"{each.wall:.1f} s ({each.core:.1f} core-seconds)" for each in taken)
@@ -156,11 +159,11 @@ def turn(asked: argparse.Namespace, number: int, images: int, classes: int, fold
     return found
 
 
-def summary(turns: list[dict[str, Times]]) -> dict[str, dict[str, float]]:
-    """Medians over the turns; the ratio is the median of the turns' own."""
+def summary(turns: list[dict[str, Times]], side: str = "ours") -> dict[str, dict[str, float]]:
+    """Medians over the turns of one of our sides and of timm's; the ratio is the median of the turns' own."""
     found = {}
     for kind, clock in itertools.product(("whole", "steady"), ("wall", "core")):
-        rates = {side: [getattr(each[side], kind)(clock) for each in turns] for side in ("ours", "timm")}
+        rates = {name: [getattr(each[key], kind)(clock) for each in turns] for name, key in (("ours", side), ("timm", "timm"))}
         ratios = [mine / other for mine, other in zip(rates["ours"], rates["timm"], strict=True)]
         medians = {side: statistics.median(values) for side, values in rates.items()}
         found[f"{kind}, {clock}"] = {
@@ -172,9 +175,24 @@ def summary(turns: list[dict[str, Times]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def as_text(found: dict[str, dict[str, float]]) -> str:
+def prepaid(turns: list[dict[str, Times]], prepass: Seconds) -> str:
+    """What the cached runs gain over timm's, and over ours without a cache, with the pre-pass paid by one run."""
+    lines = []
+    for clock in ("wall", "core"):
+        for side in ("timm", "ours"):
+            other = statistics.median(getattr(each[side].long, clock) for each in turns)
+            mine = statistics.median(getattr(each["cached"].long, clock) for each in turns)
+            paid = getattr(prepass, clock)
+            lines.append(
+                f"whole run, {clock}: {side} {other:.1f} s, cached {mine:.1f} s ({other / mine:.2f}x), and with the pre-pass of"
+                f" {paid:.1f} s {other / (mine + paid):.2f}x"
+            )
+    return "\n".join(lines)
+
+
+def as_text(found: dict[str, dict[str, float]], title: str = "images per second") -> str:
     """The summary for people."""
-    rows = [["images per second", "ours", "timm", "ratio", "of single turns"]]
+    rows = [[title, "ours", "timm", "ratio", "of single turns"]]
     for kind, row in found.items():
         rates = [f"{row['ours']:.1f}", f"{row['timm']:.1f}", f"{row['ratio']:.2f}x"]
         rows.append([f"{kind} time", *rates, f"{row['lowest']:.2f} to {row['highest']:.2f}"])
@@ -195,6 +213,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--short", type=int, default=1, help="epochs of the short run (%(default)s)")
     parser.add_argument("--long", type=int, default=3, help="epochs of the long run (%(default)s)")
     parser.add_argument("--turns", type=int, default=3, help="turns of both sides (%(default)s)")
+    parser.add_argument(
+        "--cache-views", type=int, default=0, metavar="N", help="a side of ours with a teacher cache of N views"
+    )
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast instead of float32")
     parser.add_argument("--device", default="cpu", help="timm's --device; ours takes a GPU where there is one (%(default)s)")
     parser.add_argument("--our-options", type=str.split, default=[], metavar="TEXT", help="more options for ours")
@@ -219,10 +240,17 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "recipe.yaml").write_text(RECIPE)
-        make_teacher(asked.teacher, index.num_classes, asked.side, folder / "teacher")
+        make_teacher(asked.teacher, index.class_names, asked.side, folder / "teacher")
+        if asked.cache_views:
+            words = ["--views", str(asked.cache_views), "--out", str(folder / "cache")]
+            command = ours(asked, folder / "teacher", asked.long, folder / "unused", "cache_teacher.py")
+            prepass = seconds_of(command + words, asked.threads, folder / "cache.log")
         turns = [turn(asked, number, images, index.num_classes, folder) for number in range(asked.turns)]
     found = summary(turns)
     print(as_text(found))
+    if asked.cache_views:
+        print(as_text(summary(turns, "cached"), "images per second, cached"))
+        print(prepaid(turns, prepass))
     if asked.json:
         facts = {"torch": torch.__version__, "timm": timm.__version__, "cores": len(os.sched_getaffinity(0))}
         options = {key: str(value) for key, value in vars(asked).items() if key not in ("json", "timm_train", "shards")}

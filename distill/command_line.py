@@ -92,6 +92,8 @@ def new_file(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{path} is a folder; give a file in it")
     if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path.absolute().parent} is no folder; make it first")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written: no right to; give another file")
     return path
 
 

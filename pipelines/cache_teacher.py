@@ -200,7 +200,7 @@ class PrePass:
             f" {self.writer.view_bytes / 1e9:.3g} GB a view, {views * self.writer.view_bytes / 1e9:.4g} GB for {views} views",
             f"{left:,} of {views * n:,} entries to compute: {left / rate / 3600:.2f} hours at {rate:,.0f} images/s on"
             f" {world} process{'es' if world > 1 else ''}, measured on {images} images of each",
-            f"it pays from {epochs} epochs on, of all runs that read it together: {epochs / one:.2g} runs of {one} epochs"
+            f"it pays from {epochs} epochs on, of all runs that read it together ({epochs / one:.1f} times {one}, the recipe's)"
             f" (an entry takes {1000 * whole / images:.2f} ms here, the teacher in it {1000 * alone / images:.2f} ms)",
         ]
 

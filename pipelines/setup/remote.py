@@ -37,17 +37,14 @@ def plan_run(recipe: Recipe, order: TrainOrder, train: ShardIndex, val: ShardInd
     if remote_store(val) is not None:
         batch = recipe.train.evaluate_batch_size or micro_batch_of(recipe, accelerator.num_processes)
         schedules["val"] = schedule_of_evaluation(val, batch, accelerator)
-    if order.lanes:
-        remedy = "give more room or more nodes, fewer --data.lanes or a smaller --data.lane_window"
-    else:
-        remedy = "give more room, or say --data.shuffle lanes"
-    return share_cache({"train": train, "val": val}, schedules, recipe.data.cache_limit, remedy)
+    remedy = "more nodes, fewer --data.lanes or a smaller --data.lane_window" if order.lanes else "--data.shuffle lanes"
+    return share_cache({"train": train, "val": val}, schedules, recipe.data.cache_limit, "--data.cache_limit", remedy)
 
 
 def plan_evaluation(index: ShardIndex, batch_size: int, limit: float, accelerator: Accelerator) -> Plans:
     """The plan of an evaluation of a remote split, none of a local one. Raises RecipeError as `plan_run` does."""
     schedules = {} if remote_store(index) is None else {"val": schedule_of_evaluation(index, batch_size, accelerator)}
-    return share_cache({"val": index}, schedules, limit, "give more room, or a smaller batch size")
+    return share_cache({"val": index}, schedules, limit, "--cache-limit", "a smaller batch size")
 
 
 def schedule_of_evaluation(index: ShardIndex, batch_size: int, accelerator: Accelerator) -> ShardSchedule:
@@ -58,8 +55,13 @@ def schedule_of_evaluation(index: ShardIndex, batch_size: int, accelerator: Acce
     return eval_schedule(index.shard_samples, sizes, batch_size=batch_size, node=node, world_size=accelerator.num_processes)
 
 
-def share_cache(splits: Mapping[str, ShardIndex], schedules: Mapping[str, ShardSchedule], limit: float, remedy: str) -> Plans:
-    """The plans of splits, in the room of a limit in GB; 0 is the disk, but for a little. Raises RecipeError for too little."""
+def share_cache(
+    splits: Mapping[str, ShardIndex], schedules: Mapping[str, ShardSchedule], limit: float, option: str, remedy: str
+) -> Plans:
+    """The plans of splits, in the room of a limit in GB; 0 is the disk, but for a little. Raises RecipeError for too little.
+
+    option: sets the limit. remedy: what else makes the need smaller.
+    """
     stores = {name: store for name in schedules if (store := remote_store(splits[name])) is not None}
     if not stores:
         return {}
@@ -68,15 +70,16 @@ def share_cache(splits: Mapping[str, ShardIndex], schedules: Mapping[str, ShardS
     room = int(limit * 1e9) if limit else held + max(0, int(disk.free - KEPT_FREE * disk.total))
     wanted = {name: Room(schedule.least_bytes(), schedule.epoch_bytes()) for name, schedule in schedules.items()}
     try:
-        shares = share_room(room, wanted, remedy)
+        more = f"a larger {option}" if limit else "a disk that has more free"
+        shares = share_room(room, wanted, f"give {more}, or {remedy}")
     except ValueError as error:
-        raise RecipeError(str(error) if limit else f"{error} (data.cache_limit is 0: what the disk has free)") from None
+        raise RecipeError(str(error)) from None
     if limit and room > held + disk.free:
         needed = min(room, sum(each.everything for each in wanted.values()))
         if needed > held + disk.free:
             raise RecipeError(
-                f"data.cache_limit: {limit:g} GB, of which {needed / 1e9:.3g} GB would be used, but the disk has"
-                f" {(held + disk.free) / 1e9:.3g} GB for it; give a smaller limit, or another --data.cache_dir"
+                f"{option} {limit:g} GB, of which {needed / 1e9:.3g} GB would be used, but the disk has"
+                f" {(held + disk.free) / 1e9:.3g} GB for it; give a smaller limit, or another folder of the cache"
             )
     return {name: (stores[name], schedules[name], shares[name]) for name in stores}
 

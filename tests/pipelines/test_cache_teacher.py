@@ -201,7 +201,7 @@ def test_what_it_costs_and_when_it_pays_is_said_before_it_starts(digits: Path, t
     assert "codec features (cells 16, channels 64, dtype fp16): 2,048 bytes an image" in said.replace(
         "dtype fp16, cells 16, channels 64", "cells 16, channels 64, dtype fp16"
     )
-    for part in (f"290 of {2 * TRAIN_IMAGES} entries", "hours at", "images/s", "it pays from", "runs of 2 epochs"):
+    for part in (f"290 of {2 * TRAIN_IMAGES} entries", "hours at", "images/s", "it pays from", "times 2, the recipe"):
         assert part in said
 
 

@@ -97,7 +97,7 @@ def test_a_cache_below_the_least_is_refused_with_the_least_and_with_it_the_run_i
     job = finished(
         remote(server, tmp_path / "run", tmp_path / "cache", "--data.cache_limit", "1e-6"), tmp_path / "log", codes=2
     )
-    refusal = next(line for line in job.text().splitlines() if "data.cache_limit" in line)
+    refusal = next(line for line in job.text().splitlines() if "a larger --data.cache_limit" in line)
     assert "for train" in refusal
     assert "fewer --data.lanes" in refusal
     least = refusal.split("needs ")[1].split(" GB")[0]

@@ -72,7 +72,7 @@ def share_room(limit: int, wanted: dict[str, Room], remedy: str) -> dict[str, in
     if limit < least:
         parts = ", ".join(f"{room.least / 1e9:.3g} GB for {name}" for name, room in wanted.items())
         raise ValueError(
-            f"data.cache_limit: {limit / 1e9:.3g} GB, but this order of samples on these processes needs {_up(least)} GB"
+            f"room in the cache: {limit / 1e9:.3g} GB, but this order of samples on these processes needs {_up(least)} GB"
             f" at a time ({parts}); {remedy}"
         )
     shares, left = {name: room.least for name, room in wanted.items()}, limit - least

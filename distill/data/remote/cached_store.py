@@ -214,7 +214,12 @@ class CachedStore:
         trip = Trip(self._stop)
         if wait:
             self._waits[shard] = trip
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        except OSError as error:
+            raise ShardLost(
+                f"{part}: cannot be written ({error.strerror}); remove it, or give another data.cache_dir"
+            ) from error
         try:
             self._allocate(descriptor, shard, wait)
             self.remote.fetch(info.name, Facts(info.bytes, info.etag, info.version), descriptor, trip)

@@ -63,7 +63,7 @@ class Hosts:
 
     def serve(self, folder: Path) -> None:
         """Starts the web server of a folder."""
-        serving = [sys.executable, "-m", "tests.distill.data.range_server", str(folder), SERVER, str(PORT)]
+        serving = [sys.executable, "-m", "tests.distill.data.remote.range_server", str(folder), SERVER, str(PORT)]
         command = ["ip", "netns", "exec", self.switch, *serving]
         self.started.append(subprocess.Popen(command, cwd=ROOT, start_new_session=True))
 

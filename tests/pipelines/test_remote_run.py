@@ -20,7 +20,7 @@ from pipelines.evaluate import main as evaluate
 from pipelines.setup.arguments import parse
 from pipelines.setup.data import build_splits
 from shards.prepare import main as prepare
-from tests.distill.data.range_server import RangeServer
+from tests.distill.data.remote.range_server import RangeServer
 from tests.processes import finished, start
 from tests.runs import arguments, assert_same_run, last_state, steps_of
 

@@ -16,7 +16,7 @@ from distill.data.index import ShardIndex
 from distill.data.reader import SampleReader
 from distill.data.remote import fetch
 from shards.prepare import main
-from tests.distill.data.range_server import COMMIT, RangeServer
+from tests.distill.data.remote.range_server import COMMIT, RangeServer
 from tests.shards.preparing import ROOT
 from tests.shards.test_existing import packed, samples
 

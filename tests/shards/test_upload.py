@@ -15,7 +15,7 @@ from distill.data.index import ShardIndex
 from distill.data.reader import SampleReader
 from distill.data.remote import fetch
 from shards.prepare import main
-from tests.distill.data.range_server import RangeServer
+from tests.distill.data.remote.range_server import RangeServer
 from tests.shards.preparing import ROOT, image_bytes
 
 pytest.importorskip("obstore", reason="the extra `remote` is not installed")

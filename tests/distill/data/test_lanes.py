@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from batches import global_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from distill.data.reader import BadSample
 from distill.data.reference import ReferenceLoader
 from distill.data.stream import Position
 from distill.data.visits import Visits, bytes_held, node_visits
+from tests.distill.data.batches import global_batch
 
 SHARDS = (31, 7, 0, 40, 12, 25, 33, 18, 9, 28, 36, 5)
 """Samples of shards of very different sizes, one of them empty: 244 together."""

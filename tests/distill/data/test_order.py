@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-from batches import global_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from distill.data.batch_plan import TrainPlan
 from distill.data.order import TrainOrder, block_permutation, eval_batches, eval_samples, micro_batch_rows, permutation
 from distill.data.stream import Position
 from distill.seeds import derive_seed
+from tests.distill.data.batches import global_batch
 
 
 def plan(num_samples: int, batch: int, accumulate: int, rank: int, world: int, seed: int = 7, block: int = 0) -> TrainPlan:

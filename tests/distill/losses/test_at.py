@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from outputs import FACTS, facts, made, model_output
-from refusals import refused_in_one_line
-from relations import rotation, rows, value_and_slope
 
 from distill.losses.at import AT, at_loss
 from distill.losses.maps import to_grid
 from distill.protocols import Needs, Target
+from tests.distill.losses.outputs import FACTS, facts, made, model_output
+from tests.distill.losses.refusals import refused_in_one_line
+from tests.distill.losses.relations import rotation, rows, value_and_slope
 
 STUDENT, TEACHER = rows(4, 5, 6, 6), rows(4, 7, 6, 6, seed=1)
 LABELS = torch.tensor([0, 3, 5, 1])

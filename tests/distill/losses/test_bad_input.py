@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outputs import facts
-from refusals import refused_in_one_line
 
 from distill.losses import LOSSES
 from distill.losses.cross_entropy import CrossEntropy
@@ -14,6 +12,8 @@ from distill.losses.msdcrd import MSDCRD, contrastive_loss
 from distill.losses.projector import AttentionProjector, build_projector
 from distill.losses.sdd import SDD, sdd_loss
 from distill.protocols import ModelOutput, Needs, Target
+from tests.distill.losses.outputs import facts
+from tests.distill.losses.refusals import refused_in_one_line
 
 LOGITS = torch.randn(2, 5)
 REGIONS = torch.randn(2, 3, 5)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from outputs import FACTS, facts
 
 from distill.losses.cat_kd import CATKD, cat_loss
 from distill.protocols import MapShape, ModelFacts, ModelOutput, Target
 from distill.regions import pool, region_matrix
+from tests.distill.losses.outputs import FACTS, facts
 
 LABELS = torch.tensor([0, 3, 5])
 

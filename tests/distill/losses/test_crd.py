@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from outputs import DATA, FACTS, facts, made, model_output
-from refusals import refused_in_one_line
-from relations import rows
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from distill.losses.crd import CRD, crd_row_loss
 from distill.losses.memory_bank import MemoryBank, Visit, crd_scores, updated_rows
 from distill.protocols import DataFacts, ModelFacts, ModelOutput, Target
+from tests.distill.losses.outputs import DATA, FACTS, facts, made, model_output
+from tests.distill.losses.refusals import refused_in_one_line
+from tests.distill.losses.relations import rows
 
 IDS = torch.tensor([3, 17, 0, 39])
 SMALL = {"embedding": 5, "negatives": 7}

@@ -12,7 +12,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from outputs import FACTS, facts, made, model_output
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy as TimmBinary
 
@@ -23,6 +22,7 @@ from distill.losses.projector import AttentionProjector, build_projector
 from distill.losses.sdd import SDD, sdd_loss
 from distill.protocols import Criterion, Needs, Regions, Target
 from distill.regions import pool, region_matrix
+from tests.distill.losses.outputs import FACTS, facts, made, model_output
 
 LABELS = torch.tensor([0, 3, 5, 1])
 SOFT = torch.softmax(torch.arange(24.0).view(4, 6) % 7, dim=1)

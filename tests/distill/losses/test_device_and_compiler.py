@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outputs import made, model_output
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from distill.protocols import ModelOutput, Needs, Target
 from distill.regions import _made_matrix
+from tests.distill.losses.outputs import made, model_output
 
 LABELS = torch.tensor([0, 3, 5, 1])
 VARIANTS = [

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outputs import FACTS, made, model_output
-from relations import rows
 
 from distill.losses.dist_kd import Dist, dist_loss
 from distill.protocols import ModelFacts, Needs, Target
+from tests.distill.losses.outputs import FACTS, made, model_output
+from tests.distill.losses.relations import rows
 
 STUDENT, TEACHER = rows(6, 5), rows(6, 5, seed=1)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outputs import FACTS, made
-from relations import rows
 from torch import nn
 
 from distill.losses.fitnet import FitNet, FitNetRegressor, fitnet_loss
 from distill.protocols import MapShape, ModelFacts, ModelOutput, Needs, Target
+from tests.distill.losses.outputs import FACTS, made
+from tests.distill.losses.relations import rows
 
 LABELS = torch.tensor([0, 3, 5, 1])
 # of the papers' CIFAR pairs: channels and side of both maps -> parameters

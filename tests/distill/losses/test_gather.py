@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from golden import assert_matches, cases, vectors
 
 from distill.losses.msdcrd import contrastive_loss
+from tests.distill.losses.golden import assert_matches, cases, vectors
 
 OPTIONS = ({}, {"form": "eq12"}, {"mask_same_category": False}, {"temperature": 0.01, "chunk_rows": 3})
 

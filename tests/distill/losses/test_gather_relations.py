@@ -7,10 +7,10 @@ import multiprocessing
 import pytest
 import torch
 import torch.distributed as dist
-from outputs import made
-from relations import rows
 
 from distill.protocols import ModelOutput, Regions, Target
+from tests.distill.losses.outputs import made
+from tests.distill.losses.relations import rows
 
 REGIONS = Regions((1, 2), "area")
 CRITERIA = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import assert_matches, cases, vectors
 
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
+from tests.distill.losses.golden import assert_matches, cases, vectors
 
 
 def _kd(student, teacher, labels, hyper):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import assert_matches, cases, vectors
 
 from distill.losses.msdcrd import contrastive_loss
+from tests.distill.losses.golden import assert_matches, cases, vectors
 
 CASES = cases("msdcrd", "cases")
 EACH_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])

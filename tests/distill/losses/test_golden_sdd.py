@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import assert_matches, cases, stored, vectors
 
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
 from distill.losses.sdd import complementary, sdd_loss
 from distill.regions import pooling_matrix
+from tests.distill.losses.golden import assert_matches, cases, stored, vectors
 
 CASES = cases("sdd", "sdd_cases")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import dkd as plain_dkd
-from references import kd as plain_kd
-from references import nkd as plain_nkd
-from references import sdd as plain_sdd
 
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
 from distill.losses.sdd import complementary, sdd_loss
 from distill.regions import MODES, pool, pooling_matrix
+from tests.distill.losses.references import dkd as plain_dkd
+from tests.distill.losses.references import kd as plain_kd
+from tests.distill.losses.references import nkd as plain_nkd
+from tests.distill.losses.references import sdd as plain_sdd
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2**31)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from outputs import facts
 
 from distill.losses.mgd import MGD, cell_mask, channel_mask, mgd_loss
 from distill.protocols import ModelOutput, Target
+from tests.distill.losses.outputs import facts
 
 
 def output(feature_map: torch.Tensor) -> ModelOutput:

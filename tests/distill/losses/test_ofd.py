@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from outputs import facts
 
 from distill.losses.ofd import OFD, batchnorm_margin, measured_margin, partial_distance
 from distill.protocols import Affine, ModelFacts, ModelOutput, Target
+from tests.distill.losses.outputs import facts
 
 TARGET = Target(torch.zeros(4, dtype=torch.int64))
 MARGIN = torch.tensor([-0.5, -1.0, -0.1], dtype=torch.float64)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outputs import FACTS, facts, made, model_output
-from relations import rotation, rows, value_and_slope
 
 from distill.losses.pkt import PKT, _likeness, pkt_loss
 from distill.protocols import Needs, Target
+from tests.distill.losses.outputs import FACTS, facts, made, model_output
+from tests.distill.losses.relations import rotation, rows, value_and_slope
 
 STUDENT, TEACHER = rows(6, 5), rows(6, 9, seed=1)
 

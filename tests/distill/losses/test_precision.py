@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import contrast as plain_contrast
-from references import dkd as plain_dkd
-from references import kd as plain_kd
-from references import nkd as plain_nkd
 
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
 from distill.losses.msdcrd import contrastive_loss
 from distill.losses.sdd import sdd_loss
+from tests.distill.losses.references import contrast as plain_contrast
+from tests.distill.losses.references import dkd as plain_dkd
+from tests.distill.losses.references import kd as plain_kd
+from tests.distill.losses.references import nkd as plain_nkd
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
 LOSSES = {

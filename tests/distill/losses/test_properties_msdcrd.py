@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import contrast as plain_contrast
 
 from distill.losses.contrast import round_to_tf32_, tf32_products
 from distill.losses.msdcrd import contrast, contrastive_loss, mean_negatives
+from tests.distill.losses.references import contrast as plain_contrast
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2**31)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outputs import made, model_output
-from relations import rows
 
 from distill.losses.sdd import SDD, region_losses, region_reliability, sdd_loss
 from distill.protocols import Target
+from tests.distill.losses.outputs import made, model_output
+from tests.distill.losses.relations import rows
 
 STUDENT, TEACHER, LABELS = 3 * rows(4, 5, 6), 3 * rows(4, 5, 6, seed=1), torch.tensor([0, 3, 5, 1])
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from outputs import FACTS, facts
 
 from distill.losses.reviewkd import POOLED, FusionBlock, ReviewKD, hierarchical_loss
 from distill.optim import weight_schedule
 from distill.protocols import DataFacts, MapShape, ModelFacts, ModelOutput, Progress, Target
+from tests.distill.losses.outputs import FACTS, facts
 
 DATA = DataFacts(4, torch.zeros(4, dtype=torch.int64), 4)
 TARGET = Target(torch.zeros(4, dtype=torch.int64))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from outputs import facts, made, model_output
-from relations import rotation, rows, value_and_slope
 
 from distill.losses import rkd
 from distill.losses.rkd import RKD, rkd_angle_loss, rkd_distance_loss
 from distill.protocols import Target
+from tests.distill.losses.outputs import facts, made, model_output
+from tests.distill.losses.relations import rotation, rows, value_and_slope
 
 STUDENT, TEACHER = rows(6, 5), rows(6, 9, seed=1)
 BOTH = pytest.mark.parametrize("loss", [rkd_distance_loss, rkd_angle_loss])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from outputs import FACTS, facts
 
 from distill.losses.semckd import SemCKD, gram_rows, semckd_attention, semckd_loss
 from distill.protocols import DataFacts, ModelFacts, ModelOutput, Target
+from tests.distill.losses.outputs import FACTS, facts
 
 BATCH = 16
 DATA = DataFacts(BATCH, torch.zeros(BATCH, dtype=torch.int64), BATCH)

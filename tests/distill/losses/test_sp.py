@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outputs import FACTS, facts, made, model_output
-from refusals import refused_in_one_line
-from relations import rotation, rows, value_and_slope
 
 from distill.losses.sp import SP, sdsp_loss, sp_loss
 from distill.protocols import Needs, Regions, Target
 from distill.regions import pool, region_matrix
+from tests.distill.losses.outputs import FACTS, facts, made, model_output
+from tests.distill.losses.refusals import refused_in_one_line
+from tests.distill.losses.relations import rotation, rows, value_and_slope
 
 STUDENT, TEACHER = rows(6, 5, 3, 3).relu(), rows(6, 4, 2, 2, seed=1).relu()
 LABELS = torch.tensor([0, 3, 5, 1])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outputs import DATA, FACTS, facts, made, model_output
-from relations import rows, value_and_slope
 
 from distill.losses.wcord import WCoRD, sinkhorn_plan, spectral_norm, wcord_global_loss, wcord_local_loss
 from distill.protocols import Target
+from tests.distill.losses.outputs import DATA, FACTS, facts, made, model_output
+from tests.distill.losses.relations import rows, value_and_slope
 
 IDS = torch.tensor([3, 17, 0, 39])
 

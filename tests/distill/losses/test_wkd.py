@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from outputs import FACTS, facts, made, model_output
-from refusals import refused_in_one_line
-from relations import rows, value_and_slope
 from safetensors.torch import save_file
 
 from distill.losses.wkd_feature import BottleneckProjector, WKDFeature, moments, wkd_feature_loss
 from distill.losses.wkd_logit import FLOOR, WKDLogit, cka_distances, classifier_distances, transport_cost, wkd_logit_loss
 from distill.models.build import create_teacher
 from distill.protocols import MapShape, ModelFacts, ModelOutput, Needs, Target
+from tests.distill.losses.outputs import FACTS, facts, made, model_output
+from tests.distill.losses.refusals import refused_in_one_line
+from tests.distill.losses.relations import rows, value_and_slope
 
 STUDENT, TEACHER, LABELS = 2 * rows(4, 7), 2 * rows(4, 7, seed=1), torch.tensor([0, 6, 3, 3])
 COST = transport_cost(cka_distances(rows(7, 9, 5, seed=2)))

@@ -7,7 +7,6 @@ import copy
 import pytest
 import timm
 import torch
-from model_support import PYRAMID, SMALL_PYRAMID, backbone, normalised, spec, stirred
 from torch import nn
 
 from distill.models.anatomy import examine
@@ -16,6 +15,7 @@ from distill.models.batchnorm import set_batchnorm
 from distill.models.region_logits.head_batchnorm import FEW_ROWS
 from distill.protocols import Needs, Regions
 from distill.regions import region_matrix
+from tests.distill.models.model_support import PYRAMID, SMALL_PYRAMID, backbone, normalised, spec, stirred
 
 FAMILIES = [
     "resnet18",

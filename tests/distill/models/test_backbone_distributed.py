@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from model_support import backbone
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +15,7 @@ from distill.distiller import Distiller
 from distill.losses import LOSSES
 from distill.models.batchnorm import set_batchnorm
 from distill.protocols import MapShape, ModelFacts, ModelOutput, Progress, Target
+from tests.distill.models.model_support import backbone
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 PAIRS = {

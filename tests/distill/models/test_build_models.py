@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
-from model_support import PYRAMID, stirred
 from PIL import Image
 
 from distill.models.backbone import Backbone
@@ -20,6 +19,7 @@ from distill.models.export import export_student
 from distill.models.input_spec import input_spec_of
 from distill.models.weights import load_weights
 from distill.protocols import InputSpec, Needs
+from tests.distill.models.model_support import PYRAMID, stirred
 
 REGIONS = Needs((PYRAMID,))
 

@@ -8,13 +8,13 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from model_support import SMALL_PYRAMID, stirred
 from safetensors.torch import save_file
 
 from distill.models.backbone import Backbone
 from distill.models.build import ProbedModel, create_student, create_teacher, probe, published_without_classifier
 from distill.models.input_spec import input_spec_of
 from distill.protocols import Needs
+from tests.distill.models.model_support import SMALL_PYRAMID, stirred
 
 READABLE = Needs(region_features=(SMALL_PYRAMID,), stages=(-1,), blocks=(0, -1), embedding=True)
 VIT = {"img_size": 64, "depth": 2}

@@ -6,10 +6,10 @@ import logging
 
 import pytest
 import torch
-from model_support import SMALL_PYRAMID
 
 from distill.models.build import create_student
 from distill.protocols import Needs
+from tests.distill.models.model_support import SMALL_PYRAMID
 
 # classes whose smallest member has more than 130 M parameters are left to `pairs.py matrix`
 SMALLEST = [

@@ -7,7 +7,6 @@ import copy
 import pytest
 import timm
 import torch
-from model_support import PYRAMID, SMALL_PYRAMID, backbone, normalised, spec, stirred
 from torch import nn
 
 from distill.models.anatomy import examine
@@ -15,6 +14,7 @@ from distill.models.backbone import Backbone
 from distill.models.batchnorm import set_batchnorm
 from distill.models.describe import probed_with_noise
 from distill.protocols import Needs, Regions
+from tests.distill.models.model_support import PYRAMID, SMALL_PYRAMID, backbone, normalised, spec, stirred
 
 VIT = {"depth": 3, "img_size": 64}
 STAGES = (-1, -2, -3)

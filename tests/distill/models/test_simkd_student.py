@@ -9,7 +9,6 @@ import sys
 import pytest
 import timm
 import torch
-from model_support import PYRAMID, spec, stirred
 
 import distill.models  # noqa: F401  (registers it)
 from distill.losses.simkd import SimKD, simkd_loss
@@ -19,6 +18,7 @@ from distill.models.export import export_student
 from distill.models.simkd import SimKDStudent, build_simkd_student, projector
 from distill.optim import parameter_groups
 from distill.protocols import MapShape, ModelFacts, ModelOutput, Needs, Target
+from tests.distill.models.model_support import PYRAMID, spec, stirred
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TARGET = Target(torch.zeros(3, dtype=torch.int64))

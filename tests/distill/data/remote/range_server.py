@@ -1,6 +1,6 @@
 """A web server of byte ranges with a script of faults, which answers S3's and the hub's requests for the same folder too.
 
-python -m tests.distill.data.range_server FOLDER ADDRESS PORT
+python -m tests.distill.data.remote.range_server FOLDER ADDRESS PORT
 """
 
 from __future__ import annotations

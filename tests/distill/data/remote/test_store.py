@@ -30,9 +30,9 @@ from distill.data.remote.schedule import SLACK, eval_schedule, train_schedule
 from distill.data.store import ShardLost
 from distill.data.stream import Position
 from tests.distill.data.planting import flip_on_disk
-from tests.distill.data.range_server import RangeServer
+from tests.distill.data.remote.range_server import RangeServer
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 COUNT, SHARDS = 40, 8
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from model_support import stirred
+
+from tests.distill.models.model_support import stirred
 
 # name -> parameters at 100 classes, (channels, side) of each stage at 32 px, channels that the head reads
 NETS = {

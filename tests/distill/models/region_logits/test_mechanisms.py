@@ -8,7 +8,6 @@ import logging
 import pytest
 import timm
 import torch
-from model_support import PYRAMID, SMALL_PYRAMID, backbone, normalised, spec, stirred
 from torch import Tensor, nn
 
 from distill.models.anatomy import examine
@@ -17,6 +16,7 @@ from distill.models.batchnorm import set_batchnorm
 from distill.models.region_logits.mechanisms import CropHead
 from distill.protocols import ModelOutput, Needs, Regions
 from distill.regions import pooling_matrix
+from tests.distill.models.model_support import PYRAMID, SMALL_PYRAMID, backbone, normalised, spec, stirred
 
 VIT = {"depth": 3, "img_size": 64}
 KINDS = [

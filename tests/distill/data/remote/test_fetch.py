@@ -21,7 +21,7 @@ import pytest
 from distill.data.remote import fetch
 from distill.data.remote.fetch import Busy, Denied, Facts, FetchError, Missing, Remote, Replaced, Trip, read_object
 from distill.data.remote.urls import is_url, remote_of
-from tests.distill.data.range_server import COMMIT, RangeServer
+from tests.distill.data.remote.range_server import COMMIT, RangeServer
 
 DATA = np.random.default_rng(0).bytes(100_000)
 STORES = {"http": "", "s3": "s3://bucket/some", "gs": "gs://bucket/some", "az": "az://bucket/some"}

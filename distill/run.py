@@ -22,6 +22,9 @@ from distill.protocols import Batch, Loader, Progress
 from distill.report import Reporter
 from distill.seeds import derive_seed, seed_all
 
+Transform = Callable[[Batch, int], tuple[Tensor, Tensor]]
+"""(batch, epoch) -> images as the models see them, and labels."""
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -88,7 +91,7 @@ class Run:
     learning_rate: Schedule
     train_loader: Loader
     eval_loader: Loader
-    transform: Callable[[Batch, int], tuple[Tensor, Tensor]]
+    transform: Transform
     """A loader's batch -> images and labels as the models see them."""
     generator: torch.Generator
     """The criteria's, on the device."""

@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ from distill.watchdog import PeerLostError, Watchdog
 from pipelines.reporting.first_batch import keeping_first
 from pipelines.reporting.publish import card_fields, publish
 from pipelines.setup.arguments import Request, parse
-from pipelines.setup.build import build, build_settings, rehearse
+from pipelines.setup.build import build, build_settings, rehearse, unchanged
 from pipelines.setup.data import Splits, build_splits, check_mixing, decoding_facts, eval_spec, train_order
 from pipelines.setup.machine import (
     build_accelerator,
@@ -195,13 +196,14 @@ def run_once(recipe: Recipe, folder: RunFolder, splits: Splits, session: Session
     follow_shards(recipe, splits, session)
     # 1. what is wrong with the request is found before the folder says that it holds a run
     with requests():
-        run, models = build(recipe, accelerator, splits, session.control, session.watchdog.progress, session.watchdog.check)
+        keep = partial(keeping_first, folder=folder.path, class_names=splits.train.class_names)
+        around = keep if accelerator.is_main_process else unchanged
+        watchdog = session.watchdog
+        run, models = build(recipe, accelerator, splits, session.control, watchdog.progress, watchdog.check, around)
     with closed(run, session.watchdog):
         contents = {**digests(splits), "teacher": digest(models.teacher), "teacher_cache": cache_identity(run)}
         folder.check(contents)
         start_trackers(recipe, accelerator)
-        if accelerator.is_main_process:
-            run.transform = keeping_first(run.transform, folder.path, splits.train.class_names)
         with peers_named(session.watchdog):
             teacher = evaluate_teacher(recipe, run, models, splits.val)
             forget_trunk(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -15,13 +15,12 @@ from torch.nn import functional as F
 
 from distill.files import written_aside
 from distill.protocols import Batch
+from distill.run import Transform
 from pipelines.reporting.dump import Array
 
 FILE = "first_batch.npz"
 MOST, SIDE = 24, 160
 """Images that are kept, and the longest side that they are kept with: 2 MB at most."""
-
-Transform = Callable[[Batch, int], tuple[Tensor, Tensor]]
 
 
 class FirstBatch(NamedTuple):

@@ -1,10 +1,10 @@
-"""Recipe -> objects: the only file that knows every room."""
+"""Recipe -> objects: the run is put together here, from the models, loaders and criteria of the other rooms."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from distill.nonfinite import Guard
 from distill.optim import create_optimizer, learning_rate_schedule, weight_schedule
 from distill.recipe import Recipe
 from distill.report import Reporter, say
-from distill.run import LoopSettings, Run
+from distill.run import LoopSettings, Run, Transform
 from distill.seeds import derive_seed, seed_all
 from pipelines.setup.data import (
     Splits,
@@ -101,6 +101,20 @@ def build_guard(
     return Guard(optimizer, accelerator.scaler, partial(accelerator.reduce, reduction="sum"), statistics, waiting)
 
 
+def recomputing(recipe: Recipe, models: Models, accelerator: Accelerator) -> Callable[[], AbstractContextManager[None]]:
+    """What a backward pass runs in: the student recomputes its activations in it, where the recipe asks for that."""
+    if not recipe.student.checkpoint_activations:
+        return nullcontext
+    before, after = set_activation_checkpointing(models.student)
+    say(accelerator, f"activations of one image: {after / 1e6:.1f} MB instead of {before / 1e6:.1f} MB (float32)")
+    return partial(unchanged_statistics, models.student.model)
+
+
+def unchanged(transform: Transform) -> Transform:
+    """The transform itself."""
+    return transform
+
+
 def build(
     recipe: Recipe,
     accelerator: Accelerator,
@@ -108,8 +122,11 @@ def build(
     control: Control,
     watch: Callable[[int, str], None] = lambda step, phase: None,
     waiting: Callable[[], None] = lambda: None,
+    around_transform: Callable[[Transform], Transform] = unchanged,
 ) -> tuple[Run, Models]:
     """The run that a recipe describes, at step 0; `control` and `watch` as in `Run`, `waiting` as in `Guard`.
+
+    around_transform: gets the transform of batches and gives the one that the run calls, which may look at what it makes.
 
     The order of initialisation matters:
     1. seed; 2. models and criteria, on the device, with their BatchNorm policy; 3. the average, a copy of the plain
@@ -129,10 +146,7 @@ def build(
     distiller = build_distiller(recipe, models)
     optimizer = build_optimizer(recipe, distiller)
     prepared, prepared_optimizer = accelerator.prepare(distiller, optimizer)
-    checkpointing = recipe.student.checkpoint_activations
-    if checkpointing:
-        before, after = set_activation_checkpointing(models.student)
-        say(accelerator, f"activations of one image: {after / 1e6:.1f} MB instead of {before / 1e6:.1f} MB (float32)")
+    around_backward = recomputing(recipe, models, accelerator)
     compile_backbones(recipe, models)
     settings = build_settings(recipe, splits.train)
     spec = eval_spec(recipe, models.student)
@@ -151,12 +165,12 @@ def build(
         learning_rate=learning_rate_schedule(peak=recipe.optim.learning_rate, **dataclasses.asdict(recipe.schedule)),
         train_loader=build_train_loader(recipe, splits, models, accelerator, cache),
         eval_loader=build_eval_loader(recipe, splits.val, spec, accelerator),
-        transform=build_transform(recipe, splits.train.num_classes, spec, accelerator.device, recipe.train.channels_last),
+        transform=around_transform(build_transform(recipe, splits.train.num_classes, spec, accelerator.device)),
         generator=torch.Generator(accelerator.device),
         reporter=reporter,
         checkpoints=Checkpoints(Path(recipe.out) / "checkpoints", recipe.train.keep_checkpoints),
         average=average,
-        around_backward=partial(unchanged_statistics, models.student.model) if checkpointing else nullcontext,
+        around_backward=around_backward,
         after_step=Observers(recipe, reporter, accelerator.process_index, settings.last_step),
         name_samples=lambda ids: [splits.train.key(i) for i in ids],
     )

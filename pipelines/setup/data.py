@@ -303,9 +303,7 @@ def build_eval_loader(recipe: Recipe, index: ShardIndex, spec: InputSpec, accele
     )
 
 
-def build_transform(
-    recipe: Recipe, num_classes: int, spec: InputSpec, device: torch.device, channels_last: bool
-) -> BatchTransform:
+def build_transform(recipe: Recipe, num_classes: int, spec: InputSpec, device: torch.device) -> BatchTransform:
     """The part of the recipe's augmentation that the device does to a batch before the models see it."""
     augment = recipe.augment
     return BatchTransform(
@@ -313,7 +311,7 @@ def build_transform(
         mean=spec.mean,
         std=spec.std,
         device=device,
-        channels_last=channels_last,
+        channels_last=recipe.train.channels_last,
         mixup=augment.mixup,
         cutmix=augment.cutmix,
         mix_probability=augment.mix_probability,

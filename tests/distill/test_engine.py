@@ -224,7 +224,9 @@ def test_every_line_of_the_log_has_the_same_values(run: Run):
 def test_terms_combine_by_weight_and_each_ones_share_of_the_gradient_is_logged(run: Run):
     train_epoch(run)
     weights_of = {"cross_entropy": 1.0, "sdd": 0.5, "msdcrd": 0.8, "kd": 0.0}  # sdd warms up: 1/2 in the first of two epochs
-    for line in metrics(run.reporter.folder):
+    lines = metrics(run.reporter.folder)
+    assert lines
+    for line in lines:
         total = sum(weight * line[f"loss/{name}"] for name, weight in weights_of.items())
         assert line["loss/total"] == pytest.approx(total, rel=1e-5)
         shares = {name: line[f"gradient_share/{name}"] for name in weights_of}

@@ -1,5 +1,6 @@
 """A run looks at each of its models once, however many backbones read it."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,25 @@ from accelerate import Accelerator
 
 import distill.models.build
 from distill.agreement import Control
+from pipelines.imagenet import main
 from pipelines.setup.build import build, rehearse
 from pipelines.setup.data import build_splits
 from pipelines.setup.teacher import evaluate_teacher
-from tests.runs import recipe_of
+from tests.runs import arguments, recipe_of
+
+
+def test_a_run_makes_one_control(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_accelerate: None):
+    """Each opens a process group and waits at a barrier for the others."""
+    made = []
+    begin = Control.__init__
+
+    def counted(control: Control, *given: timedelta) -> None:
+        made.append(control)
+        begin(control, *given)
+
+    monkeypatch.setattr(Control, "__init__", counted)
+    assert main(arguments(digits, tmp_path / "run", "--train.max_steps", "1")) == 0
+    assert len(made) == 1
 
 
 def test_a_run_and_its_rehearsal_probe_each_of_their_models_once(

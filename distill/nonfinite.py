@@ -53,7 +53,7 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 class Guard:
     """Judges each step once its gradient is there.
 
-    `immediate`: the host reads the loss and the gradient's norm before the optimiser steps, which makes it wait for the
+    The host reads the loss and the gradient's norm before the optimiser steps, which makes it wait for the
     device. `deferred`, with a fused optimiser and no scaler: the device itself skips the step, and the host learns of it one
     step later, when that is known anyway. Either way a poisoned step is never made.
     """

@@ -13,7 +13,7 @@ from torch import nn
 from distill.protocols import Progress
 
 FUSED = ("sgd", "adam", "adamw")
-"""Optimisers whose step PyTorch has in one kernel, which can also hold a poisoned step back (`guard.py`): theirs on GPUs."""
+"""Optimisers whose step PyTorch has in one kernel, which can hold a poisoned step back too (`nonfinite.py`); used on GPUs."""
 
 Schedule = Callable[[Progress], float]
 

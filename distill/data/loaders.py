@@ -63,7 +63,7 @@ class Task:
 class PlannedLoader:
     """A `Loader` but for `close` and the batch at a position, which subclasses add.
 
-    A base class with behaviour, the one of the data room: a run's resuming hangs on both loaders giving the same identity,
+    A base class with behaviour: a run's resuming hangs on both loaders giving the same identity,
     refusing the same states and counting the same bad samples, so that is written once.
     """
 

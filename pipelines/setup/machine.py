@@ -131,14 +131,14 @@ def meet() -> None:
         torch.distributed.barrier(device_ids=[state.device.index] if state.device.type == "cuda" else None)
 
 
-def leave_together(meet: Callable[[], Any]) -> None:
+def leave_together(wait: Callable[[], Any]) -> None:
     """Tears the process groups down, where every process comes here: at a clean end, and at a stop that all agreed on.
 
-    What is left of NCCL when the interpreter ends may hang it, or abort it with another exit code. meet: a collective, so that
+    What is left of NCCL when the interpreter ends may hang it, or abort it with another exit code. wait: a collective, so that
     rank 0, which keeps the store, does not leave before the others; where it fails a process is gone, and all is left as it is.
     """
     try:
-        meet()
+        wait()
     except RuntimeError:
         return
     PartialState().destroy_process_group()

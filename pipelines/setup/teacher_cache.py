@@ -80,7 +80,7 @@ def _beyond_topk(name: str, criterion: Criterion, needs: Needs) -> Iterator[str]
         found = criterion.teacher_temperature
         how = "not through a softmax alone" if found is None else f"at temperature {found:g}"
         yield (
-            f"loss.{name}: reads the teacher's logits {how}; gradients by codec topk are then 7 to 110 % wrong;"
+            f"loss.{name}: reads the teacher's logits {how}; gradients by codec topk are then far off;"
             f" make the cache with --codec features{'' if found is None else f', or say --loss.{name}.temperature 1'}"
         )
 

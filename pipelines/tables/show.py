@@ -47,10 +47,12 @@ def shown(cell: Cell, out: Path, command: str, short: bool = False) -> str:
     setting, theirs = setting_of(cell), teacher_cell(cell)
     row = setting.row
     expected = f"{cell.metric} {cell.value or 'unpublished'}" + (f" ({cell.note})" if cell.note else "")
+    unmeasured = f"Measured:  not run when this was written; `{command} table {cell.source}/{cell.table}` prints what was run"
     lines = [
         f"Cell:      {cell.name}",
         f"Command:   {command} run {cell.name}",
         f"Expected:  {expected}",
+        unmeasured if short else "",
         *(f"Doubt:     {doubt}" for doubt in doubts(cell)),
         f"Source:    {row['origin']}" + (f"; {row['note']}" if row["note"] else ""),
         f"Unknown:   {'; '.join(setting.unknown)} (in no source; the values here are our reading)" if setting.unknown else "",

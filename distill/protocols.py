@@ -29,6 +29,10 @@ class Batch(NamedTuple):
 
 Interpolation = Literal["bilinear", "bicubic"]
 """timm's names."""
+ClassTokens = Literal["attend", "shift", "repeat"]
+"""Definitions of a region's logits where the head reads class tokens only."""
+BatchNormMode = Literal["local", "sync", "frozen"]
+"""Where a training BatchNorm has its statistics from: the batch of its process, that of all processes, or none."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from distill.batch_transform import ErasingMode
 from distill.data.augment.parameters import Crop, TrainTransform
 from distill.data.decoding import DecodeName
 from distill.data.loaders import LoaderName
-from distill.protocols import Interpolation
+from distill.protocols import BatchNormMode, ClassTokens, Interpolation
 
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -23,7 +23,7 @@ Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
-ClassTokens = Literal["attend", "shift", "repeat"]
+MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
 
 def _doc(text: str, default: Any, may_change: bool = False) -> Any:
@@ -157,7 +157,7 @@ class Student:
         "with a path: leave its classifier out, as that of other classes, and start with a fresh one", False
     )
     class_tokens: ClassTokens = _doc("what a region's logits are where the head reads class tokens only", "attend")
-    batchnorm: Literal["local", "sync", "frozen"] = _doc("statistics per process, over all processes, or fixed", "local")
+    batchnorm: BatchNormMode = _doc("statistics per process, over all processes, or fixed", "local")
     checkpoint_activations: bool = _doc("less memory for one more forward pass of the student", False)
     drop_rate: Fraction = _doc("dropout before the classifier", 0.0)
     drop_path_rate: Fraction = _doc("stochastic depth", 0.0)
@@ -170,7 +170,7 @@ class Train:
     epochs: Positive = _doc("passes over the training shards", 100)
     global_batch_size: Positive = _doc("images per optimiser step, over all processes and accumulated micro-batches", 256)
     accumulate: Positive = _changeable("micro-batches per optimiser step", 1)
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _doc("auto: what the launcher says", "auto")
+    mixed_precision: MixedPrecision = _doc("auto: what the launcher says", "auto")
     tf32: Literal["none", "convolutions", "all"] = _doc(
         "float32 on NVIDIA GPUs that is computed in TF32 (10 bits of mantissa); all: matrix products too, those of the losses"
         " among them",

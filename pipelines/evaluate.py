@@ -30,7 +30,7 @@ from distill.errors import RequestError
 from distill.evaluation import evaluate
 from distill.models.build import ProbedModel, create_teacher
 from distill.protocols import Needs
-from distill.recipe import Train
+from distill.recipe import MixedPrecision, Train
 from distill.report import say
 from pipelines.reporting.collect import Collector
 from pipelines.setup.arguments import add_import_option, import_files
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--crop-fraction", type=float, default=0.0, metavar="F", help="0: the model's own")
     parser.add_argument(
-        "--mixed-precision", choices=("auto", "no", "bf16", "fp16"), default="auto", help="auto (default): the launcher's"
+        "--mixed-precision", choices=get_args(MixedPrecision), default="auto", help="auto (default): the launcher's"
     )
     parser.add_argument("--loader", choices=("auto", *LOADERS), default="auto", help="auto (default): DALI if installed")
     parser.add_argument(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
 from distill.losses.inputs import check_embeddings, check_temperature, embedding_of, teacher_of
-from distill.losses.memory_bank import MemoryBank, sample_ids_of, unit
+from distill.losses.memory_bank import MemoryBank, Mode, sample_ids_of, unit
 from distill.precision import full_precision_type, no_autocast
 from distill.protocols import Criterion, DataFacts, Gathered, ModelFacts, ModelOutput, Needs, Target
 
@@ -69,7 +67,7 @@ class CRD(Criterion):
         negatives: int = 16384,
         temperature: float = 0.07,
         momentum: float = 0.5,
-        mode: Literal["exact", "relax"] = "exact",
+        mode: Mode = "exact",
     ) -> None:
         super().__init__()
         check_embeddings("crd", student=student, teacher=teacher)

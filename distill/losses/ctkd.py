@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from distill.losses.inputs import check_weights, teacher_of
 from distill.losses.logits import dkd_loss, kd_loss
 from distill.protocols import Criterion, ModelOutput, Needs, Target
 
+Base = Literal["kd", "dkd"]
 Shape = Literal["cosine", "linear"]
 
 
@@ -73,18 +74,18 @@ class CTKD(Criterion):
     def __init__(
         self,
         *,
-        base: Literal["kd", "dkd"] = "kd",
+        base: Base = "kd",
         start: float = 1.0,
         span: float = 20.0,
         epochs: int = 10,
-        shape: Literal["cosine", "linear"] = "cosine",
+        shape: Shape = "cosine",
         decay_temperature: bool = True,
         alpha: float = 1.0,
         beta: float = 8.0,
         standardise: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, allowed in (("base", base, ("kd", "dkd")), ("shape", shape, ("cosine", "linear"))):
+        for name, value, allowed in (("base", base, get_args(Base)), ("shape", shape, get_args(Shape))):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(allowed)}")
         if not 0 < start < math.inf:

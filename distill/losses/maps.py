@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -46,8 +46,8 @@ class Maps:
 
 def available(facts: ModelFacts, source: Source) -> tuple[MapShape, ...]:
     """The shapes of a model's stages or blocks; raises ValueError for another source and for a model that has none."""
-    if source not in ("stages", "blocks"):
-        raise ValueError(f"source {source!r} is unknown; choose one of stages, blocks")
+    if source not in get_args(Source):
+        raise ValueError(f"source {source!r} is unknown; choose one of {', '.join(get_args(Source))}")
     shapes = facts.stages if source == "stages" else facts.blocks
     if not shapes:
         raise ValueError(f"compares {source} of both models, and one of them has none; choose a loss on logits")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -201,5 +201,5 @@ def _check_options(embedding: int, negatives: int, momentum: float, mode: str) -
             raise ValueError(f"{name} {number} must be at least 1")
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum {momentum} must lie in 0..1")
-    if mode not in ("exact", "relax"):
-        raise ValueError(f"mode {mode!r} is unknown; choose one of exact, relax")
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode {mode!r} is unknown; choose one of {', '.join(get_args(Mode))}")

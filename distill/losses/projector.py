@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
 Projector = Literal["attention", "1x1", "1x1-1x1", "1x1-3x3-1x1", "none"]
-PROJECTORS = ("attention", "1x1", "1x1-1x1", "1x1-3x3-1x1", "none")
+PROJECTORS = get_args(Projector)
 MIDDLE_LIMIT = 512
 
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,15 +19,17 @@ from distill.losses.inputs import check_pair, check_temperature, check_weights, 
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
 from distill.precision import full_precision, no_autocast
 from distill.protocols import Criterion, ModelOutput, Needs, Regions, Target
-from distill.regions import pooling_matrix, scale_slices
+from distill.regions import Mode, pooling_matrix, scale_slices
 
 log = logging.getLogger(__name__)
 
 BASES: dict[str, Callable[..., Tensor]] = {"kd": kd_loss, "dkd": dkd_loss, "nkd": nkd_loss}
-REDUCTIONS = ("mean", "sum")
-RELIABILITIES = ("none", "confidence", "mean")
+Reduction = Literal["mean", "sum"]
+REDUCTIONS = get_args(Reduction)
 Reliability = Literal["none", "confidence", "mean"]
-RULES = ("label", "class")
+RELIABILITIES = get_args(Reliability)
+Rule = Literal["label", "class"]
+RULES = get_args(Rule)
 
 
 def sdd_loss(
@@ -204,10 +206,10 @@ class SDD(Criterion):
         *,
         base: Literal["kd", "dkd", "nkd"] = "kd",
         scales: tuple[int, ...] = (1, 2),
-        pooling: Literal["area", "adaptive", "cascade"] = "area",
+        pooling: Mode = "area",
         complementary_weight: float = 2.0,
-        rule: Literal["label", "class"] = "label",
-        reduction: Literal["mean", "sum"] = "mean",
+        rule: Rule = "label",
+        reduction: Reduction = "mean",
         temperature: float | None = None,
         alpha: float | None = None,
         beta: float | None = None,

@@ -7,7 +7,6 @@ images of the batch are to each stage, weighs them image by image.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +79,7 @@ class SemCKD(Criterion):
         teacher: ModelFacts,
         data: DataFacts,
         *,
-        source: Literal["stages", "blocks"] = "stages",
+        source: Source = "stages",
         softness: float = 1.0,
     ) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from distill.losses.inputs import check_rows, teacher_of
 from distill.losses.maps import Maps, Source
 from distill.precision import full_precision, no_autocast
 from distill.protocols import Criterion, Gathered, ModelFacts, ModelOutput, Needs, Regions, Target
-from distill.regions import pooling_matrix
+from distill.regions import Mode, pooling_matrix
 
 EPS = 1e-12
 READINGS = ("mean", "vector", "rows")
@@ -88,7 +88,7 @@ class SP(Criterion):
         *,
         source: Source = "stages",
         scales: tuple[int, ...] = (),
-        pooling: Literal["area", "adaptive", "cascade"] = "area",
+        pooling: Mode = "area",
         reading: Reading = "mean",
         gather: bool = False,
     ) -> None:

@@ -7,14 +7,13 @@ the paper leaves much open. What follows is one reading; its numbers are not the
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.losses.inputs import check_embeddings, check_rows, check_temperature, check_weights, embedding_of, teacher_of
-from distill.losses.memory_bank import MemoryBank, sample_ids_of, unit
+from distill.losses.memory_bank import MemoryBank, Mode, sample_ids_of, unit
 from distill.precision import full_precision, full_precision_type, no_autocast
 from distill.protocols import Criterion, DataFacts, Gathered, ModelFacts, ModelOutput, Needs, Target
 
@@ -117,7 +116,7 @@ class WCoRD(Criterion):
         negatives: int = 16384,
         temperature: float = 0.07,
         momentum: float = 0.5,
-        mode: Literal["exact", "relax"] = "exact",
+        mode: Mode = "exact",
         entropy: float = 0.1,
         iterations: int = 20,
     ) -> None:

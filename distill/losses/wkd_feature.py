@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from distill.protocols import Criterion, MapShape, ModelFacts, ModelOutput, Targ
 from distill.regions import pooling_matrix
 
 EPS = 1e-5
-PROJECTORS = ("bottleneck", "convolution", "1x1", "none")
 Projector = Literal["bottleneck", "convolution", "1x1", "none"]
+PROJECTORS = get_args(Projector)
 
 
 def wkd_feature_loss(student_map: Tensor, teacher_map: Tensor, grid: int = 4, eps: float = EPS) -> tuple[Tensor, Tensor]:

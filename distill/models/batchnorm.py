@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill.models.backbone import Backbone
+from distill.protocols import BatchNormMode
 
-MODES = ("local", "sync", "frozen")
+MODES = get_args(BatchNormMode)
 
 
 def set_batchnorm(backbone: Backbone, mode: str) -> Backbone:

@@ -10,16 +10,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from distill.models.region_logits.layout import Features, Layout, TimmModel, join_tokens
 from distill.models.taps import Tap, tapped
+from distill.protocols import ClassTokens
 from distill.regions import pool
 
-CLASS_TOKEN_MODES = ("attend", "shift", "repeat")
+CLASS_TOKEN_MODES = get_args(ClassTokens)
 
 
 class Sight(NamedTuple):

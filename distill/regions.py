@@ -10,9 +10,10 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Integral
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.precision import full_precision, no_autocast
@@ -22,6 +23,9 @@ Mode = Literal["area", "adaptive", "cascade"]
 Grid = tuple[int, int]
 
 MODES = get_args(Mode)
+Rule = Literal["label", "class"]
+RULES = get_args(Rule)
+Classes = TypeVar("Classes", Tensor, NDArray[Any])
 CASCADE_GRID = 4
 
 
@@ -215,3 +219,16 @@ def usable_scales(scales: Sequence[int], *grids: Grid) -> tuple[int, ...]:
     """The scales that every one of the maps can fill: a larger one would only repeat cells of the smaller map."""
     smallest = min(min(grid) for grid in grids)
     return tuple(scale for scale in scales if scale <= smallest)
+
+
+def disagreeing(region_classes: Classes, labels: Classes, rule: str) -> Classes:
+    """A mask of the regions whose class disagrees with that of the whole image: classes [B, R], labels [B] -> bool [B, R].
+
+    The whole image comes first and is never one of them. `label` (SDD's released code): right where the whole image is wrong,
+    or the other way round. `class` (the text of arXiv 2403.13512): another class than that of the whole image; labels are not
+    read. They agree wherever the whole image is right; they differ where both are wrong, but differently.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r} is unknown; choose one of {', '.join(RULES)}")
+    told = region_classes if rule == "class" else region_classes == labels[:, None]
+    return told != told[:, :1]

@@ -19,7 +19,7 @@ from distill.losses.inputs import check_pair, check_temperature, check_weights, 
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
 from distill.precision import full_precision, no_autocast
 from distill.protocols import Criterion, ModelOutput, Needs, Regions, Target
-from distill.regions import Mode, pooling_matrix, scale_slices
+from distill.regions import RULES, Mode, Rule, disagreeing, pooling_matrix, scale_slices
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +28,6 @@ Reduction = Literal["mean", "sum"]
 REDUCTIONS = get_args(Reduction)
 Reliability = Literal["none", "confidence", "mean"]
 RELIABILITIES = get_args(Reliability)
-Rule = Literal["label", "class"]
-RULES = get_args(Rule)
 
 
 def sdd_loss(
@@ -126,22 +124,11 @@ def region_losses(
 
 
 def complementary(teacher_regions: Tensor, labels: Tensor, rule: str) -> Tensor:
-    """A mask of the complementary regions, bool [B, R]. The global region, which comes first, is never one of them.
+    """A mask of the complementary regions, bool [B, R], by `disagreeing` over the teacher's classes.
 
     teacher_regions [B, R, K]; labels int [B] for the `label` rule, not read by `class`. The student plays no part.
-
-    - `label` (SDD's released code): the teacher is right here and wrong on the whole image, or the other way round.
-    - `class` (the text of arXiv 2403.13512): the teacher's class here is not its class of the whole image.
-
-    They agree wherever the teacher is right about the whole image; they differ where both are wrong, but differently.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule {rule!r} is unknown; choose one of {', '.join(RULES)}")
-    predicted = teacher_regions.detach().argmax(-1)
-    if rule == "class":
-        return predicted != predicted[:, :1]
-    right = predicted == labels[:, None]
-    return right ^ right[:, :1]
+    return disagreeing(teacher_regions.detach().argmax(-1), labels, rule)
 
 
 def check_choices(base: str, rule: str, reduction: str, base_options: Mapping[str, Any] | None) -> None:

@@ -8,11 +8,12 @@ from html import escape
 import numpy as np
 from PIL import Image
 
+from distill.regions import disagreeing
 from pipelines.reporting.drawing import heat
 from pipelines.reporting.dump import Dump
 from pipelines.reporting.page import Panel, legend, missing, picture, short_tags, strip, thumbnails
 from pipelines.reporting.pictures import Pictures, overlay
-from pipelines.reporting.regions import Cell, cells, complementary, rule_of
+from pipelines.reporting.regions import Cell, cells, rule_of
 from pipelines.reporting.runs import Comparison, RunRecord
 
 MOST_REGIONS, MOST_HEAT, MOST_NAMED = 12, 4, 4
@@ -20,7 +21,7 @@ MOST_REGIONS, MOST_HEAT, MOST_NAMED = 12, 4, 4
 
 def shares(dump: Dump, rule: str) -> dict[int, float]:
     """Percent of complementary regions at each scale, over the sample."""
-    outside = complementary(dump["region_classes"], dump.sampled_labels, rule)
+    outside = disagreeing(dump["region_classes"], dump.sampled_labels, rule)
     places = cells(dump.facts["scales"])
     scales = [scale for scale in dump.facts["scales"] if scale > 1]
     return {scale: 100 * float(outside[:, [cell.scale == scale for cell in places]].mean()) for scale in scales}
@@ -57,7 +58,7 @@ def region_panel(comparison: Comparison, pictures: Pictures) -> Panel:
             continue
         name, dump = found
         rule = rule_of(run.recipe["loss"])
-        outside = complementary(dump["region_classes"], dump.sampled_labels, rule)
+        outside = disagreeing(dump["region_classes"], dump.sampled_labels, rule)
         rows = np.searchsorted(dump["sampled_ids"], dump["pictured_ids"])
         # images with both kinds of regions show more than those where all agree
         rows = rows[np.argsort(-np.minimum(outside[rows].sum(1), 4), kind="stable")][:MOST_REGIONS]

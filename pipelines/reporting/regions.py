@@ -1,4 +1,4 @@
-"""Numbers of regions: their places in the picture, and which agree with the whole image. Pure functions."""
+"""Numbers of regions: their places in the picture, and the rule that they are compared by. Pure functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from distill.loss_options import loss_options
 from distill.losses import LOSSES
-from pipelines.reporting.dump import Array
 
 
 class Cell(NamedTuple):
@@ -30,15 +29,3 @@ def rule_of(losses: Mapping[str, Mapping[str, Any]]) -> str:
         if "rule" in known:
             return str(options.get("rule", known["rule"][1]))
     return "class"
-
-
-def complementary(region_classes: Array, labels: Array, rule: str) -> Array:
-    """Which regions disagree with the whole image, which comes first; classes [N, R], labels [N] -> bool [N, R].
-
-    `class`: another class than that of the whole image. `label`: right where the whole image is wrong, or wrong where it is
-    right (the released code of SDD).
-    """
-    if rule == "class":
-        return region_classes != region_classes[:, :1]
-    right = region_classes == labels[:, None]
-    return right != right[:, :1]

@@ -6,7 +6,8 @@ import torch
 from sklearn.metrics import confusion_matrix
 from torch.nn import functional as F
 
-from distill.losses.sdd import complementary as complementary_of_the_loss
+from distill.losses.sdd import complementary
+from distill.regions import disagreeing
 from pipelines.reporting.accuracy import class_accuracies, confused_pairs, difference, flips
 from pipelines.reporting.calibration import divergence, reliability
 from pipelines.reporting.confidence import agreement, doubtful_labels
@@ -20,7 +21,7 @@ from pipelines.reporting.geometry import (
     shown_classes,
 )
 from pipelines.reporting.page import legend, short_tags
-from pipelines.reporting.regions import cells, complementary, rule_of
+from pipelines.reporting.regions import cells, rule_of
 
 IMAGES, CLASSES, ABSENT = 300, 7, 6
 
@@ -143,8 +144,8 @@ def test_cka_is_that_of_the_gram_matrices(random: np.random.Generator):
 def test_complementary_regions_are_those_of_the_loss(rule: str, random: np.random.Generator):
     regions = random.standard_normal((IMAGES, 5, 4))
     labels = random.integers(0, 4, IMAGES)
-    expected = complementary_of_the_loss(torch.from_numpy(regions), torch.from_numpy(labels), rule)
-    assert np.array_equal(complementary(regions.argmax(-1), labels, rule), expected.numpy())
+    expected = complementary(torch.from_numpy(regions), torch.from_numpy(labels), rule)
+    assert np.array_equal(disagreeing(regions.argmax(-1), labels, rule), expected.numpy())
 
 
 def test_the_rule_is_that_of_the_run():

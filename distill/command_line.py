@@ -86,13 +86,19 @@ def _path(text: str) -> Path:
 
 
 def new_file(text: str) -> Path:
-    """A type for `add_argument`: a file that a command writes at its end. What cannot be written is refused before the work."""
+    """A type for `add_argument`: a file that a command writes at its end. What cannot be written is refused before the work.
+
+    It is written beside and renamed (`files.written_aside`): its folder is written to, and a device or a pipe cannot be it.
+    """
     path = _path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder; give a file in it")
+    if path.exists() and not path.is_file():
+        raise argparse.ArgumentTypeError(f"{path} is a device or a pipe; give a file")
+    path = path.resolve() if path.is_symlink() else path  # the new file would take the place of the link
     if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path.absolute().parent} is no folder; make it first")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+    if not all(os.access(each, os.W_OK) for each in (path.absolute().parent, path) if each.exists()):
         raise argparse.ArgumentTypeError(f"{path} cannot be written: no right to; give another file")
     return path
 

@@ -30,6 +30,7 @@ from distill.command_line import Parser, command, new_file, requests, whole_numb
 from distill.data.index import ShardIndex
 from distill.data.remote.urls import is_url
 from distill.errors import RequestError
+from distill.files import write_atomically
 from pipelines.checks.finding import Finding, skipped
 from pipelines.checks.place import Place, make_own_shards
 from pipelines.checks.sections import SECTIONS, Section
@@ -150,7 +151,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"\n{', '.join(f'{count} {status}' for status, count in counts.items())} in {time.monotonic() - start:.0f} s")
     if asked.json is not None:
         facts = {"version": distill.__version__, "full": asked.full, "findings": found}
-        asked.json.write_text(json.dumps(facts, indent=2) + "\n")
+        write_atomically(asked.json, json.dumps(facts, indent=2) + "\n")
     return 1 if counts["FAIL"] else 0
 
 

@@ -28,6 +28,7 @@ from distill.data.index import ShardIndex
 from distill.data.remote.cache import cache_folder
 from distill.errors import RequestError
 from distill.evaluation import evaluate
+from distill.files import write_atomically
 from distill.models.build import ProbedModel, create_teacher
 from distill.protocols import Needs
 from distill.recipe import MixedPrecision, Train
@@ -139,7 +140,7 @@ def main(argv: Sequence[str]) -> None:
         collector.write(asked.dump, accelerator, {"model": asked.model, "weights": asked.weights, **figures, **facts})
         say(accelerator, f"{asked.dump}: {len(collector.sample)} of {index.num_samples} images in full")
     if asked.json and accelerator.is_main_process:
-        asked.json.write_text(json.dumps({**figures, **facts}, indent=2) + "\n")
+        write_atomically(asked.json, json.dumps({**figures, **facts}, indent=2) + "\n")
     leave_together(meet)
 
 

@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 from distill.command_line import Parser, command, new_file
 from distill.config import RecipeError
+from distill.files import write_atomically
 from pipelines.measure.report import Report
 from pipelines.measure.tables import table
 from pipelines.measure.timeline import ALL_REDUCE, BACKWARD, DATA
@@ -297,7 +298,8 @@ def main(argv: Sequence[str]) -> None:
     asked = arguments(argv)
     found = plan(asked)
     if asked.json:
-        asked.json.write_text(json.dumps({k: [asdict(row) for row in rows] for k, rows in found.items()}, indent=1) + "\n")
+        facts = {name: [asdict(row) for row in rows] for name, rows in found.items()}
+        write_atomically(asked.json, json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import timm
 import torch
 
+from distill.files import write_atomically
 from distill.models.describe import Description, count_parameters, create_outline, describe, probed_with_noise
 from distill.models.input_spec import input_spec_of
 from distill.models.region_logits.layout import TimmModel
@@ -58,7 +59,7 @@ def check_all(pattern: str, out: Path, page: Path | None, needs: Needs) -> int:
         gc.collect()
     rows = [row for row in read(out) if row["name"] in set(names)]
     if page is not None:
-        page.write_text(as_page(rows, len(names)))
+        write_atomically(page, as_page(rows, len(names)))
     print(summary(rows, len(names)))
     return int(any(row["mechanism"] == "failed" for row in rows))
 

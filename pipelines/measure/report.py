@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from distill.config import RecipeError
+from distill.files import write_atomically
 from distill.protocols import Gathered
 from pipelines.measure.timeline import BACKWARD, FORWARD, OPTIMISER, TEACHER
 
@@ -185,8 +186,8 @@ class Report:
         return sum(part.ms for part in self.parts if part.name == name)
 
     def write(self, path: Path) -> None:
-        """Writes the report as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        """Writes the report as JSON, whole or not at all."""
+        write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @staticmethod
     def read(path: Path) -> Report:

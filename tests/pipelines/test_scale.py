@@ -194,6 +194,18 @@ def test_the_command_plans_8_to_1024_gpus(tmp_path: Path, capsys: pytest.Capture
     assert "gather fits and takes less than 5% of the step up to" in shown
 
 
+def test_a_result_takes_the_place_of_an_old_one_whole(tmp_path: Path):
+    """The old file is not written into, so whoever reads meanwhile, or after a kill, has the old one or the new one."""
+    ledger, rows, old = tmp_path / "ledger.json", tmp_path / "rows.json", tmp_path / "old"
+    old.write_text("old")
+    for path in (ledger, rows):
+        path.hardlink_to(old)
+    a_report().write(ledger)
+    assert main(["--ledger", str(ledger), "--json", str(rows)]) == 0
+    assert old.read_text() == "old"
+    assert json.loads(rows.read_text())
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, folders that one process holds, checksums: what several rooms do with the disk."""
+"""What several rooms do with the disk: names of a run's files, files that are whole or absent, held folders, checksums."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+RUN_MANIFEST, RUN_SUMMARY = "manifest.json", "summary.json"
+"""In a run's folder: what made the run; its results, which are there when it is whole."""
+RUN_METRICS, RUN_EVENTS = "metrics.jsonl", "events.jsonl"
+"""In a run's folder: its log; what happened to it from outside."""
 LOCK = ".lock"
 ASIDE = ".aside"
 IN_PLACE = {

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from distill.files import write_atomically
+from distill.files import RUN_EVENTS, RUN_METRICS, write_atomically
 
 
 def say(accelerator: Accelerator, text: str) -> None:
@@ -26,7 +26,7 @@ class Reporter:
     def __init__(self, folder: Path, accelerator: Accelerator, total_steps: int, title: str) -> None:
         self.folder, self.accelerator = folder, accelerator
         self.main = accelerator.is_main_process
-        self.metrics_path = folder / "metrics.jsonl"
+        self.metrics_path = folder / RUN_METRICS
         self._total_steps, self._title = total_steps, title
         self._bar: tqdm | None = None
 
@@ -70,7 +70,7 @@ class Reporter:
     def note(self, event: str, step: int) -> None:
         """Appends a line to events.jsonl: what happened to the run from outside, which its metrics must not depend on."""
         if self.main:
-            with (self.folder / "events.jsonl").open("a") as file:
+            with (self.folder / RUN_EVENTS).open("a") as file:
                 file.write(json.dumps({"event": event, "step": step}) + "\n")
 
     def say(self, text: str) -> None:

@@ -34,6 +34,7 @@ from distill.data.index import ShardIndex
 from distill.data.manifest import MANIFEST
 from distill.data.pixels import decode
 from distill.data.reference import read_sample
+from distill.files import RUN_MANIFEST
 from distill.models.build import create_model
 from distill.models.card import CARD, hub_card
 from distill.models.input_spec import input_spec_of
@@ -93,9 +94,9 @@ def student_of(folder: Path) -> Path:
 
 def validation_of(student: Path) -> Path:
     """The validation shards that the student's run was evaluated on."""
-    manifest = student.parent / "manifest.json"
+    manifest = student.parent / RUN_MANIFEST
     if not manifest.is_file():
-        raise ValueError(f"{student}: no run's manifest.json beside it to name its images; give --images")
+        raise ValueError(f"{student}: no run's {RUN_MANIFEST} beside it to name its images; give --images")
     try:
         return Path(json.loads(manifest.read_text())["recipe"]["data"]["val"])
     except (ValueError, KeyError, TypeError) as error:

@@ -34,6 +34,7 @@ from distill.config import as_dict
 from distill.engine import NonFiniteError, fit
 from distill.errors import Interrupted
 from distill.evaluation import known_bad_samples
+from distill.files import RUN_SUMMARY
 from distill.losses import LOSSES
 from distill.models.export import export_student
 from distill.recipe import Recipe
@@ -99,7 +100,7 @@ def finish(recipe: Recipe, run: Run, models: Models, summary: dict[str, Any], sp
         spec = eval_spec(recipe, models.student)
         names, card = list(splits.train.class_names), card_fields(recipe, summary, splits.val)
         export_student(model, out / "student", input_spec=spec, class_names=names, metadata=facts, card=card)
-        run.reporter.write_json("summary.json", summary)
+        run.reporter.write_json(RUN_SUMMARY, summary)
         if recipe.report.page:
             torch.cuda.empty_cache()  # both models are evaluated by another process, on this one's device
             publish(out, accelerator.trackers, run.reporter.say)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from distill.data.index import ShardIndex
 from distill.errors import EXIT_CODE
+from distill.files import RUN_METRICS
 from pipelines.checks.finding import Finding, at_least, at_most, judged, passed, skipped
 from pipelines.checks.machine import LAUNCH
 from pipelines.checks.place import PAIR, ROOT, Place
@@ -99,7 +100,7 @@ def resumed(place: Place, name: str, *more: str, exact: bool) -> Iterator[Findin
 
 def logged(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's log that are steps."""
-    path = folder / "metrics.jsonl"
+    path = folder / RUN_METRICS
     lines = path.read_text().splitlines() if path.is_file() else []
     return [row for row in map(json.loads, lines) if "loss/total" in row]
 

@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from distill.files import RUN_EVENTS, RUN_MANIFEST, RUN_METRICS, RUN_SUMMARY
 from pipelines.reporting.dump import Dump
 
 STUDENT_DUMP, TEACHER_DUMP = "student.npz", "teacher.npz"
-EVENTS = "events.jsonl"
 SUMMARY = ("top1", "best_top1", "seconds", "images_per_second")
 """Numbers of a finished run that are read."""
 OWN_KEYS = ("seed", "out")
@@ -38,11 +38,11 @@ class RunRecord:
     @classmethod
     def read(cls, folder: Path, name: str = "") -> RunRecord:
         """The run in a folder, called `name` or as its folder. Raises ValueError for a folder without one."""
-        manifest = folder / "manifest.json"
+        manifest = folder / RUN_MANIFEST
         if not manifest.is_file():
-            raise ValueError(f"{folder}: no manifest.json, so no run began here; give the --out of a run")
+            raise ValueError(f"{folder}: no {RUN_MANIFEST}, so no run began here; give the --out of a run")
         said = _object(manifest, ("recipe",))
-        summary = folder / "summary.json"
+        summary = folder / RUN_SUMMARY
         weights = Path(_teacher_weights(folder, said["recipe"]))
         # the teacher's own run lies beside its weights: RUN/student holds them, RUN/student.npz what they say
         beside = [weights.parent / STUDENT_DUMP] if weights.parent != Path() else []  # `pretrained` lies nowhere
@@ -51,8 +51,8 @@ class RunRecord:
             name or folder.resolve().name,
             said,
             _object(summary, SUMMARY) if summary.is_file() else None,
-            lines_of(folder / "metrics.jsonl"),
-            lines_of(folder / EVENTS),
+            lines_of(folder / RUN_METRICS),
+            lines_of(folder / RUN_EVENTS),
             _dump(folder / STUDENT_DUMP),
             _dump(folder / TEACHER_DUMP, *beside),
         )

@@ -20,10 +20,9 @@ import yaml
 from distill.agreement import Control
 from distill.config import RecipeError, as_dict
 from distill.errors import Interrupted, RequestError
-from distill.files import write_atomically
+from distill.files import RUN_MANIFEST, RUN_SUMMARY, write_atomically
 from distill.recipe import Recipe
 from pipelines.setup.launcher import STARTED_BY_US
-from pipelines.setup.run_folder import MANIFEST
 
 TRAIN = Path(__file__).parent.parent / "imagenet.py"
 REFUSED = 2
@@ -48,7 +47,7 @@ def train_command(launch: str, imports: Sequence[Path] = ()) -> list[str]:
 
 def summary_of(recipe: Recipe) -> dict[str, Any]:
     """What a finished run of the recipe measured."""
-    found: dict[str, Any] = json.loads((Path(recipe.out) / "summary.json").read_text())
+    found: dict[str, Any] = json.loads((Path(recipe.out) / RUN_SUMMARY).read_text())
     return found
 
 
@@ -91,7 +90,7 @@ def explained(code: int, log: Path) -> tuple[int, str]:
 
 def finished(folder: Path, recipe: Recipe) -> bool:
     """Whether the folder holds a whole run of this very recipe; of another one, the run itself will refuse."""
-    manifest, summary = folder / MANIFEST, folder / "summary.json"
+    manifest, summary = folder / RUN_MANIFEST, folder / RUN_SUMMARY
     return summary.is_file() and manifest.is_file() and json.loads(manifest.read_text())["recipe"] == as_dict(recipe)
 
 

@@ -24,12 +24,11 @@ from distill.checkpoint import FORMAT
 from distill.config import RecipeError, as_dict, carried_over, recipe_fields
 from distill.data.decoding import library_versions
 from distill.data.remote.urls import is_url
-from distill.files import locked, write_atomically
+from distill.files import RUN_MANIFEST, RUN_SUMMARY, locked, write_atomically
 from distill.recipe import Recipe
 from distill.report import say
 from pipelines.setup.switches import switches
 
-MANIFEST = "manifest.json"
 LOCK_SECONDS = 10.0
 """How long a claim waits for the folder: the processes of a launcher that was killed may still be saving."""
 
@@ -96,7 +95,7 @@ class RunFolder:
     @property
     def summary(self) -> dict[str, Any] | None:
         """The summary of the finished run in the folder; None where there is none."""
-        path = self.path / "summary.json"
+        path = self.path / RUN_SUMMARY
         return json.loads(path.read_text()) if path.is_file() else None
 
     def recorded(self, name: str) -> Any:
@@ -131,7 +130,7 @@ class RunFolder:
             **facts,
         }
         if accelerator.is_main_process:
-            write_atomically(self.path / MANIFEST, json.dumps(self._manifest, indent=2) + "\n")
+            write_atomically(self.path / RUN_MANIFEST, json.dumps(self._manifest, indent=2) + "\n")
 
     def _adapted(self, recipe: Recipe, manifest: Mapping[str, Any]) -> Recipe:
         """`recipe` for a run that goes on with another number of processes: the global batch and its order stay, the
@@ -181,7 +180,7 @@ def _claim(recipe: Recipe, resume: bool) -> tuple[IO[str], dict[str, Any]]:
 
 def _read(folder: Path) -> dict[str, Any]:
     """The manifest in `folder`, empty where there is none. Raises RecipeError for that of another version."""
-    path = folder / MANIFEST
+    path = folder / RUN_MANIFEST
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     if found and found.get("format") != FORMAT:
         raise RecipeError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distill.config import RecipeError
+from distill.files import RUN_SUMMARY
 from distill.models.describe import count_parameters, create_outline
 from distill.recipe import Recipe
 from pipelines.measure.tables import table
@@ -55,7 +56,7 @@ def jobs(cells: Sequence[Cell], seeds: int, out: Path) -> list[Job]:
             recipe = recipe_of(cell, out, number)
         except RecipeError:
             continue
-        found.setdefault(recipe.out, Job(cell, recipe, (Path(recipe.out) / "summary.json").is_file()))
+        found.setdefault(recipe.out, Job(cell, recipe, (Path(recipe.out) / RUN_SUMMARY).is_file()))
     return list(found.values())
 
 

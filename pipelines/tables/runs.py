@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from distill.agreement import Control
 from distill.config import RecipeError
+from distill.files import RUN_MANIFEST, RUN_SUMMARY
 from pipelines.setup.child_run import REFUSED, ended_badly, made, summary_of
-from pipelines.setup.run_folder import MANIFEST
 from pipelines.tables.cells import Cell
 from pipelines.tables.settings import TEACHER, folder, is_measured_only, recipe_of, setting_of, teacher_cell
 
@@ -32,8 +32,8 @@ def finished_runs(cell: Cell, out: Path) -> list[Finished]:
         place = folder(cell, out)
     except RecipeError:
         return []
-    summaries = sorted(place.glob("seed*/summary.json"), key=lambda path: int(path.parent.name.removeprefix("seed")))
-    return [Finished(json.loads(p.read_text()), json.loads((p.parent / MANIFEST).read_text())) for p in summaries]
+    summaries = sorted(place.glob(f"seed*/{RUN_SUMMARY}"), key=lambda path: int(path.parent.name.removeprefix("seed")))
+    return [Finished(json.loads(p.read_text()), json.loads((p.parent / RUN_MANIFEST).read_text())) for p in summaries]
 
 
 def figure(cell: Cell) -> str | None:

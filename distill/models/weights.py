@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,16 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "architecture" not in config:
         raise ValueError(f"{file}: names no architecture; it is not a timm config")
     return config
+
+
+def checksum_bytes(model: nn.Module) -> Iterator[bytes | memoryview]:
+    """What a checksum of a model is made of: of each weight and buffer its name, then its content.
+
+    The checksums are in the manifests of runs and of teacher caches: another order here would make all of those other ones.
+    """
+    for name, tensor in model.state_dict().items():
+        yield name.encode()
+        yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def lacks_classifier_alone(model: nn.Module, state: dict[str, Tensor]) -> bool:

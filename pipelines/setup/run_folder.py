@@ -25,6 +25,7 @@ from distill.config import RecipeError, as_dict, carried_over, recipe_fields
 from distill.data.decoding import library_versions
 from distill.data.remote.urls import is_url
 from distill.files import RUN_MANIFEST, RUN_SUMMARY, locked, write_atomically
+from distill.models.weights import checksum_bytes
 from distill.recipe import Recipe
 from distill.report import say
 from pipelines.setup.switches import switches
@@ -191,14 +192,12 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def digest(model: nn.Module | None) -> str | None:
-    """A checksum of a model's weights and buffers."""
+    """Hex crc32 of a model's weights and buffers with their names; None for no model."""
     if model is None:
         return None
     value = 0
-    for name, tensor in model.state_dict().items():
-        value = zlib.crc32(
-            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value)
-        )
+    for part in checksum_bytes(model):
+        value = zlib.crc32(part, value)
     return f"{value:08x}"
 
 

@@ -20,6 +20,7 @@ from distill.batch_transform import to_pixels
 from distill.config import RecipeError
 from distill.models.backbone import Backbone
 from distill.models.teacher import FrozenTeacher
+from distill.models.weights import checksum_bytes
 from distill.protocols import Criterion, Loader, ModelFacts, Needs
 from distill.recipe import Recipe
 from distill.seeds import derive_seed
@@ -96,9 +97,8 @@ def map_bytes(needs: Needs, facts: ModelFacts) -> int:
 def weights_sha256(model: nn.Module) -> str:
     """Hex sha256 of a model's weights and buffers with their names."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for part in checksum_bytes(model):
+        digest.update(part)
     return digest.hexdigest()
 
 

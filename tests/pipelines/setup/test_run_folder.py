@@ -7,13 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from distill.config import RecipeError, as_dict, load_recipe, merge, recipe_fields
 from distill.files import locked
 from distill.losses import LOSSES
 from pipelines.setup.arguments import DEFAULT_RECIPE
-from pipelines.setup.run_folder import RunFolder, differences
+from pipelines.setup.run_folder import RunFolder, differences, digest
+from pipelines.setup.teacher_cache import weights_sha256
 
 
 @pytest.mark.parametrize(
@@ -62,3 +64,11 @@ def test_of_two_starts_into_one_new_folder_the_one_that_waited_is_refused(tmp_pa
         RunFolder.claim(recipe, False, Accelerator(cpu=True)).__enter__()
     ending.join()
     assert json.loads(written)["recipe"]["out"] == recipe.out
+
+
+def test_the_checksums_of_weights_are_those_in_the_manifests_of_earlier_versions():
+    model = torch.nn.BatchNorm1d(3)  # float32, and an integer without dimensions
+    assert digest(model) == "f868796c"
+    assert weights_sha256(model) == "b6290e7de2e02a92c8d863123741935ee9c83ee8a5690abe253c7877c0fff35a"
+    assert digest(model.half()) == "7472a981"
+    assert weights_sha256(model) == "5d71041e7c900ef07b35e9bb5ccdfe9abb5e68465bb42f27f3dae679e6ab3e44"

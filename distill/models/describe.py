@@ -88,10 +88,17 @@ def _flops(backbone: Backbone) -> int:
     # the counter looks for the gradient of all that asks for one, and CaiT's class token does so without a graph too
     for parameter in trained:
         parameter.requires_grad_(False)
-    with evaluating(backbone.model), FlopCounterMode(display=False) as counter:
-        backbone.model(image)
+    with evaluating(backbone.model):
+        found = flops_of(lambda: backbone.model(image))
     for parameter in trained:
         parameter.requires_grad_(True)
+    return found
+
+
+def flops_of(call: Callable[[], object]) -> int:
+    """Floating-point operations of a call, as PyTorch counts them; a backward pass inside it counts."""
+    with FlopCounterMode(display=False) as counter:
+        call()
     return int(counter.get_total_flops())
 
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from distill.models.backbone import Backbone
+from distill.models.describe import flops_of
 from distill.optim import create_optimizer
 from distill.recipe import Recipe
 from distill.run import Run
@@ -92,18 +92,16 @@ class Alone:
         logits.backward(self._gradient)
 
     def flops_per_image(self) -> dict[str, float]:
-        """Floating-point operations of the three passes, counted by PyTorch on two images."""
+        """Floating-point operations of the three passes, counted on two images."""
         student = copy.deepcopy(self._student)  # a copy is not compiled, and has its own BatchNorm statistics
         found = {TEACHER: 0.0}
         if self._teacher is not None and self._frozen is not None:
-            with FlopCounterMode(display=False) as counter, torch.no_grad(), self._frozen.autocast(self._images.device):
-                copy.deepcopy(self._teacher)(self._teacher_images[:2])
-            found[TEACHER] = counter.get_total_flops() / 2
-        with FlopCounterMode(display=False) as counter:
-            logits = student(self._images[:2])
-            found[FORWARD] = counter.get_total_flops() / 2
-            logits.sum().backward()
-        return {**found, BACKWARD: counter.get_total_flops() / 2 - found[FORWARD]}
+            teacher = copy.deepcopy(self._teacher)
+            with torch.no_grad(), self._frozen.autocast(self._images.device):
+                found[TEACHER] = flops_of(lambda: teacher(self._teacher_images[:2])) / 2
+        found[FORWARD] = flops_of(lambda: student(self._images[:2])) / 2
+        both = flops_of(lambda: student(self._images[:2]).sum().backward()) / 2
+        return {**found, BACKWARD: both - found[FORWARD]}
 
 
 def timed(function: Callable[[], object], line: Timeline, repeats: int = 7) -> float:

@@ -128,7 +128,7 @@ def images_of(source: Path) -> Iterator[Image.Image]:
 
 
 def spread(total: int) -> list[int]:
-    """At most `CHECKED_IMAGES` numbers below `total`, evenly from the first on."""
+    """Numbers below `total`, at most `CHECKED_IMAGES`, evenly from the first on."""
     count = min(total, CHECKED_IMAGES)
     return [i * total // count for i in range(count)]
 

@@ -55,10 +55,10 @@ class DecodeTrial:
 
     mode: DecodeMode
     exit_code: int
-    """Of the child; negative: the signal that ended it."""
+    """The child's; negative: the signal that ended it."""
     images_per_second: float | None = None
     cpu_seconds_per_image: float | None = None
-    """Of all threads, user and system time."""
+    """User and system time of all threads."""
     pil_seconds_per_image: float | None = None
     """The CPU time in which PIL decodes the whole image."""
     max_error: int | None = None

@@ -30,7 +30,7 @@ def default_chunk_rows(columns: Tensor) -> int:
 
 
 Precision = Literal["float32", "tf32"]
-"""Of the operands of the two matrix products; everything else, and every sum, is float32."""
+"""The precision of the operands of the two matrix products; everything else, and every sum, is float32."""
 PRECISIONS = typing.get_args(Precision)
 
 

@@ -50,7 +50,7 @@ class ProbedModel:
     class_map: tuple[int, ...] | None = None
     frozen: bool = False
     remark: str = ""
-    """For people: what was done so that its classes are those of the data."""
+    """A remark, for people, of what was done so that its classes are those of the data."""
 
     @property
     def facts(self) -> ModelFacts:

@@ -52,7 +52,7 @@ class FeatureCodec:
         self.row = np.dtype([("cell", "<f2", self.shape)] if dtype == "fp16" else levels)
 
     def pack(self, values: Tensor, labels: Tensor) -> NDArray[np.void]:
-        """As `Codec` says; cells beyond float16's 65,504 are refused."""
+        """The rows of a batch of cells; cells beyond float16's 65,504 are refused."""
         rows = np.zeros(len(values), self.row)
         found = values.float().cpu().numpy()
         with np.errstate(over="ignore", invalid="ignore"):
@@ -70,7 +70,7 @@ class FeatureCodec:
         return rows
 
     def unpack(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """As `Codec` says; the labels are not read."""
+        """The cells of these rows; the labels are not read."""
         cells, _ = self.shape
         if "low" not in (self.row.names or ()):
             return _as(rows, torch.float16, self.shape).float()
@@ -78,7 +78,7 @@ class FeatureCodec:
         return low + step * rows[:, 4 * cells :].unflatten(1, self.shape)
 
     def whole(self, rows: NDArray[np.void]) -> NDArray[np.bool_]:
-        """As `Codec` says."""
+        """Whether every number of a row is finite."""
         return _finite(rows, [name for name in ("low", "step", "cell") if name in (rows.dtype.names or ())])
 
 
@@ -98,7 +98,7 @@ class TopKCodec:
         self.row = np.dtype([("index", self.index, (rows, k)), ("value", "<f2", (rows, k)), *several])
 
     def pack(self, values: Tensor, labels: Tensor) -> NDArray[np.void]:
-        """As `Codec` says; the largest come first."""
+        """The rows of a batch of logits; the largest come first."""
         logits = values.float().cpu()
         kept, index = logits.topk(self.k, dim=2)
         mine = labels.cpu()[:, None, None].expand(-1, logits.shape[1], 1)
@@ -112,7 +112,7 @@ class TopKCodec:
         return rows
 
     def unpack(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """As `Codec` says: logits, float32 [B, N, K]."""
+        """The logits of these rows, float32 [B, N, K]."""
         count, k = self.row["rest"].shape[0], self.k
         ends = [0, *np.cumsum([self.row[name].itemsize for name in ("index", "value", "rest", "label")]).tolist()]
         index, value, rest, label = (rows[:, a:b] for a, b in pairwise(ends))
@@ -127,7 +127,7 @@ class TopKCodec:
         return logits.scatter_(2, places, _as(value, torch.float16, (count, k)).float())
 
     def whole(self, rows: NDArray[np.void]) -> NDArray[np.bool_]:
-        """As `Codec` says."""
+        """Whether every logit of a row is finite; indices always are."""
         return _finite(rows, ["value", "rest", "label"])
 
 

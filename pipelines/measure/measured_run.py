@@ -66,7 +66,7 @@ class MeasuredRun:
         self.run.eval_loader.close()
         self.run.distiller.train()
         self.row_bytes = self.run.teacher.codec.row.itemsize if isinstance(self.run.teacher, CachedTeacher) else 0
-        """Of a teacher cache; 0 where the teacher is live."""
+        """Bytes of an entry of the teacher cache; 0 where the teacher is live."""
         self.communication = Communication(self.run)
         self.line = Timeline(self.accelerator.device, time.process_time if asked.clock == "cpu" else None)
         self.stream = self._stream()

@@ -22,9 +22,9 @@ class Round(NamedTuple):
     unmarked: list[float]
     local: list[float]
     alone: list[dict[str, float]]
-    """Of the pieces that are in the step."""
+    """Those of the pieces that are in the step."""
     live_teacher: list[float]
-    """Of the live teacher alone, where the step reads a cache."""
+    """Those of the live teacher alone, where the step reads a cache."""
 
 
 def measure_rounds(bench: MeasuredRun, alone: Alone) -> list[Round]:

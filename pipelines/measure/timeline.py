@@ -89,7 +89,7 @@ class Timeline:
 
 
 def now(device: torch.device) -> Any:
-    """This moment on the device's own time line."""
+    """A mark of this moment on the device's own time line."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

@@ -56,7 +56,7 @@ class Confusion(NamedTuple):
     predicted: int
     images: int
     share: float
-    """Of the label's images."""
+    """The part of the label's images that is predicted so."""
     example: int
     """A row that shows it: the first."""
 

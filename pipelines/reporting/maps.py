@@ -21,7 +21,7 @@ from pipelines.reporting.page import Panel, grid, legend, missing, short_tags
 from pipelines.reporting.runs import Comparison
 
 MOST_CLASSES, MOST_POINTS = 20, 50
-"""Of a map of embeddings: classes, and images of each."""
+"""Classes of a map of embeddings, and images of each."""
 MATRICES: dict[str, tuple[Callable[[Dump], Array], str]] = {
     "Class-mean logits": (class_mean_logits, "|difference| of class-mean logits from the teacher's"),
     "Correlation of logits": (logit_correlations, "|difference| of the logits' correlations from the teacher's"),

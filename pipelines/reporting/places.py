@@ -28,7 +28,7 @@ def shares(dump: Dump, rule: str) -> dict[int, float]:
 
 
 def speaker(run: RunRecord) -> tuple[str, Dump] | None:
-    """Whose regions are shown: the teacher's, which the losses go by; the student's own where it has none."""
+    """The model whose regions are shown: the teacher, which the losses go by, or the student itself where it has none."""
     for name, dump in ((f"teacher {run.teacher}", run.teacher_dump), (run.name, run.dump)):
         if dump is not None and "region_classes" in dump:
             return name, dump

@@ -32,7 +32,7 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     events: list[dict[str, Any]]
     dump: Dump | None
-    """Of its student."""
+    """What its student says of each image."""
     teacher_dump: Dump | None
 
     @classmethod

@@ -34,7 +34,7 @@ class Models(NamedTuple):
     teacher: FrozenTeacher | None
     criteria: dict[str, Criterion]
     remarks: tuple[str, ...] = ()
-    """For people: what was done so that the models' classes are those of the data."""
+    """A remark, for people, of what was done so that the models' classes are those of the data."""
 
 
 def build_models(recipe: Recipe, num_classes: int, data: DataFacts, device: torch.device) -> Models:

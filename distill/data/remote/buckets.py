@@ -88,7 +88,7 @@ class ObjectRemote:
         return {meta["path"]: _facts(meta) for batch in batches for meta in batch}
 
     def fetch(self, name: str, facts: Facts, file: int, trip: Trip) -> None:
-        """In parts, each only if the object has still the ETag of `facts`, of the version of `facts`."""
+        """Writes the object in parts, each only if it has still the ETag of `facts`, of the version of `facts`."""
         what = f"{self.url}/{name}"
         fetch_parts(lambda start, end: self._part(name, start, end, facts), what, facts.size, file, trip)
 

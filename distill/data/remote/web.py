@@ -48,7 +48,7 @@ class HttpRemote:
         return None
 
     def fetch(self, name: str, facts: Facts, file: int, trip: Trip) -> None:
-        """In parts, each only if the object has still the ETag of `facts`."""
+        """Writes the object in parts, each only if it has still the ETag of `facts`."""
         if facts.size < 0:
             raise FetchError(f"{self.url}/{name}: the server does not say its size; take `pipe:curl -sf {self.url}/{{}}`")
         fetch_parts(lambda start, end: self._part(name, start, end, facts), f"{self.url}/{name}", facts.size, file, trip)

@@ -31,7 +31,7 @@ from distill.evaluation import evaluate
 from distill.files import write_atomically
 from distill.models.build import ProbedModel, create_teacher
 from distill.protocols import Needs
-from distill.recipe import MixedPrecision, Train
+from distill.recipe import MixedPrecision
 from distill.report import say
 from pipelines.reporting.collect import Collector
 from pipelines.setup.arguments import add_import_option, import_files
@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
     import_files(asked.imports)
     with requests():
         accelerator = create_accelerator(asked.mixed_precision)
-        set_switches(Train(), accelerator.device)  # a recipe's unless it says otherwise
+        set_switches(accelerator.device)
         index = ShardIndex.open(asked.val, cache_folder(asked.cache_dir))
         line = follow(plan_evaluation(index, asked.batch_size, asked.cache_limit, accelerator))
         probed = build_model(asked, index)

@@ -106,7 +106,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             InitProcessGroupKwargs(timeout=collective_timeout(recipe)),
         ],
     )
-    set_switches(recipe.train, accelerator.device)
+    train = recipe.train
+    set_switches(accelerator.device, train.tf32, train.cudnn_benchmark, train.deterministic)
     if accelerator.gradient_accumulation_steps != 1:
         raise RecipeError(
             f"the launcher sets gradient accumulation to {accelerator.gradient_accumulation_steps}; it belongs to the recipe:"

@@ -14,24 +14,29 @@ VARIABLES = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE", "CUBLAS
 """Variables that PyTorch, NVIDIA's libraries and cuBLAS read. The first is only where PyTorch's own switch begins."""
 
 
-def set_switches(train: Train, device: torch.device) -> None:
-    """Sets this process's switches as the recipe says; comes before the first product on the device.
+def set_switches(
+    device: torch.device,
+    tf32: str = Train.tf32,
+    cudnn_benchmark: bool = Train.cudnn_benchmark,
+    deterministic: bool = Train.deterministic,
+) -> None:
+    """Sets this process's switches, by default as a recipe that says nothing; comes before the first product on the device.
 
     RecipeError where NVIDIA's libraries are told by the environment to use no TF32, over every switch, and the recipe does.
     """
-    if device.type == "cuda" and train.tf32 != "none" and os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
+    if device.type == "cuda" and tf32 != "none" and os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
         raise RecipeError(
-            f"train.tf32: {train.tf32!r}, and NVIDIA_TF32_OVERRIDE=0 in the environment forbids TF32; unset it, or say none"
+            f"train.tf32: {tf32!r}, and NVIDIA_TF32_OVERRIDE=0 in the environment forbids TF32; unset it, or say none"
         )
-    torch.backends.cuda.matmul.allow_tf32 = train.tf32 == "all"
-    torch.backends.cudnn.allow_tf32 = train.tf32 != "none"
+    torch.backends.cuda.matmul.allow_tf32 = tf32 == "all"
+    torch.backends.cudnn.allow_tf32 = tf32 != "none"
     # the fastest algorithm by the clock may be another one in the next run, and it need not be deterministic
-    torch.backends.cudnn.benchmark = train.cudnn_benchmark and not train.deterministic
-    torch.backends.cudnn.deterministic = train.deterministic
-    if train.deterministic:
+    torch.backends.cudnn.benchmark = cudnn_benchmark and not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
         # cuBLAS reads it when it is first used; without it products on several streams may differ from run to run
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(train.deterministic, warn_only=True)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
 def switches() -> dict[str, Any]:

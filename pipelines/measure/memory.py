@@ -66,15 +66,10 @@ def clear_peak(device: torch.device) -> None:
 
 def read_peak(device: torch.device) -> int:
     """Bytes at the highest mark: the allocator's on a GPU, the resident set's on a CPU; 0 where the system does not tell."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status("VmHWM")
 
 
-def read_held(device: torch.device) -> int:
-    """Bytes held now, counted as `read_peak` does."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
-
-
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """Bytes of a figure of /proc/self/status, given there in KiB."""
     lines = STATUS.read_text().splitlines() if STATUS.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)

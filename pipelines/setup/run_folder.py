@@ -99,10 +99,6 @@ class RunFolder:
         path = self.path / RUN_SUMMARY
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def recorded(self, name: str) -> Any:
-        """What the manifest says of `name`; None where it says nothing."""
-        return self._manifest.get(name)
-
     def check(self, contents: Mapping[str, Any]) -> None:
         """Raises RecipeError where the run was made from other shards or another teacher than it would go on with."""
         for name, value in contents.items():

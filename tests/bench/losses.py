@@ -51,7 +51,7 @@ from distill.losses.wcord import wcord_global_loss
 from distill.losses.wkd_feature import wkd_feature_loss
 from distill.losses.wkd_logit import transport_cost, wkd_logit_loss
 from distill.regions import pool, pooling_matrix
-from pipelines.measure.memory import CLEAR_PEAK, clear_peak, read_held, read_peak
+from pipelines.measure.memory import CLEAR_PEAK, clear_peak, read_peak, status
 from pipelines.setup.machine import M_MMAP_THRESHOLD, keep_freed_memory
 from tests.distill.losses import references
 
@@ -362,7 +362,7 @@ def peak_extra_bytes(case: Case, version: str, device: torch.device, threads: in
     if device.type == "cpu" and not CLEAR_PEAK.exists():
         return None
     clear_peak(device)
-    before = read_held(device)
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else status("VmRSS")
     run_once(loss, versions.leaf)
     return read_peak(device) - before
 

@@ -74,7 +74,6 @@ class CRD(Criterion):
         check_temperature(temperature)
         self.temperature = temperature
         self.memory = MemoryBank((student.embedding, teacher.embedding), data, embedding, negatives, momentum, mode)
-        self._rows = 0
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of both sides' means over images; and each side's. In training the banks move on.
@@ -89,7 +88,6 @@ class CRD(Criterion):
     def step(self, student: Tensor, teacher: Tensor, sample_ids: Tensor, contrast_ids: Tensor) -> Tensor:
         """The losses of the student's and the teacher's side, [2], of both models' own embeddings and given contrasts."""
         memory, dtype = self.memory, self.memory.bank_student.dtype
-        self._rows = len(student)
         with no_autocast(student):
             mine, theirs = unit(memory.embed_student(student.to(dtype))), unit(memory.embed_teacher(teacher.to(dtype)))
             return memory.contrast(mine, theirs, sample_ids, contrast_ids, self.temperature, crd_row_loss)
@@ -100,4 +98,4 @@ class CRD(Criterion):
 
     def traffic(self) -> tuple[Gathered, ...]:
         """Both embeddings and the mean scores, and the sample ids."""
-        return self.memory.traffic(self._rows) if self._rows else ()
+        return self.memory.traffic()

@@ -56,6 +56,7 @@ class MemoryBank(nn.Module):
         super().__init__()
         _check_options(embedding, negatives, momentum, mode)
         self.negatives, self.momentum, self.mode = negatives, momentum, mode
+        self._rows = 0
         self.embed_student, self.embed_teacher = (nn.Linear(width, embedding) for width in widths)
         limit = (3 / embedding) ** 0.5
         for name in ("bank_student", "bank_teacher"):
@@ -100,6 +101,7 @@ class MemoryBank(nn.Module):
         other model's bank; 2. the rows of all ranks, which set the normalisers in the first step; 3. losses and their
         gradients; 4. in training, the banks.
         """
+        self._rows = len(student)
         both = ((student, self.bank_teacher), (teacher, self.bank_student))
         scores = [crd_scores(own, bank, contrast_ids, temperature) for own, bank in both]
         visit = self._visit(sample_ids, student, teacher, scores)
@@ -111,9 +113,10 @@ class MemoryBank(nn.Module):
             self.update(visit)
         return torch.stack(losses)
 
-    def traffic(self, rows: int) -> tuple[Gathered, ...]:
-        """What a step of so many images gathers: both embeddings with their mean scores, and the sample ids."""
-        return (Gathered(rows, 2 * self.bank_student.shape[1] + 2, True), Gathered(rows, 1, True))
+    def traffic(self) -> tuple[Gathered, ...]:
+        """What the last step gathered, if there was one: both embeddings with their mean scores, and the sample ids."""
+        gathered = (Gathered(self._rows, 2 * self.bank_student.shape[1] + 2, True), Gathered(self._rows, 1, True))
+        return gathered if self._rows else ()
 
     @torch.no_grad()
     def _visit(self, sample_ids: Tensor, student: Tensor, teacher: Tensor, scores: Sequence[Tensor]) -> Visit:

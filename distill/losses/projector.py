@@ -26,8 +26,8 @@ class AttentionProjector(nn.Module):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {kernel_size} must be odd, so that the map keeps its size")
         middle = min(MIDDLE_LIMIT, student_channels)
-        self.reduce = _convolution(student_channels, middle, 1)
-        self.expand = _convolution(middle, teacher_channels, kernel_size)
+        self.reduce = convolution(student_channels, middle, 1)
+        self.expand = convolution(middle, teacher_channels, kernel_size)
         self.gate = nn.Conv2d(teacher_channels, 1, 1)
 
     def forward(self, feature_map: Tensor) -> Tensor:
@@ -55,11 +55,11 @@ def build_projector(kind: Projector, student_channels: int, teacher_channels: in
     sizes = [int(size[0]) for size in kind.split("-")]
     middle = min(MIDDLE_LIMIT, student_channels)
     widths = [student_channels, *[middle] * (len(sizes) - 1), teacher_channels]
-    return nn.Sequential(*map(_convolution, widths, widths[1:], sizes))
+    return nn.Sequential(*map(convolution, widths, widths[1:], sizes))
 
 
-def _convolution(channels_in: int, channels_out: int, kernel_size: int) -> nn.Sequential:
-    """Convolution without bias, then BN; initialised as ReviewKD's (kaiming_uniform, a = 1)."""
+def convolution(channels_in: int, channels_out: int, kernel_size: int) -> nn.Sequential:
+    """Convolution without bias, initialised as ReviewKD's code does (kaiming_uniform, a = 1), then BN."""
     convolution = nn.Conv2d(channels_in, channels_out, kernel_size, padding=kernel_size // 2, bias=False)
     nn.init.kaiming_uniform_(convolution.weight, a=1)
     return nn.Sequential(convolution, nn.BatchNorm2d(channels_out))

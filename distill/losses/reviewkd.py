@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill.losses.inputs import check_pair, teacher_of
 from distill.losses.maps import to_grid
+from distill.losses.projector import convolution
 from distill.precision import full_precision
 from distill.protocols import Criterion, DataFacts, ModelFacts, ModelOutput, Needs, Regions, Target
 
@@ -50,8 +51,8 @@ class FusionBlock(nn.Module):
 
     def __init__(self, student_channels: int, middle: int, teacher_channels: int, deepest: bool) -> None:
         super().__init__()
-        self.reduce = _convolution(student_channels, middle, 1)
-        self.expand = _convolution(middle, teacher_channels, 3)
+        self.reduce = convolution(student_channels, middle, 1)
+        self.expand = convolution(middle, teacher_channels, 3)
         self.gate = None if deepest else nn.Conv2d(2 * middle, 2, 1)
 
     def forward(self, student_map: Tensor, deeper: Tensor | None, size: Grid) -> tuple[Tensor, Tensor]:
@@ -135,10 +136,3 @@ def _pooled(output: ModelOutput) -> Tensor:
 def _resized(feature_map: Tensor, size: Grid) -> Tensor:
     """Nearest neighbours, by PyTorch's floor rule; the map itself where it has that grid."""
     return feature_map if feature_map.shape[-2:] == size else F.interpolate(feature_map, size, mode="nearest")
-
-
-def _convolution(channels_in: int, channels_out: int, kernel_size: int) -> nn.Sequential:
-    """Convolution without bias, initialised as released (kaiming_uniform, a = 1), then BN."""
-    convolution = nn.Conv2d(channels_in, channels_out, kernel_size, padding=kernel_size // 2, bias=False)
-    nn.init.kaiming_uniform_(convolution.weight, a=1)
-    return nn.Sequential(convolution, nn.BatchNorm2d(channels_out))

@@ -129,7 +129,6 @@ class WCoRD(Criterion):
         self.global_weight, self.local_weight = global_weight, local_weight
         self.temperature, self.entropy, self.iterations = temperature, entropy, iterations
         self.memory = MemoryBank((student.embedding, teacher.embedding), data, embedding, negatives, momentum, mode)
-        self._rows = 0
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of both parts; and both, unweighted. In training the banks move on."""
@@ -141,7 +140,6 @@ class WCoRD(Criterion):
 
     def step(self, student: Tensor, teacher: Tensor, sample_ids: Tensor, contrast_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The global and the local part, of both models' own embeddings and given contrasts."""
-        self._rows = len(student)
         with no_autocast(student):
             mine, theirs = _embed(self.memory.embed_student, student), _embed(self.memory.embed_teacher, teacher)
             sides = self.memory.contrast(mine, theirs, sample_ids, contrast_ids, self.temperature, wcord_global_loss)
@@ -149,7 +147,7 @@ class WCoRD(Criterion):
 
     def traffic(self) -> tuple[Gathered, ...]:
         """Both embeddings and the mean scores, and the sample ids."""
-        return self.memory.traffic(self._rows) if self._rows else ()
+        return self.memory.traffic()
 
 
 def _embed(layer: nn.Linear, rows: Tensor) -> Tensor:

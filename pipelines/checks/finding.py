@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 Status = Literal["PASS", "WARN", "FAIL", "SKIP"]
@@ -42,19 +43,21 @@ def judged(name: str, fine: bool, text: str, remedy: str = "", otherwise: Status
     return Finding("PASS", name, text) if fine else Finding(otherwise, name, text, remedy)
 
 
-def at_least(
-    name: str, measured: float, limit: float, unit: str, remedy: str = "", *, digits: int = 0, otherwise: Status = "WARN"
+def _bounded(
+    words: Literal["at least", "at most"],
+    name: str,
+    measured: float,
+    limit: float,
+    unit: str,
+    remedy: str = "",
+    digits: int = 0,
 ) -> Finding:
-    """PASS where a figure reaches its limit."""
-    text = f"{measured:,.{digits}f} {unit} (at least {limit:,.{digits}f})"
-    fine = measured >= limit
-    return Finding("PASS" if fine else otherwise, name, text, "" if fine else remedy, measured, limit)
+    text = f"{measured:,.{digits}f} {unit} ({words} {limit:,.{digits}f})"
+    fine = measured >= limit if words == "at least" else measured <= limit
+    return Finding("PASS" if fine else "WARN", name, text, "" if fine else remedy, measured, limit)
 
 
-def at_most(
-    name: str, measured: float, limit: float, unit: str, remedy: str = "", *, digits: int = 0, otherwise: Status = "WARN"
-) -> Finding:
-    """PASS where a figure stays within its limit."""
-    text = f"{measured:,.{digits}f} {unit} (at most {limit:,.{digits}f})"
-    fine = measured <= limit
-    return Finding("PASS" if fine else otherwise, name, text, "" if fine else remedy, measured, limit)
+at_least = partial(_bounded, "at least")
+"""PASS where a figure reaches its limit, else WARN with the remedy."""
+at_most = partial(_bounded, "at most")
+"""PASS where a figure stays within its limit, else WARN with the remedy."""

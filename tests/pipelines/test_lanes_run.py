@@ -14,20 +14,11 @@ from distill.losses import LOSSES
 from pipelines.setup.arguments import DEFAULT_RECIPE
 from pipelines.setup.run_folder import differences
 from shards.digits import load_digits_split
-from shards.prepare import main as prepare
 from tests.distill.data.planting import encoded, raw_split
 from tests.processes import finished
 from tests.runs import arguments, comparable, last_state, metrics, recipe_of
 
 LANES = ("--data.shuffle", "lanes", "--data.lanes", "4", "--data.lane_window", "2")
-
-
-@pytest.fixture(scope="module")
-def many_shards(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits in 12 shards, of which a lane of 4 has three."""
-    folder = tmp_path_factory.mktemp("shards")
-    assert prepare(["folder", "--source", str(digits / "images"), "--out", str(folder), "--shards", "12"]) == 0
-    return folder
 
 
 def test_two_ranks_stopped_inside_an_epoch_go_on_to_the_same_weights_and_others_lanes_are_refused(

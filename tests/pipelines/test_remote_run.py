@@ -19,21 +19,12 @@ from distill.losses import LOSSES
 from pipelines.evaluate import main as evaluate
 from pipelines.setup.arguments import parse
 from pipelines.setup.data import build_splits
-from shards.prepare import main as prepare
 from tests.distill.data.remote.range_server import RangeServer
 from tests.processes import finished, start
 from tests.runs import arguments, assert_same_run, last_state, steps_of
 
 LANES = ("--data.shuffle", "lanes", "--data.lanes", "4", "--data.lane_window", "1", "--train.global_batch_size", "8")
 """18 steps an epoch."""
-
-
-@pytest.fixture(scope="module")
-def many_shards(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits in 12 shards, of which a lane of 4 has three."""
-    folder = tmp_path_factory.mktemp("shards")
-    assert prepare(["folder", "--source", str(digits / "images"), "--out", str(folder), "--shards", "12"]) == 0
-    return folder
 
 
 @pytest.fixture

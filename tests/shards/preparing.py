@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from shards.prepare import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,6 +25,14 @@ def command(*arguments: object, cwd: Path = ROOT, check: bool = True) -> subproc
     if check:
         assert done.returncode == 0, done.stderr
     return done
+
+
+def answer(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """The exit code of `prepare.py ARGUMENTS` in this process, and what it says: its errors, or its output."""
+    code = main(arguments)
+    said = capsys.readouterr()
+    errors = [line for line in said.err.splitlines() if line.startswith(("error", "  "))]
+    return code, "\n".join(errors) or said.out
 
 
 def image_bytes(seed: int, size: tuple[int, int] = (40, 30), kind: str = "JPEG") -> bytes:

@@ -13,7 +13,7 @@ import pytest
 
 from distill.data.index import ShardIndex
 from shards.prepare import main
-from tests.shards.preparing import image_bytes
+from tests.shards.preparing import answer, image_bytes
 
 Member = tuple[str, bytes]
 Prepare = Callable[..., tuple[int, str]]
@@ -24,10 +24,7 @@ def prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Prepare:
     """`prepare.py wds` from hub/ to out/: its exit code and what it says."""
 
     def run(*more: str) -> tuple[int, str]:
-        code = main(["wds", "--source", str(tmp_path / "hub"), "--out", str(tmp_path / "out"), *more])
-        said = capsys.readouterr()
-        errors = [line for line in said.err.splitlines() if line.startswith(("error", "  "))]
-        return code, "\n".join(errors) or said.out
+        return answer(["wds", "--source", str(tmp_path / "hub"), "--out", str(tmp_path / "out"), *more], capsys)
 
     return run
 

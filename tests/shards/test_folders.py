@@ -11,7 +11,7 @@ import pytest
 
 from distill.data.index import ShardIndex
 from shards.prepare import main
-from tests.shards.preparing import image_bytes
+from tests.shards.preparing import answer, image_bytes
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
 
@@ -23,10 +23,7 @@ def prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Prepare:
     """`prepare.py folder` (or `kind`) from images/ to out/: its exit code and what it says."""
 
     def run(*more: str, kind: str = "folder") -> tuple[int, str]:
-        code = main([kind, "--source", str(tmp_path / "images"), "--out", str(tmp_path / "out"), *more])
-        said = capsys.readouterr()
-        errors = [line for line in said.err.splitlines() if line.startswith(("error", "  "))]
-        return code, "\n".join(errors) or said.out
+        return answer([kind, "--source", str(tmp_path / "images"), "--out", str(tmp_path / "out"), *more], capsys)
 
     return run
 

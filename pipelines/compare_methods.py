@@ -34,8 +34,8 @@ from distill.config import RecipeError, as_dict, load_recipe
 from distill.files import write_atomically
 from distill.losses import LOSSES
 from distill.recipe import Recipe
+from distill.text_table import markdown
 from distill.yaml12 import parse_yaml
-from pipelines.measure.tables import markdown
 from pipelines.setup.arguments import add_import_option, parse
 from pipelines.setup.child_run import REFUSED, add_launch_option, ended_badly, made, summary_of, train_command
 from pipelines.setup.teacher import losses_without_teacher, teacher_recipe

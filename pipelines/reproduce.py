@@ -30,7 +30,7 @@ from distill.agreement import Control
 from distill.command_line import Parser, command
 from distill.config import RecipeError
 from distill.files import write_atomically
-from pipelines.measure.tables import table
+from distill.text_table import table
 from pipelines.setup.child_run import add_launch_option, train_command
 from pipelines.tables.cells import Cell, cells, named
 from pipelines.tables.plan import plan

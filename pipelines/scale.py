@@ -28,8 +28,8 @@ if __name__ == "__main__":
 from distill.command_line import Parser, command, new_file
 from distill.config import RecipeError
 from distill.files import write_atomically
+from distill.text_table import table
 from pipelines.measure.report import Report
-from pipelines.measure.tables import table
 from pipelines.measure.timeline import ALL_REDUCE, BACKWARD, DATA
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from distill.text_table import table
 from pipelines.measure.report import MODELS, Ceiling, Report, Setting, StepPart, WarmUp
-from pipelines.measure.tables import table
 from pipelines.measure.timeline import ALL_REDUCE, AVERAGE, DATA, REST, TEACHER, TRANSFORM
 
 

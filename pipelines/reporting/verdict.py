@@ -6,7 +6,7 @@ from html import escape
 
 import numpy as np
 
-from pipelines.measure.tables import table
+from distill.text_table import table
 from pipelines.reporting.accuracy import difference, flips_between
 from pipelines.reporting.drawing import bars
 from pipelines.reporting.page import Panel

@@ -11,7 +11,7 @@ from distill.config import RecipeError
 from distill.files import RUN_SUMMARY
 from distill.models.describe import count_parameters, create_outline
 from distill.recipe import Recipe
-from pipelines.measure.tables import table
+from distill.text_table import table
 from pipelines.tables.cells import Cell, rows_of
 from pipelines.tables.runs import figure, runs_of
 from pipelines.tables.settings import is_measured_only, recipe_of, teacher_cell

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import RecipeError
-from pipelines.measure.tables import markdown
+from distill.text_table import markdown
 from pipelines.tables.cells import Cell, doubts
 from pipelines.tables.runs import UNMEASURED, figure, finished_runs, measured
 from pipelines.tables.settings import setting_of

@@ -37,7 +37,7 @@ from distill.config import RecipeError
 from distill.data.index import ShardIndex
 from distill.models.build import create_teacher
 from distill.models.export import export_student
-from pipelines.measure.tables import table
+from distill.text_table import table
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPERATURE, LEARNING_RATE, MOMENTUM, DECAY = 4.0, 0.01, 0.9, 1e-4

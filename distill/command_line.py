@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from distill.children import begin_work
-from distill.errors import EXIT_CODE, Interrupted, LossError, RequestError
+from distill.errors import EXIT_CODE, Failed, Interrupted, LossError, RequestError
 
 SPEAK_SECONDS = 5.0
 """How long processes of one launcher wait for the one that says what is wrong; they start within a second of each other."""
@@ -186,8 +186,8 @@ def command(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
     """A command's `main`: it calls `run` with the command line (sys.argv where nobody gives one) and returns the exit code.
 
     0, or what `run` returns; 2 for a wrong request (RequestError, or LossError of a user's own loss), after one line that says
-    what is wrong; 75 for a run that was asked to stop and has saved (Interrupted); 130 for a Ctrl-C that nothing else takes.
-    Any other exception passes: Python prints it and exits with 1.
+    what is wrong; 1, after such a line, for what failed (Failed); 75 for a run that was asked to stop and has saved
+    (Interrupted); 130 for a Ctrl-C that nothing else takes. Any other exception passes: Python prints it and exits with 1.
     """
 
     @functools.wraps(run)
@@ -210,6 +210,9 @@ def command(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
                 # torchrun ends all others as soon as one ends: the one that speaks may still be importing
                 time.sleep(SPEAK_SECONDS)
             return 2
+        except Failed as error:  # perhaps of one process alone
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 1
         except KeyboardInterrupt:
             if speaks:
                 print("interrupted", file=sys.stderr, flush=True)

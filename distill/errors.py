@@ -14,5 +14,9 @@ class RequestError(ValueError):
     """A request that cannot be served as it was made; the message names each problem and its remedy."""
 
 
+class Failed(RuntimeError):
+    """Work that could not be done for a reason outside of the program; the message has the reason and the remedy."""
+
+
 class LossError(ValueError):
     """A loss gave something else than its protocol says. The commands report it as a wrong request."""

@@ -31,14 +31,15 @@ from numpy.typing import NDArray
 
 from distill.batch_transform import to_pixels
 from distill.command_line import Parser, RequestError, command, requests, whole_number
-from distill.files import file_sha256, locked
+from distill.data.faults import TooManyFaults
+from distill.files import locked
 from distill.losses import LOSSES
 from distill.protocols import Batch
 from distill.recipe import Recipe
 from distill.report import say
 from distill.seeds import derive_seed, seed_all
 from distill.teacher_cache.codecs import CodecName, FeatureType, absent_row
-from distill.teacher_cache.files import Entries, TeacherCache, Unit, Writer, remedy, view_path
+from distill.teacher_cache.files import CacheError, Entries, TeacherCache, Unit, Writer, remedy, view_path
 from distill.teacher_cache.teacher import Recorder, asked_regions, codec_facts
 from pipelines.setup.arguments import parse
 from pipelines.setup.data import Splits, build_entry_loader, build_splits, data_facts, train_images
@@ -105,8 +106,9 @@ def arguments(argv: Sequence[str]) -> Asked | Path:
     parser.add_argument("--verify", action="store_true", help="read a finished cache and compare every file with its checksum")
     ours, rest = parser.parse_known_args(argv)
     if ours.verify:
-        if rest:
-            raise RequestError(f"--verify: takes --out alone, not {rest[0]}")
+        others = [word for word in argv if word.startswith("-") and word.split("=")[0] not in ("--verify", "--out")]
+        if rest or others:
+            raise RequestError(f"--verify: takes --out alone, not {(others or rest)[0]}")
         return Path(ours.out)
     recipe = parse(rest, LOSSES).recipe
     if recipe.teacher.weights == "train":
@@ -128,7 +130,7 @@ class PrePass:
         recipe = asked.recipe
         self.asked, self.accelerator = asked, accelerator
         self.splits: Splits = build_splits(recipe, accelerator)
-        data = data_facts(recipe, self.splits.train, accelerator.num_processes)
+        data = data_facts(recipe, self.splits.train, 1)  # any number of processes will do: no batch of a training is made
         seed_all(derive_seed(recipe.seed, "initialisation"))  # as a run does: a random teacher is then the same one
         self.models: Models = build_models(recipe, self.splits.train.num_classes, data, accelerator.device)
         teacher = live_teacher(self.models)
@@ -157,7 +159,10 @@ class PrePass:
         if len(found):
             with self.accelerator.autocast():
                 pixels = to_pixels(batch.images, self.asked.recipe.train.channels_last)
-                rows[np.searchsorted(wanted, found)] = self.recorder.record(pixels, batch.labels)
+                try:
+                    rows[np.searchsorted(wanted, found)] = self.recorder.record(pixels, batch.labels)
+                except ValueError as error:
+                    raise CacheError(f"{self.asked.out}: {error}") from None
         return rows, np.setdiff1d(wanted, found).tolist()
 
     def fill(self, units: Sequence[Unit]) -> Iterator[Unit]:
@@ -190,8 +195,11 @@ class PrePass:
             if number or len(entries) == 1:
                 whole, alone, images = whole + end - begin, alone + end - start, images + len(each.labels)
             begin = end
-        rate = world * images / whole
+        if not images:
+            return ["nothing can be said of the time: of the first images none could be read"]
         left, codec = sum(unit.last - unit.first for unit in units), self.writer.codec
+        longest = sum(unit.last - unit.first for unit in units[::world])  # the share of the first process
+        rate = images / whole * left / longest
         described = ", ".join(f"{key} {value}" for key, value in codec.facts.items() if key != "name")
         epochs = math.ceil(views * whole / alone)
         one = self.asked.recipe.train.epochs
@@ -200,7 +208,8 @@ class PrePass:
             f" {self.writer.view_bytes / 1e9:.3g} GB a view, {views * self.writer.view_bytes / 1e9:.4g} GB for {views} views",
             f"{left:,} of {views * n:,} entries to compute: {left / rate / 3600:.2f} hours at {rate:,.0f} images/s on"
             f" {world} process{'es' if world > 1 else ''}, measured on {images} images of each",
-            f"it pays from {epochs} epochs on, of all runs that read it together ({epochs / one:.1f} times {one}, the recipe's)"
+            f"it pays from {epochs} epochs on, of all runs that read it together ({epochs / one:.1f} times {one}, the"
+            " recipe's), where the loader keeps up with steps without a teacher"
             f" (an entry takes {1000 * whole / images:.2f} ms here, the teacher in it {1000 * alone / images:.2f} ms)",
         ]
 
@@ -245,8 +254,9 @@ def of_main_process(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
     return answer[0]
 
 
-def show(work: PrePass, mine: Sequence[Unit]) -> None:
-    """Fills the units of this process; the main process says how far it is, which is how far all are."""
+def show(work: PrePass, mine: Sequence[Unit], missing: int) -> None:
+    """Fills the units of this process; the main process says how far it is, which is how far all are with their `missing`
+    entries."""
     total, done = sum(unit.last - unit.first for unit in mine), 0
     begin = spoke = time.monotonic()
     for unit in work.fill(mine):
@@ -254,11 +264,10 @@ def show(work: PrePass, mine: Sequence[Unit]) -> None:
         now = time.monotonic()
         if now - spoke > SPEAK_SECONDS or done == total:
             spoke, rate = now, done / (now - begin)
-            world = work.accelerator.num_processes
-            written = world * done * work.writer.codec.row.itemsize / 1e9
+            written = missing * done / total * work.writer.codec.row.itemsize / 1e9
             say(
                 work.accelerator,
-                f"view {unit.view}, {done / total:.1%}, about {written:.3g} GB written, {world * rate:,.0f} images/s,"
+                f"view {unit.view}, {done / total:.1%}, about {written:.3g} GB written, {missing / total * rate:,.0f} images/s,"
                 f" {(total - done) / rate / 60:.0f} minutes to go",
             )
 
@@ -283,21 +292,32 @@ def make(asked: Asked) -> None:
             for line in work.estimate(views, missing):
                 say(accelerator, line)
             of_main_process(accelerator, lambda: work.writer.allocate(views))
-            show(work, missing[rank::world])
+            show(work, missing[rank::world], sum(unit.last - unit.first for unit in missing))
         meet()
-        hashed = {view: file_sha256(view_path(asked.out, view)) for view in range(rank, views, world)}
+        hashed = {view: work.writer.hashed(view) for view in range(rank, views, world)}
         everyone = dict(pair for each in gather_object([hashed]) for pair in each.items())
-        if accelerator.is_main_process:
-            work.writer.finish(views, [everyone[view] for view in range(views)])
+        of_main_process(accelerator, lambda: finish(work, [everyone[view] for view in range(views)]))
     say(
         accelerator,
         f"{asked.out}: {views} views, {views * work.writer.view_bytes / 1e9:.4g} GB; train with --teacher.cache {asked.out}",
     )
 
 
+def finish(work: PrePass, hashed: Sequence[tuple[str, list[Unit]]]) -> None:
+    """Says that the cache is whole. CacheError where rows are not what was written: they are then missing again."""
+    if damaged := [unit for _, units in hashed for unit in units]:
+        work.writer.forget(damaged)
+        names = ", ".join(sorted({view_path(work.asked.out, unit.view).name for unit in damaged}))
+        raise CacheError(
+            f"{work.asked.out}: rows of {names} changed since they were written; the same command makes them again"
+            f" ({len(damaged)} units)"
+        )
+    work.writer.finish(len(hashed), [sha256 for sha256, _ in hashed])
+
+
 def verify(folder: Path) -> None:
     """Reads a whole cache. Raises RequestError that names the views whose files are not what the manifest says."""
-    state = PartialState()
+    state = PartialState(cpu=True)  # files are all that is looked at
     with requests():
         cache = TeacherCache.open(folder)
     mine = [view for view in range(state.process_index, cache.views, state.num_processes) if cache.damaged(view)]
@@ -314,10 +334,13 @@ def verify(folder: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     """The cache that the command line asks for."""
     asked = arguments(argv)
-    if isinstance(asked, Path):
-        verify(asked)
-    else:
-        make(asked)
+    try:
+        if isinstance(asked, Path):
+            verify(asked)
+        else:
+            make(asked)
+    except (OSError, TooManyFaults) as error:
+        raise CacheError(f"--out {asked if isinstance(asked, Path) else asked.out}: {error}") from error
     leave_together(meet)
 
 

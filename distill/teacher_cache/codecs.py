@@ -127,8 +127,8 @@ class TopKCodec:
         return logits.scatter_(2, places, _as(value, torch.float16, (count, k)).float())
 
     def whole(self, rows: NDArray[np.void]) -> NDArray[np.bool_]:
-        """Whether every logit of a row is finite; indices always are."""
-        return _finite(rows, ["value", "rest", "label"])
+        """Whether every logit of a row is finite, and every index a class."""
+        return _finite(rows, ["value", "rest", "label"]) & (rows["index"] < self.classes).all((1, 2))
 
 
 def codec_of(facts: Mapping[str, Any]) -> Codec:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import threading
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.errors import Failed
 from distill.files import file_sha256, json_bytes, write_atomically
 from distill.teacher_cache.codecs import Codec, codec_of
 
@@ -30,11 +32,13 @@ REQUEST = "request.json"
 """What is being made, while it is: the facts of the manifest to come."""
 ABSENT = "absent.jsonl"
 DONE = "done"
+CHUNK = 1 << 22
+"""Bytes that are hashed at a time."""
 NOT_COMPARED = ("made_with",)
 """Facts for people: the spot check finds what matters of them."""
 
 
-class CacheError(RuntimeError):
+class CacheError(Failed):
     """A cache whose rows are not what they should be; the text has the numbers and the remedy."""
 
 
@@ -106,33 +110,40 @@ class Writer:
         return len(self._header) + self.layout.num_samples * self.codec.row.itemsize
 
     def begin(self, views: int) -> int:
-        """The views that the cache will have: as many as asked, or as a finished one has already. Notes what is being made, so
-        that nobody reads it before `finish`; a cache that is whole is left as it is.
+        """The views that the cache will have: as many as asked, or as a finished one has already. Notes what is being made; the
+        views of a cache that is whole can be read meanwhile.
 
         Raises ValueError, with every difference, where the folder holds another cache, and CacheError as `allocate` does.
         """
-        found = _read_json(self.folder / REQUEST) or _read_json(self.folder / MANIFEST)
+        manifest = _read_json(self.folder / MANIFEST)
+        (self.folder / DONE).mkdir(parents=True, exist_ok=True)
+        if manifest is None and not os.listdir(self.folder / DONE):  # begun, and nothing was made: it may be another now
+            for file in (self.folder / REQUEST, *self.folder.glob("view-*.npy")):
+                file.unlink(missing_ok=True)
+        found = _read_json(self.folder / REQUEST) or manifest
         if found is not None and (changed := differences(found, self.facts)):
             lines = "\n  ".join(changed)
             raise ValueError(f"{self.folder} holds another cache; give another --out, or ask for the same\n  {lines}")
-        (self.folder / DONE).mkdir(parents=True, exist_ok=True)
-        manifest = _read_json(self.folder / MANIFEST)
-        views = max(views, 0 if manifest is None else len(manifest["views"]))
+        there = 0 if manifest is None else len(manifest["views"])
+        views = max(views, there)
         if not self.whole(views):
             self.check_space(views)
             write_atomically(self.folder / REQUEST, json_bytes({**(found or self.facts), "views": views}))
+        if self.missing(there):  # until they are made again it is not whole; views that are added leave it so
+            (self.folder / MANIFEST).unlink(missing_ok=True)
         return views
 
     def whole(self, views: int) -> bool:
         """Whether the cache is finished with so many views."""
         manifest = _read_json(self.folder / MANIFEST)
         there = manifest is not None and len(manifest["views"]) == views and not (self.folder / REQUEST).exists()
-        return there and not self.missing(views)
+        return there and (self.folder / ABSENT).is_file() and not self.missing(views)
 
     def missing(self, views: int) -> list[Unit]:
-        """The units without a marker."""
+        """The units without a marker, and those that the file of their view does not reach."""
         done = set(os.listdir(self.folder / DONE))
-        return [unit for unit in self.layout.units(views) if unit.name not in done]
+        sizes = [_size(view_path(self.folder, view)) for view in range(views)]
+        return [u for u in self.layout.units(views) if u.name not in done or sizes[u.view] < self._place(u.last)]
 
     def allocate(self, views: int) -> None:
         """Takes the disk space of all views, so that no disk is full hours later. Rows that are there already stay.
@@ -158,7 +169,8 @@ class Writer:
             raise self._full(views, "no space left")
 
     def _needed(self, views: int) -> int:
-        return (views - len(list(self.folder.glob("view-*.npy")))) * self.view_bytes
+        there = sum(min(self.view_bytes, _size(path)) for path in self.folder.glob("view-*.npy"))
+        return max(0, views * self.view_bytes - there)
 
     def _full(self, views: int, reason: str | None) -> CacheError:
         needed, free = self._needed(views), shutil.disk_usage(self.folder).free
@@ -171,7 +183,7 @@ class Writer:
         """Writes rows `first` and on of a unit's view."""
         with _opened(view_path(self.folder, unit.view)) as descriptor:
             data = memoryview(rows.tobytes())
-            place = len(self._header) + first * self.codec.row.itemsize
+            place = self._place(first)
             while data:
                 written = os.pwrite(descriptor, data, place)
                 data, place = data[written:], place + written
@@ -182,6 +194,29 @@ class Writer:
             os.fsync(descriptor)
         marker = {"crc32": f"{crc32:08x}", "absent": list(absent)}
         write_atomically(self.folder / DONE / unit.name, json_bytes(marker))
+
+    def hashed(self, view: int) -> tuple[str, list[Unit]]:
+        """The sha256 of a view's file, and those of its units whose rows have other checksums than their markers say."""
+        digest, damaged = hashlib.sha256(), []
+        with view_path(self.folder, view).open("rb") as file:
+            digest.update(file.read(len(self._header)))
+            for unit in (each for each in self.layout.units(view + 1) if each.view == view):
+                crc32, left = 0, self._place(unit.last) - self._place(unit.first)
+                while left and (data := file.read(min(left, CHUNK))):
+                    digest.update(data)
+                    crc32, left = zlib.crc32(data, crc32), left - len(data)
+                if f"{crc32:08x}" != json.loads((self.folder / DONE / unit.name).read_text())["crc32"]:
+                    damaged.append(unit)
+        return digest.hexdigest(), damaged
+
+    def forget(self, units: Sequence[Unit]) -> None:
+        """Takes the markers of units away, which are then missing."""
+        for unit in units:
+            (self.folder / DONE / unit.name).unlink(missing_ok=True)
+
+    def _place(self, row: int) -> int:
+        """Where a row begins in its file."""
+        return len(self._header) + row * self.codec.row.itemsize
 
     def finish(self, views: int, sha256: Sequence[str]) -> None:
         """Writes `absent.jsonl`, then the manifest, and takes the note of what is being made away."""
@@ -200,40 +235,46 @@ class Writer:
 class TeacherCache:
     """A finished cache, for reading: a `TeacherRows` of the data room. Made by `TeacherCache.open`."""
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], used: int = 0) -> None:
+        """used: the number of views, from the first on, by which the cache is known; 0 for all."""
         self.folder, self.facts = folder, manifest
         self.codec: Codec = codec_of(manifest["codec"])
         self.views = len(manifest["views"])
-        self.absent = [json.loads(line)["sample"] for line in (folder / ABSENT).read_text().splitlines()]
-        """Samples of which a view has no row, sorted."""
+        self.absent = _absent(folder / ABSENT, used or self.views)
+        """Samples of which a view that is used has no row, sorted."""
         name = " ".join(str(manifest["codec"][key]) for key in ("name", "dtype", "k") if key in manifest["codec"])
-        # by its rows: a cache that was copied or finished in several goes is the same
-        digest = json_bytes([[view["sha256"] for view in manifest["views"]], manifest["codec"]])
+        # by its rows: a cache that was copied, finished in several goes or given more views since is the same
+        shas = [view["sha256"] for view in manifest["views"]]
+        digest = json_bytes([shas[:used] if used else shas, manifest["codec"]])
         self.identity = {"teacher_cache": f"{name}, {_short(digest)}"}
         self._first_row = len(_npy_header(self.codec.row, manifest["num_samples"]))
         self._files: dict[int, int] = {}
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> TeacherCache:
-        """The cache in `folder`, after the size of every view was looked at.
+    def open(cls, folder: str | os.PathLike[str], used: int = 0) -> TeacherCache:
+        """The cache in `folder`, after the size of every view was looked at; `used` as in the constructor.
 
-        Raises ValueError, with the remedy, where there is none, where it is not finished, and where a file is not whole.
+        Raises ValueError, with the remedy, where there is none, where it is not finished, and where files are not whole.
         """
         path = Path(folder)
-        if (path / REQUEST).is_file():
-            raise ValueError(f"{path}: this cache is not finished; run the same command of pipelines/cache_teacher.py again")
         manifest = _read_json(path / MANIFEST)
+        if manifest is None and (path / REQUEST).is_file():
+            raise ValueError(f"{path}: this cache is not finished; run the same command of pipelines/cache_teacher.py again")
         if manifest is None:
             raise ValueError(f"{path}: no teacher cache in it; make one with pipelines/cache_teacher.py --out {path}")
         if manifest.get("format") != FORMAT:
             raise ValueError(f"{path}: a cache of format {manifest.get('format')}, this version reads {FORMAT}; make it again")
-        for view, entry in enumerate(manifest["views"]):
-            file = view_path(path, view)
-            size = file.stat().st_size if file.is_file() else 0
-            if size != entry["bytes"]:
-                raise ValueError(f"{file}: {size} bytes, the manifest says {entry['bytes']}; {remedy(path, [view])}")
-        return cls(path, manifest)
+        try:
+            sizes = {view: (_size(view_path(path, view)), entry["bytes"]) for view, entry in enumerate(manifest["views"])}
+            cache = cls(path, manifest, used)
+        except (KeyError, TypeError, AttributeError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path / MANIFEST}: damaged ({said}); make the cache again in another folder") from error
+        if short := {view: pair for view, pair in sizes.items() if pair[0] != pair[1]}:
+            said = ", ".join(f"{view_path(path, view).name} has {a:,} bytes of {b:,}" for view, (a, b) in short.items())
+            raise ValueError(f"{path}: {said}; {remedy(path, list(short))}")
+        return cache
 
     @property
     def row_bytes(self) -> int:
@@ -258,7 +299,7 @@ class TeacherCache:
         if not whole.all():
             sample = int(samples[int(whole.argmin())])
             raise CacheError(
-                f"{view_path(self.folder, view)}: the row of sample {sample} in view {view} is not finite: it is damaged, or"
+                f"{view_path(self.folder, view)}: the row of sample {sample} in view {view} is not whole: it is damaged, or"
                 f" the sample could not be read when the cache was made; `--verify` says which; {remedy(self.folder, [view])}"
             )
         return data
@@ -300,6 +341,19 @@ def _short(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _absent(path: Path, used: int) -> list[int]:
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return [line["sample"] for line in lines if min(line["views"]) < used]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        again = "remove it, and the same command of pipelines/cache_teacher.py writes it anew"
+        raise ValueError(f"{path}: cannot be read ({error}); {again}") from None
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
@@ -307,6 +361,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); make the cache again in another folder") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: damaged: holds a {type(found).__name__}; make the cache again in another folder")
     return found
 
 

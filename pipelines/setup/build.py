@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distill.agreement import Control
 from distill.average import Average
 from distill.checkpoint import Checkpoints
+from distill.config import RecipeError
 from distill.data.index import ShardIndex
 from distill.distiller import Distiller
 from distill.loss_options import term_schedule
@@ -62,6 +63,11 @@ def build_settings(recipe: Recipe, index: ShardIndex) -> LoopSettings:
 def rehearse(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> None:
     """Builds everything that the main run needs but the teacher's weights, and throws it away: what is wrong with a request is
     said before days are spent on training its teacher."""
+    if recipe.teacher.cache:
+        raise RecipeError(
+            "teacher.weights: train; a cache is of a teacher that exists: train it first, without teacher.cache, then give"
+            " --teacher-weights OUT/teacher/student"
+        )
     rehearsed = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, weights="random"))
     data = data_facts(recipe, splits.train, accelerator.num_processes)
     check_precision(recipe.teacher.precision, accelerator.device)

@@ -24,7 +24,7 @@ from distill.models.weights import checksum_bytes
 from distill.protocols import Criterion, Loader, ModelFacts, Needs
 from distill.recipe import Recipe
 from distill.seeds import derive_seed
-from distill.teacher_cache.files import FORMAT, CacheError, TeacherCache, differences
+from distill.teacher_cache.files import ABSENT, FORMAT, CacheError, TeacherCache, differences
 from distill.teacher_cache.teacher import CachedTeacher, asked_regions
 from pipelines.setup.data import Splits, build_entry_loader, loader_name, train_images
 from pipelines.setup.models import Models
@@ -40,8 +40,13 @@ LIMIT = 0.1
 
 def check_cacheable(recipe: Recipe, models: Models, codec: str, num_samples: int) -> None:
     """RecipeError, with a line and the reason for each, where a recipe asks for what no cache of this codec can give."""
-    if problems := [*_mixtures(recipe), *_unservable(models, codec, num_samples)]:
+    if problems := uncacheable(recipe, models, codec, num_samples):
         raise RecipeError("teacher.cache cannot serve this recipe\n  " + "\n  ".join(problems))
+
+
+def uncacheable(recipe: Recipe, models: Models, codec: str, num_samples: int) -> list[str]:
+    """What a recipe asks for that no cache of this codec can give, each with the reason."""
+    return [*_mixtures(recipe), *_unservable(models, codec, num_samples)]
 
 
 def _mixtures(recipe: Recipe) -> Iterator[str]:
@@ -150,14 +155,14 @@ def open_cache(recipe: Recipe, models: Models, splits: Splits, accelerator: Acce
     if not recipe.teacher.cache:
         return Served(models.teacher, None)
     try:
-        cache = TeacherCache.open(recipe.teacher.cache)
+        cache = TeacherCache.open(recipe.teacher.cache, recipe.augment.views)
     except ValueError as error:
         raise RecipeError(f"teacher.cache: {error}") from None
-    check_cacheable(recipe, models, cache.facts["codec"]["name"], splits.train.num_samples)
+    if models.teacher is None:
+        check_cacheable(recipe, models, cache.facts["codec"]["name"], splits.train.num_samples)
     assert models.teacher is not None
-    changed = differences(cache.facts, cache_facts(recipe, models, splits, accelerator))
-    if recipe.augment.views > cache.views:
-        changed.append(f"augment.views: {cache.views} in the cache, {recipe.augment.views} asked")
+    changed = uncacheable(recipe, models, cache.facts["codec"]["name"], splits.train.num_samples)
+    changed += _others(cache, recipe, cache_facts(recipe, models, splits, accelerator))
     teacher: CachedTeacher | None = None
     try:
         teacher = CachedTeacher(models.teacher, cache)
@@ -171,6 +176,19 @@ def open_cache(recipe: Recipe, models: Models, splits: Splits, accelerator: Acce
     loader = build_entry_loader(recipe, splits, train_images(recipe, models), entries, len(entries[0][1]), accelerator)
     check_entries(cache, teacher, entries, loader, accelerator)
     return Served(teacher, cache)
+
+
+def _others(cache: TeacherCache, recipe: Recipe, facts: dict[str, Any]) -> Iterator[str]:
+    """What of a recipe is not what the cache was made for, a line each."""
+    yield from differences(cache.facts, facts)
+    if recipe.augment.views > cache.views:
+        yield f"augment.views: {cache.views} in the cache, {recipe.augment.views} asked"
+    allowed = math.ceil(recipe.data.max_bad_rate * cache.facts["num_samples"])
+    if len(cache.absent) > allowed:
+        yield (
+            f"{len(cache.absent)} samples could not be read when the cache was made ({cache.folder / ABSENT}), and"
+            f" data.max_bad_rate {recipe.data.max_bad_rate:g} allows {allowed}: make it again from whole shards, or allow more"
+        )
 
 
 def check_entries(
@@ -198,10 +216,11 @@ def check_entries(
 
 
 def chosen_entries(cache: TeacherCache, views: int) -> list[Entry]:
-    """The entries of the check: of every view, or of `CHECKED` of them, as many samples each; never one that has no row."""
+    """The entries of the check, `CHECKED` or a few more, as many of each view; of many views half as many are looked at, two
+    samples each. Never an entry that has no row."""
     present = np.setdiff1d(np.arange(cache.facts["num_samples"]), cache.absent)
-    some = np.unique(np.linspace(0, views - 1, min(views, CHECKED)).astype(int))
-    each = min(len(present), CHECKED // len(some))
+    some = np.unique(np.linspace(0, views - 1, min(views, CHECKED // 2)).astype(int))
+    each = min(len(present), -(-CHECKED // len(some)))
     seeds = [derive_seed(cache.facts["view_seed"], "spot check", int(view)) for view in some]
     drawn = [np.argsort(np.random.Philox(key=seed).random_raw(len(present)))[:each] for seed in seeds]
     return [(int(view), np.sort(present[places])) for view, places in zip(some, drawn, strict=True)]

@@ -16,7 +16,7 @@ from distill.config import RecipeError
 from distill.models.build import create_model
 from distill.models.export import export_student
 from distill.models.input_spec import input_spec_of
-from pipelines.benchmark import main
+from pipelines.benchmark import cache_use, main
 from pipelines.measure.report import Report, StepPart
 from pipelines.measure.rounds import middle
 from pipelines.measure.show import as_text, bottleneck
@@ -257,3 +257,14 @@ def test_a_wrong_request_gets_its_line_and_exit_code_2(wrong: list[str], words: 
     assert words in error
     assert error.startswith("error: ")
     assert "Traceback" not in error
+
+
+def test_a_cache_gains_nothing_where_the_loader_is_what_a_step_waits_for():
+    parts = [StepPart(DATA, 118.0, 0.5, None), StepPart(TEACHER, 1.0, 0.0, None), StepPart(REST, 140.0, 0.5, None)]
+    found = cache_use(100, parts, [108.0])
+    assert found is not None
+    assert found.live_ms == 259.0
+    parts[0] = StepPart(DATA, 7.0, 0.1, None)
+    found = cache_use(100, parts, [108.0])
+    assert found is not None
+    assert found.live_ms == 148.0 + 107.0 - 7.0

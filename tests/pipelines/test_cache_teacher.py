@@ -15,7 +15,7 @@ from distill.data.index import ShardIndex
 from distill.models.cells import headed_logits
 from distill.teacher_cache.files import TeacherCache, view_path
 from pipelines.measure.show import as_text
-from pipelines.measure.timeline import TEACHER
+from pipelines.measure.timeline import DATA, TEACHER
 from pipelines.reporting.curves import cost_facts
 from pipelines.reporting.runs import RunRecord
 from pipelines.setup.build import build
@@ -102,7 +102,8 @@ def test_the_ledger_of_a_cached_step_has_what_is_left_of_the_teacher_and_what_is
     assert report.cache.row_bytes == 2048
     [left] = [part for part in report.parts if part.name == TEACHER]
     assert left.alone_ms is None
-    assert report.cache.live_ms == pytest.approx(report.step.ms - left.ms + report.cache.live_teacher_ms)
+    saved, wait = report.cache.live_teacher_ms - left.ms, report.part_ms(DATA)
+    assert report.cache.live_ms == pytest.approx(report.step.ms + saved - min(saved, wait)), "a longer step waits less for data"
     assert TEACHER not in report.ceiling.gigaflops_per_image
     index = ShardIndex.open(digits / "train")
     assert report.traffic.bytes_per_image == pytest.approx(index.records["size"].mean() + 2048)
@@ -181,6 +182,26 @@ def test_a_pre_pass_that_is_killed_is_finished_by_any_number_of_processes_to_the
     assert "this cache is finished" in finished(prepass(digits, out), tmp_path / "again", command=CACHE).text()
 
 
+def test_three_processes_make_what_one_makes_whatever_the_batch_of_a_training(digits: Path, made: Path, tmp_path: Path):
+    out = tmp_path / "cache"
+    finished([*prepass(digits, out), "--train.global_batch_size", "16"], tmp_path / "log", world_size=3, command=CACHE)
+    assert files(out) == files(made)
+
+
+def test_a_teacher_that_must_be_trained_first_has_no_cache_and_that_is_said_before(digits: Path, made: Path, tmp_path: Path):
+    asked = [*CALM, "--teacher.cache", str(made), "--teacher-weights", "train"]
+    text = refused(arguments(digits, tmp_path / "run", *asked), tmp_path / "log")
+    assert "a cache is of a teacher that exists: train it first" in text
+    assert not (tmp_path / "run" / "teacher" / "metrics.jsonl").exists()
+
+
+def test_a_run_with_its_own_number_of_views_goes_on_after_others_were_added(digits: Path, copy: Path, tmp_path: Path):
+    asked = [*CALM, "--teacher.cache", str(copy), "--augment.views", str(VIEWS)]
+    finished(arguments(digits, tmp_path / "run", *asked, "--train.max_steps", "2"), tmp_path / "1.log")
+    finished(prepass(digits, copy, views=VIEWS + 1), tmp_path / "2.log", command=CACHE)
+    finished([*arguments(digits, tmp_path / "run", *asked, "--train.max_steps", "3"), "--resume"], tmp_path / "3.log")
+
+
 def test_views_are_added_to_a_cache_and_another_recipe_is_refused_with_every_difference(
     digits: Path, made: Path, tmp_path: Path
 ):
@@ -201,7 +222,7 @@ def test_what_it_costs_and_when_it_pays_is_said_before_it_starts(digits: Path, t
     assert "codec features (cells 16, channels 64, dtype fp16): 2,048 bytes an image" in said.replace(
         "dtype fp16, cells 16, channels 64", "cells 16, channels 64, dtype fp16"
     )
-    for part in (f"290 of {2 * TRAIN_IMAGES} entries", "hours at", "images/s", "it pays from", "times 2, the recipe"):
+    for part in (f"290 of {2 * TRAIN_IMAGES} entries", "hours at", "images/s", "it pays from", "times 2, the recipe's"):
         assert part in said
 
 
@@ -339,14 +360,16 @@ def test_a_damaged_file_is_named_and_made_again_to_the_same_bytes(digits: Path, 
     rows.flush()
     text = refused(verify, tmp_path / "1.log", command=CACHE)
     assert "view-0001.npy changed since the cache was made" in text
-    with view_path(copy, 1).open("r+b") as file:
+    grow = prepass(digits, copy, views=VIEWS + 1)
+    text = refused(grow, tmp_path / "2.log", code=1, command=CACHE)
+    assert "rows of view-0001.npy changed since they were written; the same command makes them again" in text
+    with view_path(copy, 2).open("r+b") as file:
         file.truncate(50_000)
-    text = refused(run, tmp_path / "2.log")
-    assert "view-0001.npy: 50000 bytes, the manifest says " in text
-    for marker in copy.glob("done/0001-*"):
-        marker.unlink()
-    finished(prepass(digits, copy), tmp_path / "3.log", command=CACHE)
-    assert files(copy) == files(made)
+    assert "view-0002.npy has 50,000 bytes of " in refused(run, tmp_path / "3.log")
+    finished(grow, tmp_path / "4.log", command=CACHE)
+    for view in range(VIEWS):
+        assert view_path(copy, view).read_bytes() == view_path(made, view).read_bytes()
+    finished(verify, tmp_path / "5.log", command=CACHE)
 
 
 def test_a_row_that_is_not_finite_ends_the_run_with_its_sample_and_view(digits: Path, copy: Path, tmp_path: Path):
@@ -360,7 +383,7 @@ def test_a_row_that_is_not_finite_ends_the_run_with_its_sample_and_view(digits: 
     rows.flush()
     argv = arguments(digits, tmp_path / "run", *CALM, "--train.global_batch_size", "145", "--teacher.cache", str(copy))
     text = refused(argv, tmp_path / "log", code=1)
-    assert f"the row of sample {sample} in view 0 is not finite" in text
+    assert f"the row of sample {sample} in view 0 is not whole" in text
 
 
 def spoil(index: ShardIndex, sample: int) -> bytes:
@@ -397,6 +420,7 @@ def test_a_sample_that_went_bad_after_the_pre_pass_is_replaced_by_one_with_its_o
 def test_a_sample_that_was_bad_in_the_pre_pass_is_replaced_in_every_run(own_digits: Path, tmp_path: Path):
     index = ShardIndex.open(own_digits / "train")
     before, out = spoil(index, 11), tmp_path / "cache"
+    refused(prepass(own_digits, out, "--data.max_bad_rate", "0", views=1), tmp_path / "0.log", code=1, command=CACHE)
     more = ["--data.max_bad_rate", "0.05"]
     finished(prepass(own_digits, out, *more, views=1), tmp_path / "1.log", world_size=2, command=CACHE)
     assert [json.loads(line) for line in (out / "absent.jsonl").read_text().splitlines()] == [{"sample": 11, "views": [0]}]
@@ -404,7 +428,10 @@ def test_a_sample_that_was_bad_in_the_pre_pass_is_replaced_in_every_run(own_digi
     with index.shard_path(int(record["shard"])).open("r+b") as file:
         file.seek(int(record["offset"]) + 100)
         file.write(before)
-    finished(arguments(own_digits, tmp_path / "run", *CALM, *more, "--teacher.cache", str(out)), tmp_path / "2.log")
+    run = arguments(own_digits, tmp_path / "run", *CALM, *more, "--teacher.cache", str(out))
+    text = refused([*run, "--data.max_bad_rate", "0"], tmp_path / "3.log")
+    assert "1 samples could not be read when the cache was made" in text
+    finished(run, tmp_path / "2.log")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["bad_samples"] == 1
 
 

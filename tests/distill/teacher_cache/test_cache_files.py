@@ -1,12 +1,15 @@
 """The files of a cache without any model: whole or refused, whatever happened in between."""
 
 import json
+import os
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from distill.files import file_sha256
 from distill.teacher_cache.codecs import FeatureCodec, absent_row
 from distill.teacher_cache.files import CacheError, Entries, Layout, TeacherCache, Unit, Writer, differences, view_path
 
@@ -61,7 +64,7 @@ def test_rows_are_read_by_view_and_sample_in_any_order(cache: TeacherCache):
     rows = torch.from_numpy(cache.read(1, samples))
     assert cache.codec.unpack(rows, torch.zeros(4))[:, 0, 0].tolist() == [122, 100, 113, 113]
     assert cache.absent == [7]
-    with pytest.raises(CacheError, match="row of sample 7 in view 0 is not finite"):
+    with pytest.raises(CacheError, match="row of sample 7 in view 0 is not whole"):
         cache.read(0, np.array([3, 7, 8]))
 
 
@@ -100,7 +103,77 @@ def test_a_finished_cache_gets_more_views_and_never_fewer(cache: TeacherCache):
     TeacherCache.open(cache.folder)
     assert writer.begin(VIEWS + 1) == VIEWS + 1
     assert [unit.view for unit in writer.missing(VIEWS + 1)] == [2, 2, 2]
+    again = TeacherCache.open(cache.folder)
+    assert again.views == VIEWS, "what is whole can be read while views are added"
+    assert again.identity == cache.identity
+
+
+def test_a_cache_is_known_by_the_views_that_are_used(cache: TeacherCache):
+    before = TeacherCache.open(cache.folder, used=1).identity
+    assert before != cache.identity
+    writer = Writer(cache.folder, facts())
+    writer.begin(VIEWS + 1)
+    writer.allocate(VIEWS + 1)
+    for unit in writer.missing(VIEWS + 1):
+        writer.mark(unit, 0, [])
+    writer.finish(VIEWS + 1, ["a", "b", "c"])
+    assert TeacherCache.open(cache.folder, used=VIEWS).identity == cache.identity
+    assert TeacherCache.open(cache.folder, used=1).identity == before
+    assert TeacherCache.open(cache.folder).identity != cache.identity
+
+
+def test_rows_that_a_file_lost_are_missing_and_nobody_reads_it_until_they_are_there_again(cache: TeacherCache):
+    with view_path(cache.folder, 0).open("r+b") as file:
+        file.truncate(file.seek(0, 2) - 4)
+    view_path(cache.folder, 1).unlink()
+    with pytest.raises(ValueError, match=r"view-0000.npy has .* bytes of .*, view-0001.npy has 0 bytes of .*0001-\*"):
+        TeacherCache.open(cache.folder)
+    writer = Writer(cache.folder, facts())
+    assert not writer.whole(VIEWS)
+    writer.begin(VIEWS)
+    assert [unit.name for unit in writer.missing(VIEWS)] == ["0000-0002", "0001-0000", "0001-0001", "0001-0002"]
+    writer.allocate(VIEWS)
     with pytest.raises(ValueError, match="not finished"):
+        TeacherCache.open(cache.folder)
+
+
+def test_rows_that_changed_are_found_by_the_checksum_of_their_unit(tmp_path: Path):
+    writer = Writer(tmp_path, facts())
+    writer.begin(1)
+    writer.allocate(1)
+    for unit in writer.missing(1):
+        rows = np.concatenate([row_of(0, sample) for sample in range(unit.first, unit.last)])
+        writer.write(unit, unit.first, rows)
+        writer.mark(unit, zlib.crc32(rows.tobytes()), [])
+    assert writer.hashed(0) == (file_sha256(view_path(tmp_path, 0)), [])
+    with view_path(tmp_path, 0).open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"x")
+    _, damaged = writer.hashed(0)
+    assert [unit.name for unit in damaged] == ["0000-0002"]
+    writer.forget(damaged)
+    assert writer.missing(1) == damaged
+
+
+def test_a_request_of_which_nothing_was_made_may_be_another_one(tmp_path: Path):
+    Writer(tmp_path, facts()).begin(VIEWS)
+    assert Writer(tmp_path, facts(unit=5)).begin(VIEWS) == VIEWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("manifest.json", "[]", "holds a list"),
+        ("manifest.json", '{"format": 1}', "manifest.json: damaged (.*views"),
+        ("absent.jsonl", None, "absent.jsonl: cannot be read .*remove it, and the same command"),
+        ("absent.jsonl", "x", "absent.jsonl: cannot be read .*remove it, and the same command"),
+    ],
+)
+def test_a_damaged_list_is_named(cache: TeacherCache, name: str, content: str | None, said: str):
+    (cache.folder / name).unlink()
+    if content is not None:
+        (cache.folder / name).write_text(content)
+    with pytest.raises(ValueError, match=said.replace("damaged (", r"damaged \(")):
         TeacherCache.open(cache.folder)
 
 

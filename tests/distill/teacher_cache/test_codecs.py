@@ -77,6 +77,13 @@ def test_a_row_that_is_not_there_is_never_taken_for_one(codec):
     assert (again.row, again.facts) == (codec.row, codec.facts)
 
 
+def test_an_index_that_is_no_class_is_no_whole_row():
+    codec = TopKCodec(1, 10, 3)
+    rows = codec.pack(torch.randn(2, 1, 10), torch.zeros(2, dtype=torch.long))
+    rows["index"][1, 0, 2] |= 0x40
+    assert codec.whole(rows).tolist() == [True, False]
+
+
 def test_unknown_codecs_and_numbers_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="codec 'zip': this version knows features, topk"):
         codec_of({"name": "zip"})

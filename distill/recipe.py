@@ -240,7 +240,7 @@ class Ema:
 
 @with_config(_STRICT)
 @dataclass(frozen=True)
-class Report:
+class Reporting:
     log_every: Positive = _changeable("optimiser steps between lines of metrics.jsonl", 50)
     trackers: tuple[str, ...] = _changeable("Accelerate's trackers by name: tensorboard, wandb, ...", ("tensorboard",))
     profile_steps: Count = _changeable("steps whose trace (for a browser) is written to OUT/profile, after 6 others", 0)
@@ -264,7 +264,7 @@ class Recipe:
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     ema: Ema = field(default_factory=Ema)
-    report: Report = field(default_factory=Report)
+    report: Reporting = field(default_factory=Reporting)
 
 
 @with_config(_STRICT)

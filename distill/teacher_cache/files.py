@@ -63,9 +63,9 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The units of a cache and the batches that each is computed in: the same for any number of processes, so that the same
-    images are always in one batch and the same bytes come out."""
+class Division:
+    """The division of a cache into units, and of these into the batches that are computed: the same for any number of
+    processes, so that the same images are always in one batch and the same bytes come out."""
 
     num_samples: int
     unit: int
@@ -101,13 +101,13 @@ class Writer:
     def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
         self.folder, self.facts = folder, dict(facts)
         self.codec: Codec = codec_of(self.facts["codec"])
-        self.layout = Layout(self.facts["num_samples"], self.facts["unit"], self.facts["batch"])
-        self._header = _npy_header(self.codec.row, self.layout.num_samples)
+        self.division = Division(self.facts["num_samples"], self.facts["unit"], self.facts["batch"])
+        self._header = _npy_header(self.codec.row, self.division.num_samples)
 
     @property
     def view_bytes(self) -> int:
         """Bytes of one view's file."""
-        return len(self._header) + self.layout.num_samples * self.codec.row.itemsize
+        return len(self._header) + self.division.num_samples * self.codec.row.itemsize
 
     def begin(self, views: int) -> int:
         """The views that the cache will have: as many as asked, or as a finished one has already. Notes what is being made; the
@@ -143,7 +143,7 @@ class Writer:
         """The units without a marker, and those that the file of their view does not reach."""
         done = set(os.listdir(self.folder / DONE))
         sizes = [_size(view_path(self.folder, view)) for view in range(views)]
-        return [u for u in self.layout.units(views) if u.name not in done or sizes[u.view] < self._place(u.last)]
+        return [u for u in self.division.units(views) if u.name not in done or sizes[u.view] < self._place(u.last)]
 
     def allocate(self, views: int) -> None:
         """Takes the disk space of all views, so that no disk is full hours later. Rows that are there already stay.
@@ -200,7 +200,7 @@ class Writer:
         digest, damaged = hashlib.sha256(), []
         with view_path(self.folder, view).open("rb") as file:
             digest.update(file.read(len(self._header)))
-            for unit in (each for each in self.layout.units(view + 1) if each.view == view):
+            for unit in (each for each in self.division.units(view + 1) if each.view == view):
                 crc32, left = 0, self._place(unit.last) - self._place(unit.first)
                 while left and (data := file.read(min(left, CHUNK))):
                     digest.update(data)
@@ -221,7 +221,7 @@ class Writer:
     def finish(self, views: int, sha256: Sequence[str]) -> None:
         """Writes `absent.jsonl`, then the manifest, and takes the note of what is being made away."""
         absent: dict[int, list[int]] = {}
-        for unit in self.layout.units(views):
+        for unit in self.division.units(views):
             for sample in json.loads((self.folder / DONE / unit.name).read_text())["absent"]:
                 absent.setdefault(sample, []).append(unit.view)
         lines = [json.dumps({"sample": sample, "views": absent[sample]}) + "\n" for sample in sorted(absent)]

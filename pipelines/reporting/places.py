@@ -13,7 +13,7 @@ from pipelines.reporting.drawing import heat
 from pipelines.reporting.dump import Dump
 from pipelines.reporting.page import Panel, legend, missing, picture, short_tags, strip, thumbnails
 from pipelines.reporting.pictures import Pictures, overlay
-from pipelines.reporting.regions import Cell, cells, rule_of
+from pipelines.reporting.regions import RegionPlace, cells, rule_of
 from pipelines.reporting.runs import Comparison, RunRecord
 
 MOST_REGIONS, MOST_HEAT, MOST_NAMED = 12, 4, 4
@@ -116,7 +116,7 @@ def _regions(dump: Dump, row: int, outside: np.ndarray, scale: int, pictures: Pi
     return pictures.thumbnail(dump, sample, said, wide=True, over=overlay(shapes, alt))
 
 
-def _cell(cell: Cell, name: str, tag: str, outside: bool) -> str:
+def _cell(cell: RegionPlace, name: str, tag: str, outside: bool) -> str:
     """One region: its frame and its class's tag, the name where a pointer rests on it. Colour is not the only sign: the line is
     dashed too."""
     side, width = 100 / cell.scale, 3.2 / cell.scale**0.5

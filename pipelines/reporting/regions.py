@@ -9,7 +9,7 @@ from distill.loss_options import loss_options
 from distill.losses import LOSSES
 
 
-class Cell(NamedTuple):
+class RegionPlace(NamedTuple):
     """One region's place: cell (row, column) of a grid of `scale` x `scale`."""
 
     scale: int
@@ -17,9 +17,9 @@ class Cell(NamedTuple):
     column: int
 
 
-def cells(scales: Sequence[int]) -> list[Cell]:
+def cells(scales: Sequence[int]) -> list[RegionPlace]:
     """The regions in the order of a dump: scale by scale, row-major."""
-    return [Cell(scale, place // scale, place % scale) for scale in scales for place in range(scale * scale)]
+    return [RegionPlace(scale, place // scale, place % scale) for scale in scales for place in range(scale * scale)]
 
 
 def rule_of(losses: Mapping[str, Mapping[str, Any]]) -> str:

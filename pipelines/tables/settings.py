@@ -21,7 +21,7 @@ LIGHT = ("mobilenetv2", "shufflenet")
 """Students that get the second of two learning rates (RepDistiller's rule, by name)."""
 
 
-class Setting(NamedTuple):
+class PublishedSetting(NamedTuple):
     """One row of settings.csv, for one cell."""
 
     row: dict[str, str]
@@ -34,7 +34,7 @@ class Setting(NamedTuple):
         return [key for key in self.row["unknown"].split("; ") if key]
 
 
-def setting_of(cell: Cell) -> Setting:
+def setting_of(cell: Cell) -> PublishedSetting:
     """The last row of settings.csv that fits: they go from the general to the particular. RecipeError where this project cannot
     train what the cell is of."""
     found = [row for row in _settings()[cell.method] if fits(row, cell, ("dataset", "source", "teacher", "student"))]
@@ -43,7 +43,7 @@ def setting_of(cell: Cell) -> Setting:
     row = found[-1]
     if row["missing"]:
         raise RecipeError(f"{cell.name}: {row['missing']}")
-    return Setting(row, PUBLISHED / "protocols" / f"{row['protocol'] or cell.dataset}.yaml")
+    return PublishedSetting(row, PUBLISHED / "protocols" / f"{row['protocol'] or cell.dataset}.yaml")
 
 
 @cache
@@ -124,7 +124,7 @@ def recipe_of(cell: Cell, out: Path, seed: int = 0, data: Path | None = None) ->
     return load_recipe(setting.file, changes, LOSSES)
 
 
-def numbers(setting: Setting, trained: str) -> dict[str, Any]:
+def numbers(setting: PublishedSetting, trained: str) -> dict[str, Any]:
     """The numbers of a row, by recipe key. Of two learning rates the second is that of the `LIGHT` networks."""
     keys = {
         "epochs": "train.epochs",

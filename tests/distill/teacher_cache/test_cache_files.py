@@ -11,7 +11,7 @@ import torch
 
 from distill.files import file_sha256
 from distill.teacher_cache.codecs import FeatureCodec, absent_row
-from distill.teacher_cache.files import CacheError, Entries, Layout, TeacherCache, Unit, Writer, differences, view_path
+from distill.teacher_cache.files import CacheError, Division, Entries, TeacherCache, Unit, Writer, differences, view_path
 
 SAMPLES, VIEWS = 23, 2
 CODEC = FeatureCodec(2, 3)
@@ -43,7 +43,7 @@ def cache(tmp_path: Path) -> TeacherCache:
 
 
 def test_every_row_is_in_one_unit_and_every_unit_is_cut_into_the_same_batches():
-    units = list(Layout(SAMPLES, 10, 4).units(VIEWS))
+    units = list(Division(SAMPLES, 10, 4).units(VIEWS))
     assert [(unit.name, unit.first, unit.last) for unit in units[:3]] == [
         ("0000-0000", 0, 10),
         ("0000-0001", 10, 20),
@@ -82,7 +82,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(cache: TeacherCache):
 
 
 def test_what_is_missing_is_exactly_what_has_no_marker_and_nobody_reads_it_before_the_end(tmp_path: Path):
-    some = list(Layout(SAMPLES, 10, 4).units(VIEWS))[1:3]
+    some = list(Division(SAMPLES, 10, 4).units(VIEWS))[1:3]
     writer = written(tmp_path, some)
     assert [unit.name for unit in writer.missing(VIEWS)] == ["0000-0000", "0001-0000", "0001-0001", "0001-0002"]
     with pytest.raises(ValueError, match="not finished; run the same command"):

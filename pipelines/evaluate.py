@@ -37,7 +37,7 @@ from pipelines.reporting.collect import Collector
 from pipelines.setup.arguments import add_import_option, import_files
 from pipelines.setup.data import LOADERS, create_eval_loader
 from pipelines.setup.machine import create_accelerator, leave_together, meet
-from pipelines.setup.remote import follow, plan_evaluation
+from pipelines.setup.remote import follow, schedule_evaluation
 from pipelines.setup.switches import set_switches
 
 EPILOG = """
@@ -116,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
         accelerator = create_accelerator(asked.mixed_precision)
         set_switches(accelerator.device)
         index = ShardIndex.open(asked.val, cache_folder(asked.cache_dir))
-        line = follow(plan_evaluation(index, asked.batch_size, asked.cache_limit, accelerator))
+        line = follow(schedule_evaluation(index, asked.batch_size, asked.cache_limit, accelerator))
         probed = build_model(asked, index)
         model = probed.backbone(Needs(logits=True)).to(accelerator.device)
         collector = Collector(probed, index, asked.dump_sample, accelerator.device) if asked.dump else None

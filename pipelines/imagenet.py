@@ -58,7 +58,7 @@ from pipelines.setup.machine import (
 )
 from pipelines.setup.models import Models
 from pipelines.setup.out_of_memory import memory_explained
-from pipelines.setup.remote import follow, plan_run
+from pipelines.setup.remote import follow, schedule_run
 from pipelines.setup.run_folder import RunFolder, digest
 from pipelines.setup.teacher import evaluate_teacher, teacher_recipe
 
@@ -182,7 +182,7 @@ def warn(recipe: Recipe, splits: Splits, session: Session) -> None:
 
 def follow_shards(recipe: Recipe, splits: Splits, session: Session) -> None:
     """Has remote shards fetched in the order of this run, and says what that takes."""
-    if line := follow(plan_run(recipe, train_order(recipe, splits.train), *splits, session.accelerator)):
+    if line := follow(schedule_run(recipe, train_order(recipe, splits.train), *splits, session.accelerator)):
         session.say(line)
 
 

@@ -33,7 +33,7 @@ from distill.recipe import Data, Recipe
 from distill.teacher_cache.files import TeacherCache
 from pipelines.setup.machine import micro_batch_of, num_nodes, num_threads
 from pipelines.setup.models import Models
-from pipelines.setup.remote import plan_run
+from pipelines.setup.remote import schedule_run
 
 logger = logging.getLogger("distill.data")
 
@@ -81,7 +81,7 @@ def build_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
     order = train_order(recipe, train)  # a batch that the images do not fill is refused before models are built
     if order.lanes:
         check_node_lanes(recipe, order.lanes, train, num_nodes(accelerator.num_processes))
-    plan_run(recipe, order, train, val, accelerator)  # a cache without the room for it is refused too
+    schedule_run(recipe, order, train, val, accelerator)  # a cache without the room for it is refused too
     return Splits(train, val)
 
 

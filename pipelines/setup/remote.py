@@ -17,7 +17,7 @@ from distill.data.remote.schedule import ShardSchedule, eval_schedule, train_sch
 from distill.recipe import Recipe
 from pipelines.setup.machine import local_processes, micro_batch_of, num_nodes
 
-Plans = dict[str, tuple[CachedStore, ShardSchedule, int]]
+Schedules = dict[str, tuple[CachedStore, ShardSchedule, int]]
 """Split -> the store of its shards, the schedule of this node, and the bytes that its cache may hold."""
 
 
@@ -26,8 +26,8 @@ def remote_store(index: ShardIndex) -> CachedStore | None:
     return index.store if isinstance(index.store, CachedStore) else None
 
 
-def plan_run(recipe: Recipe, order: TrainOrder, train: ShardIndex, val: ShardIndex, accelerator: Accelerator) -> Plans:
-    """The plans of a run's remote splits. Raises RecipeError where the cache has too little room for this order of samples."""
+def schedule_run(recipe: Recipe, order: TrainOrder, train: ShardIndex, val: ShardIndex, accelerator: Accelerator) -> Schedules:
+    """The schedules of a run's remote splits. Raises RecipeError where the cache has too little room for this order."""
     schedules = {}
     nodes, accumulate = num_nodes(accelerator.num_processes), recipe.train.accumulate
     if remote_store(train) is not None:
@@ -36,18 +36,18 @@ def plan_run(recipe: Recipe, order: TrainOrder, train: ShardIndex, val: ShardInd
         schedules["train"] = train_schedule(order, train.shard_samples, sizes, node=node, nodes=nodes, accumulate=accumulate)
     if remote_store(val) is not None:
         batch = recipe.train.evaluate_batch_size or micro_batch_of(recipe, accelerator.num_processes)
-        schedules["val"] = schedule_of_evaluation(val, batch, accelerator)
+        schedules["val"] = _evaluation_schedule(val, batch, accelerator)
     remedy = "more nodes, fewer --data.lanes or a smaller --data.lane_window" if order.lanes else "--data.shuffle lanes"
     return share_cache({"train": train, "val": val}, schedules, recipe.data.cache_limit, "--data.cache_limit", remedy)
 
 
-def plan_evaluation(index: ShardIndex, batch_size: int, limit: float, accelerator: Accelerator) -> Plans:
-    """The plan of an evaluation of a remote split, none of a local one. Raises RecipeError as `plan_run` does."""
-    schedules = {} if remote_store(index) is None else {"val": schedule_of_evaluation(index, batch_size, accelerator)}
+def schedule_evaluation(index: ShardIndex, batch_size: int, limit: float, accelerator: Accelerator) -> Schedules:
+    """The schedule of an evaluation of a remote split, none of a local one. Raises RecipeError as `schedule_run` does."""
+    schedules = {} if remote_store(index) is None else {"val": _evaluation_schedule(index, batch_size, accelerator)}
     return share_cache({"val": index}, schedules, limit, "--cache-limit", "a smaller batch size")
 
 
-def schedule_of_evaluation(index: ShardIndex, batch_size: int, accelerator: Accelerator) -> ShardSchedule:
+def _evaluation_schedule(index: ShardIndex, batch_size: int, accelerator: Accelerator) -> ShardSchedule:
     """The schedule of this node in evaluation."""
     first = accelerator.process_index - accelerator.process_index % local_processes()
     node = range(first, min(first + local_processes(), accelerator.num_processes))
@@ -57,8 +57,8 @@ def schedule_of_evaluation(index: ShardIndex, batch_size: int, accelerator: Acce
 
 def share_cache(
     splits: Mapping[str, ShardIndex], schedules: Mapping[str, ShardSchedule], limit: float, option: str, remedy: str
-) -> Plans:
-    """The plans of splits, in the room of a limit in GB; 0 is the disk, but for a little. Raises RecipeError for too little.
+) -> Schedules:
+    """The schedules of splits, in the room of a limit in GB; 0 is the disk, but for a little. RecipeError for too little.
 
     option: sets the limit. remedy: what else makes the need smaller.
     """
@@ -84,17 +84,17 @@ def share_cache(
     return {name: (stores[name], schedules[name], shares[name]) for name in stores}
 
 
-def follow(plans: Plans) -> str:
-    """Fetches ahead and evicts by these plans from now on; the line that says what that will take, empty without any plan."""
+def follow(schedules: Schedules) -> str:
+    """Fetches ahead and evicts by these schedules from now on; the line that says what that will take, empty without any."""
     parts = []
-    for name, (store, schedule, room) in plans.items():
+    for name, (store, schedule, room) in schedules.items():
         store.follow(schedule, room)
         needs, least = schedule.epoch_bytes(), schedule.least_bytes()
         often = "once a run" if room >= needs else "every epoch"
         parts.append(f"{name} {needs / 1e9:.3g} GB {often}, in {room / 1e9:.3g} GB (at least {least / 1e9:.3g})")
     if not parts:
         return ""
-    folder = next(iter(plans.values()))[0].folder.parent
+    folder = next(iter(schedules.values()))[0].folder.parent
     return (
         f"remote shards: each node reads {'; '.join(parts)} of {folder}; {CONNECTIONS} connections for each of"
         f" {local_processes()} processes"

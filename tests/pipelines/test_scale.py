@@ -10,9 +10,10 @@ import timm
 
 import distill.models  # noqa: F401 (registers the CIFAR architectures)
 from distill.protocols import Gathered
+from pipelines.measure.cluster import Cluster, buckets, predict, sent_bytes
 from pipelines.measure.report import Ceiling, MemoryUse, Report, Setting, Step, StepPart, Traffic, WarmUp
 from pipelines.measure.timeline import ALL_REDUCE, BACKWARD, FORWARD, REST, TEACHER
-from pipelines.scale import Cluster, buckets, main, predict, sent_bytes
+from pipelines.scale import main
 from tests.measured import arguments, measured
 
 TOLERANCE = 1.5

@@ -9,11 +9,9 @@ import dataclasses
 import math
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, get_args
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
@@ -24,31 +22,19 @@ if __name__ == "__main__":
     end_at_interrupt()
     end_with_launcher()
 
-import numpy as np
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-from numpy.typing import NDArray
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
-from distill.batch_transform import to_pixels
 from distill.command_line import Parser, RequestError, command, requests, whole_number
 from distill.data.faults import TooManyFaults
-from distill.files import locked
 from distill.losses import LOSSES
-from distill.protocols import Batch
-from distill.recipe import Recipe
 from distill.report import say
-from distill.seeds import derive_seed, seed_all
-from distill.teacher_cache.codecs import CodecName, FeatureType, absent_row
-from distill.teacher_cache.files import CacheError, Entries, TeacherCache, Unit, Writer, remedy, view_path
-from distill.teacher_cache.teacher import Recorder, asked_regions, codec_facts
+from distill.teacher_cache.codecs import CodecName, FeatureType
+from distill.teacher_cache.files import CacheError, TeacherCache, Unit, remedy, view_path
 from pipelines.setup.arguments import parse
-from pipelines.setup.data import Splits, build_entry_loader, build_splits, data_facts, train_images
 from pipelines.setup.machine import build_accelerator, leave_together, meet
-from pipelines.setup.models import Models, build_models
-from pipelines.setup.teacher_cache import cache_facts, check_cacheable, live_teacher, regions_fact
+from pipelines.setup.prepass import Asked, PrePass, Speed, claimed, finish, of_main_process
 
-SAMPLE = 4
-"""Batches that are computed to say how long it will take; the first of several does not count."""
 SPEAK_SECONDS = 10.0
 MONTH = 30 * 24 * 60.0
 """Minutes: processes work apart and meet at the end, however long the slowest takes. A launcher ends all when one fails."""
@@ -65,19 +51,6 @@ killed at any time, the same command goes on, on any number of processes. More -
 other option is one of the recipe's: pipelines/imagenet.py --help lists them.
 exit codes: 0 done, 1 failed, 2 the request was wrong.
 """
-
-
-class Asked(NamedTuple):
-    """The command line."""
-
-    recipe: Recipe
-    out: Path
-    views: int
-    codec: CodecName
-    dtype: FeatureType
-    k: int
-    batch: int
-    unit: int
 
 
 def arguments(argv: Sequence[str]) -> Asked | Path:
@@ -123,135 +96,25 @@ def arguments(argv: Sequence[str]) -> Asked | Path:
     return Asked(recipe, ours.out, ours.views, ours.codec, ours.dtype, ours.k, ours.batch, ours.unit)
 
 
-class PrePass:
-    """The objects of one pre-pass: the whole teacher, the loader's settings and the folder that is written."""
-
-    def __init__(self, asked: Asked, accelerator: Accelerator) -> None:
-        recipe = asked.recipe
-        self.asked, self.accelerator = asked, accelerator
-        self.splits: Splits = build_splits(recipe, accelerator)
-        data = data_facts(recipe, self.splits.train, 1)  # any number of processes will do: no batch of a training is made
-        seed_all(derive_seed(recipe.seed, "initialisation"))  # as a run does: a random teacher is then the same one
-        self.models: Models = build_models(recipe, self.splits.train.num_classes, data, accelerator.device)
-        teacher = live_teacher(self.models)
-        check_cacheable(recipe, self.models, asked.codec, self.splits.train.num_samples)
-        facts: dict[str, Any] = cache_facts(recipe, self.models, self.splits, accelerator)
-        with accelerator.autocast():
-            facts["codec"] = codec_facts(asked.codec, teacher, asked.dtype, asked.k)
-        facts |= {"regions": regions_fact(teacher.backbone), "unit": asked.unit, "batch": asked.batch}
-        self.writer = Writer(asked.out, facts)
-        self.recorder = Recorder(teacher, self.writer.codec, asked_regions(teacher.backbone.needs))
-
-    def batches(self, entries: Sequence[Any]) -> Iterator[Batch]:
-        """The entries' batches, on the device."""
-        asked = self.asked
-        images = train_images(asked.recipe, self.models)
-        loader = build_entry_loader(asked.recipe, self.splits, images, entries, asked.batch, self.accelerator)
-        try:
-            yield from loader.epoch(0)
-        finally:
-            loader.close()
-
-    def record(self, batch: Batch, wanted: NDArray[np.int64]) -> tuple[NDArray[np.void], list[int]]:
-        """The rows of the samples `wanted`, and those of them that could not be read."""
-        rows = np.repeat(absent_row(self.writer.codec), len(wanted))
-        found = batch.sample_ids.cpu().numpy()
-        if len(found):
-            with self.accelerator.autocast():
-                pixels = to_pixels(batch.images, self.asked.recipe.train.channels_last)
-                try:
-                    rows[np.searchsorted(wanted, found)] = self.recorder.record(pixels, batch.labels)
-                except ValueError as error:
-                    raise CacheError(f"{self.asked.out}: {error}") from None
-        return rows, np.setdiff1d(wanted, found).tolist()
-
-    def fill(self, units: Sequence[Unit]) -> Iterator[Unit]:
-        """Computes and writes units, one after the other; each is given back once it is on the disk."""
-        batches = self.batches(entries := Entries(units, self.asked.batch))
-        place = 0
-        for unit in units:
-            crc32, absent = 0, []
-            for _ in range(unit.first, unit.last, self.asked.batch):
-                wanted = entries[place][1]
-                rows, missing = self.record(next(batches), wanted)
-                self.writer.write(unit, int(wanted[0]), rows)
-                crc32 = zlib.crc32(rows.tobytes(), crc32)
-                absent += missing
-                place += 1
-            self.writer.mark(unit, crc32, absent)
-            yield unit
-        batches.close()  # type: ignore[attr-defined]
-
-    def estimate(self, views: int, units: Sequence[Unit]) -> list[str]:
-        """What it will cost and when that pays, measured on a few batches, in lines for people. Every process measures."""
-        n, batch, world = self.splits.train.num_samples, self.asked.batch, self.accelerator.num_processes
-        starts = range(0, min(n, SAMPLE * batch), batch)
-        entries = [(0, np.arange(first, min(n, first + batch))) for first in starts]
-        whole, alone, images, begin = 0.0, 0.0, 0, time.perf_counter()
-        for number, each in enumerate(self.batches(entries)):
-            start = time.perf_counter()
-            self.record(each, entries[number][1])
-            end = time.perf_counter()
-            if number or len(entries) == 1:
-                whole, alone, images = whole + end - begin, alone + end - start, images + len(each.labels)
-            begin = end
-        if not images:
-            return ["nothing can be said of the time: of the first images none could be read"]
-        left, codec = sum(unit.last - unit.first for unit in units), self.writer.codec
-        longest = sum(unit.last - unit.first for unit in units[::world])  # the share of the first process
-        rate = images / whole * left / longest
-        described = ", ".join(f"{key} {value}" for key, value in codec.facts.items() if key != "name")
-        epochs = math.ceil(views * whole / alone)
-        one = self.asked.recipe.train.epochs
-        return [
-            f"codec {codec.facts['name']} ({described}): {codec.row.itemsize:,} bytes an image,"
-            f" {self.writer.view_bytes / 1e9:.3g} GB a view, {views * self.writer.view_bytes / 1e9:.4g} GB for {views} views",
-            f"{left:,} of {views * n:,} entries to compute: {left / rate / 3600:.2f} hours at {rate:,.0f} images/s on"
-            f" {world} process{'es' if world > 1 else ''}, measured on {images} images of each",
-            f"it pays from {epochs} epochs on, of all runs that read it together ({epochs / one:.1f} times {one}, the"
-            " recipe's), where the loader keeps up with steps without a teacher"
-            f" (an entry takes {1000 * whole / images:.2f} ms here, the teacher in it {1000 * alone / images:.2f} ms)",
-        ]
-
-
-@contextmanager
-def claimed(work: PrePass) -> Iterator[int]:
-    """Makes this launch the only one that writes to the folder, for as long as the context is open; gives the cache's number of
-    views. Raises RequestError on every process where that cannot be, CacheError where the disk is too small."""
-    lock: IO[str] | None = None
-
-    def begin() -> int:
-        nonlocal lock
-        try:
-            lock = _locked(work.asked.out)
-            return work.writer.begin(work.asked.views)
-        except (ValueError, OSError) as error:
-            raise RequestError(f"--out: {error}") from None
-
-    views = of_main_process(work.accelerator, begin)
-    with lock or nullcontext():
-        yield views
-
-
-def _locked(folder: Path) -> IO[str]:
-    try:
-        return locked(folder)
-    except BlockingIOError:
-        raise RequestError(f"another process is writing to {folder}; wait for it, or give another folder") from None
-
-
-def of_main_process(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
-    """What `act` gives on the main process, on every process; what it raises, likewise."""
-    answer: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = act()
-        except Exception as error:
-            answer[1] = error
-    broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
+def cost(work: PrePass, views: int, units: Sequence[Unit], speed: Speed) -> list[str]:
+    """What the units will cost and when that pays, in lines."""
+    if not speed.images:
+        return ["nothing can be said of the time: of the first images none could be read"]
+    n, world, codec = work.splits.train.num_samples, work.accelerator.num_processes, work.writer.codec
+    left, longest = (sum(unit.last - unit.first for unit in some) for some in (units, units[::world]))
+    rate = speed.images / speed.whole * left / longest  # the first process has the longest share
+    described = ", ".join(f"{key} {value}" for key, value in codec.facts.items() if key != "name")
+    epochs, one = math.ceil(views * speed.whole / speed.alone), work.asked.recipe.train.epochs
+    entry, teacher = (1000 * seconds / speed.images for seconds in (speed.whole, speed.alone))
+    return [
+        f"codec {codec.facts['name']} ({described}): {codec.row.itemsize:,} bytes an image,"
+        f" {work.writer.view_bytes / 1e9:.3g} GB a view, {views * work.writer.view_bytes / 1e9:.4g} GB for {views} views",
+        f"{left:,} of {views * n:,} entries to compute: {left / rate / 3600:.2f} hours at {rate:,.0f} images/s on"
+        f" {world} process{'es' if world > 1 else ''}, measured on {speed.images} images of each",
+        f"it pays from {epochs} epochs on, of all runs that read it together ({epochs / one:.1f} times {one}, the"
+        " recipe's), where the loader keeps up with steps without a teacher"
+        f" (an entry takes {entry:.2f} ms here, the teacher in it {teacher:.2f} ms)",
+    ]
 
 
 def show(work: PrePass, mine: Sequence[Unit], missing: int) -> None:
@@ -289,7 +152,7 @@ def make(asked: Asked) -> None:
         missing = work.writer.missing(views)
         meet()  # nobody marks a unit before all have looked
         if missing:
-            for line in work.estimate(views, missing):
+            for line in cost(work, views, missing, work.measure()):
                 say(accelerator, line)
             of_main_process(accelerator, lambda: work.writer.allocate(views))
             show(work, missing[rank::world], sum(unit.last - unit.first for unit in missing))
@@ -301,18 +164,6 @@ def make(asked: Asked) -> None:
         accelerator,
         f"{asked.out}: {views} views, {views * work.writer.view_bytes / 1e9:.4g} GB; train with --teacher.cache {asked.out}",
     )
-
-
-def finish(work: PrePass, hashed: Sequence[tuple[str, list[Unit]]]) -> None:
-    """Says that the cache is whole. CacheError where rows are not what was written: they are then missing again."""
-    if damaged := [unit for _, units in hashed for unit in units]:
-        work.writer.forget(damaged)
-        names = ", ".join(sorted({view_path(work.asked.out, unit.view).name for unit in damaged}))
-        raise CacheError(
-            f"{work.asked.out}: rows of {names} changed since they were written; the same command makes them again"
-            f" ({len(damaged)} units)"
-        )
-    work.writer.finish(len(hashed), [sha256 for sha256, _ in hashed])
 
 
 def verify(folder: Path) -> None:

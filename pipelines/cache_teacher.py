@@ -30,7 +30,8 @@ from distill.data.faults import TooManyFaults
 from distill.losses import LOSSES
 from distill.report import say
 from distill.teacher_cache.codecs import CodecName, FeatureType
-from distill.teacher_cache.files import CacheError, TeacherCache, Unit, remedy, view_path
+from distill.teacher_cache.files import CacheError, TeacherCache, remedy, view_path
+from distill.teacher_cache.writer import Unit
 from pipelines.setup.arguments import parse
 from pipelines.setup.machine import build_accelerator, leave_together, meet
 from pipelines.setup.prepass import Asked, PrePass, Speed, claimed, finish, of_main_process

@@ -21,8 +21,9 @@ from distill.protocols import Batch
 from distill.recipe import Recipe
 from distill.seeds import derive_seed, seed_all
 from distill.teacher_cache.codecs import CodecName, FeatureType, absent_row
-from distill.teacher_cache.files import CacheError, Entries, Unit, Writer, view_path
+from distill.teacher_cache.files import CacheError, view_path
 from distill.teacher_cache.teacher import Recorder, asked_regions, codec_facts
+from distill.teacher_cache.writer import Entries, Unit, Writer
 from pipelines.setup.data import Splits, build_entry_loader, build_splits, data_facts, train_images
 from pipelines.setup.models import Models, build_models
 from pipelines.setup.teacher_cache import cache_facts, check_cacheable, live_teacher, regions_fact

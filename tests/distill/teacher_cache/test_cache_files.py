@@ -11,7 +11,8 @@ import torch
 
 from distill.files import file_sha256
 from distill.teacher_cache.codecs import FeatureCodec, absent_row
-from distill.teacher_cache.files import CacheError, Division, Entries, TeacherCache, Unit, Writer, differences, view_path
+from distill.teacher_cache.files import CacheError, TeacherCache, differences, view_path
+from distill.teacher_cache.writer import Division, Entries, Unit, Writer
 
 SAMPLES, VIEWS = 23, 2
 CODEC = FeatureCodec(2, 3)

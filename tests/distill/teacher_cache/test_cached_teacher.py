@@ -10,8 +10,9 @@ import distill.models  # noqa: F401 (registers the small nets)
 from distill.models.build import create_teacher
 from distill.models.teacher import FrozenTeacher
 from distill.protocols import Batch, Needs, Regions
-from distill.teacher_cache.files import TeacherCache, Writer
+from distill.teacher_cache.files import TeacherCache
 from distill.teacher_cache.teacher import WHOLE, CachedTeacher, Recorder, asked_regions, codec_facts, regions_of
+from distill.teacher_cache.writer import Writer
 
 FINE, COARSE = Regions((1, 2, 4)), Regions((1, 2))
 IMAGES = 5

@@ -112,6 +112,9 @@ def plan(asked: argparse.Namespace) -> dict[str, list[Prediction]]:
     print(heading(report, cluster, epochs, images))
     found = {"own": [predict(report, cluster, gpus, epochs, images, gather=False) for gpus in asked.gpus]}
     print("\n" + as_text(found["own"], gather=False))
+    if report.cache is not None:
+        hours = (predict(report, cluster, gpus, epochs, images, gather=False, live=True).hours for gpus in asked.gpus)
+        print("\nhours with the teacher live: " + ", ".join(f"{h:.3g} on {n}" for n, h in zip(asked.gpus, hours, strict=True)))
     if report.traffic.gathers:
         found["gathered"] = [predict(report, cluster, gpus, epochs, images, gather=True) for gpus in asked.gpus]
         names = " and ".join(report.traffic.gathers)

@@ -135,12 +135,14 @@ def images_that_fit(report: Report, memory: float) -> int:
     return max(0, int((memory - fixed) / each))
 
 
-def predict(report: Report, cluster: Cluster, gpus: int, epochs: float, images: int, gather: bool) -> Prediction:
-    """The step of so many GPUs, each with the ledger's batch."""
+def predict(
+    report: Report, cluster: Cluster, gpus: int, epochs: float, images: int, gather: bool, live: bool = False
+) -> Prediction:
+    """The step of so many GPUs, each with the ledger's batch; `live`: with the live teacher in the place of its cache."""
     setting, traffic = report.setting, report.traffic
     nodes = math.ceil(gpus / cluster.gpus_per_node)
     per_gpu = setting.micro_batch * setting.accumulate
-    local = local_ms(report)
+    local = local_ms(report) + (report.cache.live_ms - report.step.ms if live and report.cache is not None else 0.0)
     exposed = exposed_ms(report, cluster, gpus)
     gather_ms, gather_bytes, gather_held = gathered(report, cluster, gpus) if gather else (0.0, 0, 0)
     loader = 1000 * per_gpu / (report.ceiling.loader_images_per_second * cluster.loader)

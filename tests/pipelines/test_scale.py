@@ -1,6 +1,7 @@
 """The plan of a cluster: its bytes are DDP's own, its arithmetic is what it says, its predictions are what happens here."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import timm
 import distill.models  # noqa: F401 (registers the CIFAR architectures)
 from distill.protocols import Gathered
 from pipelines.measure.cluster import Cluster, buckets, predict, sent_bytes
-from pipelines.measure.report import Ceiling, MemoryUse, Report, Setting, Step, StepPart, Traffic, WarmUp
+from pipelines.measure.report import CacheUse, Ceiling, MemoryUse, Report, Setting, Step, StepPart, Traffic, WarmUp
 from pipelines.measure.timeline import ALL_REDUCE, BACKWARD, FORWARD, REST, TEACHER
 from pipelines.scale import main
 from tests.measured import arguments, measured
@@ -126,6 +127,15 @@ def a_cluster(**changes: float) -> Cluster:
     """Two GPUs a node; 1 GiB/s and no latency between any two, enough of everything else."""
     wide = Cluster(2, float(2**30), float(2**30), 0.0, disk=1e12, memory=float(80 * 2**30), loader=1.0)
     return replace(wide, **changes)
+
+
+def test_of_a_ledger_with_a_teacher_cache_the_hours_without_it_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    cached = a_report(cache=CacheUse(1000, 60.0, 150.0))
+    alone = [predict(cached, a_cluster(loader=1e6), 1, 90, 10**6, gather=False, live=live) for live in (False, True)]
+    assert alone[1].step_ms - alone[0].step_ms == pytest.approx(50.0)
+    cached.write(tmp_path / "ledger.json")
+    assert main(["--ledger", str(tmp_path / "ledger.json"), "--gpus", "8", "16"]) == 0
+    assert re.search(r"hours with the teacher live: [\d.]+ on 8, [\d.]+ on 16", capsys.readouterr().out)
 
 
 def test_a_ring_sends_its_part_to_all_others_twice():

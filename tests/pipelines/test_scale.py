@@ -1,4 +1,4 @@
-"""The plan of a cluster: its bytes are DDP's own, its arithmetic is what it says, its predictions are what happens here."""
+"""The plan of a cluster: its bytes are DDP's own, its arithmetic is what it says."""
 
 import json
 import re
@@ -17,22 +17,9 @@ from pipelines.measure.timeline import ALL_REDUCE, BACKWARD, FORWARD, REST, TEAC
 from pipelines.scale import main
 from tests.measured import arguments, measured
 
-TOLERANCE = 1.5
-"""Predicted and measured steps differ by less than this factor: two shared cores, steps of tens of milliseconds."""
-ATTEMPTS = 3
-"""Of a measurement: what else the machine does may spoil one, and a wrong model spoils all."""
 
-
-def this_machine(report: Report) -> Cluster:
-    """As the ledger of two processes measured it; two messages of a tree are the latency of one all-reduce."""
-    bandwidth, latency = report.ceiling.network_bytes_per_second, report.ceiling.network_latency_ms
-    assert bandwidth is not None
-    assert latency is not None
-    return Cluster(2, bandwidth, bandwidth, latency / 2000, disk=1e12, memory=1e12, loader=1e6)
-
-
-def test_bytes_and_steps_of_two_processes_are_as_predicted(digits: Path, tmp_path: Path):
-    """Buckets and gathered negatives to the byte, against DDP's and gloo's own; the step within the tolerance."""
+def test_bytes_of_two_processes_are_as_predicted(digits: Path, tmp_path: Path):
+    """Buckets and gathered negatives to the byte, against DDP's and gloo's own."""
     noted = tmp_path / "gathers.jsonl"
     more = ["--student", "cifar_resnet8x4", "--loss.msdcrd.gather", "true", "--train.global_batch_size", "8"]
     report = measured(arguments(digits, *more), tmp_path / "two.json", world_size=2, gathered=noted)
@@ -45,7 +32,9 @@ def test_bytes_and_steps_of_two_processes_are_as_predicted(digits: Path, tmp_pat
     assert len(report.traffic.buckets) > 1
     assert [size for _, size in buckets(report.traffic.arrivals)] == report.traffic.buckets
 
-    cluster = this_machine(report)
+    bandwidth = report.ceiling.network_bytes_per_second
+    assert bandwidth is not None
+    cluster = Cluster(2, bandwidth, bandwidth, 0.0, disk=1e12, memory=1e12, loader=1e6)
     # one bucket of everything sends each byte once there and once back: for two, the gradient's size
     predicted = predict(report, cluster, 2, epochs=1, images=100, gather=True)
     assert predicted.sent_bytes == report.traffic.gradient_bytes
@@ -57,28 +46,6 @@ def test_bytes_and_steps_of_two_processes_are_as_predicted(digits: Path, tmp_pat
     assert len(rows) == 1
     assert len(steps) % each == 0
     assert sum(steps[-each:]) == predicted.gather_bytes
-    assert_predicted(report, 2, lambda: measured(arguments(digits, *more), tmp_path / "again.json", world_size=2))
-
-
-def test_a_step_of_one_process_is_as_predicted(digits: Path, tmp_path: Path):
-    def measure() -> Report:
-        return measured(arguments(digits), tmp_path / "one.json")
-
-    report = measure()
-    assert report.traffic.buckets == []
-    assert_predicted(report, 1, measure)
-
-
-def assert_predicted(report: Report, processes: int, again) -> None:
-    """The plan's step against steps without any marks that were taken in turn with those it is predicted from."""
-    found = []
-    for _ in range(ATTEMPTS):
-        cluster = this_machine(report) if processes > 1 else Cluster(1, 1.0, 1.0, 0.0, disk=1e12, memory=1e12, loader=1e6)
-        found.append(predict(report, cluster, processes, 1, 100, gather=False).step_ms / report.step.unmarked_ms)
-        if 1 / TOLERANCE < found[-1] < TOLERANCE:
-            return
-        report = again()
-    raise AssertionError(f"predicted over measured: {found}")
 
 
 MIB = 2**20

@@ -21,9 +21,10 @@ from tests.runs import fp16_on_cpus
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# a shell's background (`make test &`) ignores Ctrl-C, and so would all commands that tests start and interrupt
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# a shell's background (`make test &`) ignores Ctrl-C, and nohup the end of a terminal: all commands that tests start would too
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(number, handler)
 
 TRAIN_IMAGES, VAL_IMAGES = 145, 37
 """Neither divides by what the tests split it into: 6 steps of 24 an epoch, and evaluation shares of unequal size."""

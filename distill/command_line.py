@@ -192,6 +192,7 @@ def command(run: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
 
     @functools.wraps(run)
     def main(argv: Sequence[str] | None = None) -> int:
+        """`run`, with an answer for each way in which it ends."""
         begin_work()
         # processes of one machine would say the same; another machine may lack a file that this one has
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"

@@ -33,8 +33,8 @@ from distill.teacher_cache.codecs import CodecName, FeatureType
 from distill.teacher_cache.files import CacheError, TeacherCache, remedy, view_path
 from distill.teacher_cache.writer import Unit
 from pipelines.setup.arguments import parse
-from pipelines.setup.machine import build_accelerator, leave_together, meet
-from pipelines.setup.prepass import Asked, PrePass, Speed, claimed, finish, of_main_process
+from pipelines.setup.machine import build_accelerator, leave_together, meet, of_main_process
+from pipelines.setup.prepass import Asked, PrePass, Speed, claimed, finish
 
 SPEAK_SECONDS = 10.0
 MONTH = 30 * 24 * 60.0

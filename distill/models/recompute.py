@@ -24,7 +24,7 @@ def set_activation_checkpointing(backbone: Backbone) -> tuple[int, int]:
     before = activation_bytes(backbone)
     try:
         backbone.model.set_grad_checkpointing(True)
-    except (AssertionError, AttributeError, NotImplementedError) as error:
+    except (AssertionError, AttributeError, NotImplementedError) as error:  # timm's architectures refuse in three ways
         raise ValueError(f"student.checkpoint_activations: {backbone.name} cannot do it in timm; leave it out") from error
     after = activation_bytes(backbone)
     if after >= before:

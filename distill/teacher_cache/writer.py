@@ -105,7 +105,10 @@ class Writer:
         """
         manifest = read_json(self.folder / MANIFEST)
         (self.folder / DONE).mkdir(parents=True, exist_ok=True)
-        if manifest is None and not os.listdir(self.folder / DONE):  # begun, and nothing was made: it may be another now
+        begun, made = (self.folder / REQUEST).is_file(), bool(os.listdir(self.folder / DONE))
+        if manifest is None and not begun and (made or any(self.folder.glob("view-*.npy"))):
+            raise ValueError(f"{self.folder} holds files of a cache of which nothing says what it is; give another --out")
+        if manifest is None and begun and not made:  # it may be another one now
             for file in (self.folder / REQUEST, *self.folder.glob("view-*.npy")):
                 file.unlink(missing_ok=True)
         found = read_json(self.folder / REQUEST) or manifest

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from distill.config import RecipeError
 from distill.data import order
@@ -130,6 +130,20 @@ def meet() -> None:
     state = PartialState()
     if state.num_processes > 1:
         torch.distributed.barrier(device_ids=[state.device.index] if state.device.type == "cuda" else None)
+
+
+def of_main_process(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
+    """What `act` gives on the main process, on every process; what it raises, likewise."""
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = act()
+        except Exception as error:
+            answer[1] = error
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def leave_together(wait: Callable[[], Any]) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 
 from distill.batch_transform import to_pixels
@@ -25,6 +24,7 @@ from distill.teacher_cache.files import CacheError, view_path
 from distill.teacher_cache.teacher import Recorder, asked_regions, codec_facts
 from distill.teacher_cache.writer import Entries, Unit, Writer
 from pipelines.setup.data import Splits, build_entry_loader, build_splits, data_facts, train_images
+from pipelines.setup.machine import of_main_process
 from pipelines.setup.models import Models, build_models
 from pipelines.setup.teacher_cache import cache_facts, check_cacheable, live_teacher, regions_fact
 
@@ -139,8 +139,11 @@ def claimed(work: PrePass) -> Iterator[int]:
         try:
             lock = _locked(work.asked.out)
             return work.writer.begin(work.asked.views)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise RequestError(f"--out: {error}") from None
+        except OSError as error:
+            out, why = work.asked.out, error.strerror or error
+            raise RequestError(f"--out {out}: cannot be a cache's folder: {why}; give one that can be written") from None
 
     views = of_main_process(work.accelerator, begin)
     with lock or nullcontext():
@@ -164,17 +167,3 @@ def _locked(folder: Path) -> IO[str]:
         return locked(folder)
     except BlockingIOError:
         raise RequestError(f"another process is writing to {folder}; wait for it, or give another folder") from None
-
-
-def of_main_process(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
-    """What `act` gives on the main process, on every process; what it raises, likewise."""
-    answer: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = act()
-        except Exception as error:
-            answer[1] = error
-    broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]

@@ -16,7 +16,6 @@ from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 import distill
@@ -28,6 +27,7 @@ from distill.files import RUN_MANIFEST, RUN_SUMMARY, locked, write_atomically
 from distill.models.weights import checksum_bytes
 from distill.recipe import Recipe
 from distill.report import say
+from pipelines.setup.machine import of_main_process
 from pipelines.setup.switches import switches
 
 LOCK_SECONDS = 10.0
@@ -78,19 +78,18 @@ class RunFolder:
         at work in it, or where the run in it was made by another version of this program or from another recipe.
         """
         lock: IO[str] | None = None
-        answer: list[Any] = ["", {}]  # the problem, and the manifest
-        if accelerator.is_main_process:
+
+        def begin() -> Mapping[str, Any]:
+            nonlocal lock
             try:
-                lock, answer[1] = _claim(recipe, resume)
-            except RecipeError as error:
-                answer[0] = str(error)
+                lock, manifest = _claim(recipe, resume)
             except OSError as error:
-                answer[0] = f"out: {recipe.out} cannot be a run's folder: {error.strerror or error}; give another --out"
-        broadcast_object_list(answer)
-        problem, manifest = answer
+                why = error.strerror or error
+                raise RecipeError(f"out: {recipe.out} cannot be a run's folder: {why}; give another --out") from None
+            return manifest
+
+        manifest = of_main_process(accelerator, begin)
         with lock or nullcontext():
-            if problem:
-                raise RecipeError(problem)
             yield cls(recipe, accelerator, manifest)
 
     @property

@@ -156,6 +156,18 @@ def test_rows_that_changed_are_found_by_the_checksum_of_their_unit(tmp_path: Pat
     assert writer.missing(1) == damaged
 
 
+def test_files_of_which_nothing_says_what_they_are_are_left_alone(cache: TeacherCache, tmp_path: Path):
+    (cache.folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="nothing says what it is; give another --out"):
+        Writer(cache.folder, facts()).begin(VIEWS)
+    other = tmp_path / "other"
+    other.mkdir()
+    view_path(other, 0).write_text("mine")
+    with pytest.raises(ValueError, match="nothing says what it is"):
+        Writer(other, facts()).begin(VIEWS)
+    assert view_path(other, 0).read_text() == "mine"
+
+
 def test_a_request_of_which_nothing_was_made_may_be_another_one(tmp_path: Path):
     Writer(tmp_path, facts()).begin(VIEWS)
     assert Writer(tmp_path, facts(unit=5)).begin(VIEWS) == VIEWS

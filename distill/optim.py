@@ -170,11 +170,12 @@ def weight_schedule(
     *,
     warmup_epochs: float = 0.0,
     start_epoch: float = 0.0,
+    stop_epoch: float | None = None,
     final_weight: float | None = None,
     decay: str = "linear",
     decay_start_epoch: float = 0.0,
 ) -> Schedule:
-    """Weight of a loss term: constant, risen over whole epochs, started late, or moved to `final_weight`.
+    """Weight of a loss term: constant, risen over whole epochs, started late, stopped early, or moved to `final_weight`.
 
     The rise is piecewise constant, `min((epoch + 1) / warmup_epochs, 1)` with epochs from 0: the released code of DKD and
     SDD. It counts from `start_epoch`. The move to `final_weight` goes on step by step from `decay_start_epoch` (or
@@ -184,7 +185,7 @@ def weight_schedule(
     def at(progress: Progress) -> float:
         """The weight in the step that is about to be made."""
         since = progress.epoch - start_epoch
-        if since < 0:
+        if since < 0 or (stop_epoch is not None and progress.epoch >= stop_epoch):
             return 0.0
         rise = min(1.0, (since + 1) / warmup_epochs) if warmup_epochs else 1.0
         if final_weight is None:

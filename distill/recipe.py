@@ -275,6 +275,7 @@ class TermSchedule:
     weight: NonNegative = _doc("multiplier of the term", 1.0)
     warmup_epochs: NonNegative = _doc("weight rises in whole epochs, (epoch + 1) / warmup_epochs, as in mdistiller", 0.0)
     start_epoch: NonNegative = _doc("weight is 0 before this epoch", 0.0)
+    stop_epoch: NonNegative | None = _doc("weight is 0 from this epoch on; null: never", None)
     final_weight: NonNegative | None = _doc("weight at the end of training; null: constant", None)
     decay: Literal["linear", "cosine"] = _doc("how the weight goes to final_weight", "linear")
     decay_start_epoch: NonNegative = _doc("epoch from which it goes there; constant before", 0.0)

@@ -111,6 +111,8 @@ def doubts(recipe: Recipe, steps_per_epoch: int) -> Iterator[str]:
             yield f"loss.{name}.start_epoch: {term.start_epoch:g}, and {ends}: the term never counts"
         elif term.start_epoch + term.warmup_epochs > epochs:
             yield f"loss.{name}.warmup_epochs: {term.warmup_epochs:g}, and {ends}: the term never has its whole weight"
+        if term.stop_epoch is not None and term.stop_epoch <= term.start_epoch:
+            yield f"loss.{name}.stop_epoch: {term.stop_epoch:g}, and it starts at {term.start_epoch:g}: the term never counts"
         if term.final_weight is not None and term.decay_start_epoch >= epochs:
             yield f"loss.{name}.decay_start_epoch: {term.decay_start_epoch:g}, and {ends}: final_weight has no effect"
     ema, steps = recipe.ema, round(epochs * steps_per_epoch)

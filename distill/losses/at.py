@@ -27,7 +27,7 @@ def at_loss(student_map: Tensor, teacher_map: Tensor, power: int = 2) -> Tensor:
     check_power(power)
     height, width = (min(sides) for sides in zip(student_map.shape[-2:], teacher_map.shape[-2:], strict=True))
     with no_autocast(student_map):
-        mine, theirs = (_attention(to_grid(each, height, width), power) for each in (student_map, teacher_map.detach()))
+        mine, theirs = (attention_vector(to_grid(each, height, width), power) for each in (student_map, teacher_map.detach()))
         return (mine - theirs).square().mean(1)
 
 
@@ -37,8 +37,8 @@ def check_power(power: int) -> None:
         raise ValueError(f"power {power} must be at least 1")
 
 
-def _attention(feature_map: Tensor, power: int) -> Tensor:
-    """[B, C, H, W] -> [B, H W], rows of norm 1."""
+def attention_vector(feature_map: Tensor, power: int) -> Tensor:
+    """The mean over channels of the map's powers, each row of norm 1: [B, C, H, W] -> [B, H W]."""
     attention = feature_map.pow(power).mean(1).flatten(1)
     norms = torch.linalg.vector_norm(attention.detach(), dim=1, keepdim=True)
     attention = torch.where(norms > EPS, attention, attention.detach())

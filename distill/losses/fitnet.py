@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import get_args
 
 from torch import Tensor, nn
 
 from distill.losses.inputs import check_pair, teacher_of
-from distill.losses.maps import Maps, Source, available, to_grid
+from distill.losses.maps import Maps, Match, Source, available, smaller_grid, to_grid
 from distill.precision import full_precision, no_autocast
-from distill.protocols import Criterion, ModelFacts, ModelOutput, Target
+from distill.protocols import Criterion, MapShape, ModelFacts, ModelOutput, Target
 
 Grid = tuple[int, int]
 
@@ -64,6 +64,26 @@ class FitNetRegressor(nn.Module):
         return self.relu(self.bn(self.conv(feature_map)))
 
 
+def build_regressor(student: MapShape, teacher: MapShape, match: Match, relu: bool) -> FitNetRegressor:
+    """The regressor between two maps; with `match` pool a 1x1 one, for maps that `matched` has brought to one grid.
+
+    Raises ValueError for another `match`, and as `FitNetRegressor`.
+    """
+    if match not in get_args(Match):
+        raise ValueError(f"match {match!r} is unknown; choose one of {', '.join(get_args(Match))}")
+    grids = ((student.height, student.width), (teacher.height, teacher.width)) if match == "convolution" else ((1, 1), (1, 1))
+    return FitNetRegressor(student.channels, teacher.channels, *grids, relu=relu)
+
+
+def matched(student: Tensor, teacher: Tensor, match: Match) -> tuple[Tensor, Tensor]:
+    """Both maps, with `match` pool on the smaller's grid; the teacher's detached."""
+    teacher = teacher.detach()
+    if match == "convolution":
+        return student, teacher
+    grid = smaller_grid(student, teacher)
+    return to_grid(student, *grid), to_grid(teacher, *grid)
+
+
 class FitNet(Criterion):
     """FitNet hints (Romero et al., ICLR 2015), trained together with the other losses, as in the papers' tables.
 
@@ -86,25 +106,20 @@ class FitNet(Criterion):
         *,
         source: Source = "stages",
         pair: tuple[int, int] | None = None,
-        match: Literal["convolution", "pool"] = "convolution",
+        match: Match = "convolution",
         relu: bool = True,
     ) -> None:
         super().__init__()
-        if match not in ("convolution", "pool"):
-            raise ValueError(f"match {match!r} is unknown; choose one of convolution, pool")
         # a plain ViT has one stage only
         mine, theirs = pair or (min(1, len(available(each, source)) - 1) for each in (student, teacher))
         self.student_map, self.teacher_map = Maps(student, source, (mine,)), Maps(teacher, source, (theirs,))
         self.student_needs, self.teacher_needs = self.student_map.needs, self.teacher_map.needs
         self.match = match
         (own,), (other,) = self.student_map.shapes, self.teacher_map.shapes
-        grids = ((own.height, own.width), (other.height, other.width)) if match == "convolution" else ((1, 1), (1, 1))
-        self.regressor = FitNetRegressor(own.channels, other.channels, *grids, relu=relu)
+        self.regressor = build_regressor(own, other, match, relu)
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """The batch mean."""
         (mine,), (theirs,) = self.student_map.of(student), self.teacher_map.of(teacher_of(teacher, "fitnet"))
-        if self.match == "pool":
-            grid = [min(sides) for sides in zip(mine.shape[-2:], theirs.shape[-2:], strict=True)]
-            mine, theirs = to_grid(mine, *grid), to_grid(theirs.detach(), *grid)
+        mine, theirs = matched(mine, theirs, self.match)
         return fitnet_loss(self.regressor(mine), theirs).mean(), {}

@@ -14,6 +14,8 @@ from distill.regions import adaptive_side
 
 Source = Literal["stages", "blocks"]
 Pairs = Literal["all", "last"] | tuple[tuple[int, int], ...]
+Stages = Literal["all"] | tuple[int, ...]
+Match = Literal["convolution", "pool"]
 
 
 class Maps:
@@ -66,6 +68,15 @@ def paired(student: ModelFacts, teacher: ModelFacts, source: Source, pairs: Pair
             f"pairs {pairs!r} must be 'all', 'last' or pairs of a student's and a teacher's map, such as [[-1, -1]]"
         )
     return Maps(student, source, tuple(mine for mine, _ in pairs)), Maps(teacher, source, tuple(theirs for _, theirs in pairs))
+
+
+def chosen_stages(stages: Stages, student: ModelFacts, teacher: ModelFacts) -> tuple[int, ...]:
+    """The stages to compare, by their index from the end, first to last: `all` that both models have, or those named."""
+    if stages == "all":
+        return tuple(range(-min(len(student.stages), len(teacher.stages)), 0))
+    if isinstance(stages, str) or not stages or len(set(stages)) < len(stages) or max(stages) > -1:
+        raise ValueError(f"stages {stages!r} must be 'all' or indices from the end, each once, such as [-1, -2]")
+    return tuple(sorted(stages))
 
 
 def to_grid(feature_map: Tensor, height: int, width: int) -> Tensor:

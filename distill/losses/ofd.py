@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.losses.inputs import check_pair, teacher_of
-from distill.losses.maps import Maps, to_grid
+from distill.losses.maps import Maps, Stages, chosen_stages, to_grid
 from distill.precision import double_precision, full_precision
 from distill.protocols import Affine, Criterion, ModelFacts, ModelOutput, Needs, Target
 
@@ -78,7 +78,7 @@ class OFD(Criterion):
         student: ModelFacts,
         teacher: ModelFacts,
         *,
-        stages: Literal["all"] | tuple[int, ...] = "all",
+        stages: Stages = "all",
         margins: Literal["batchnorm", "measured"] = "batchnorm",
         kernel_size: int = 1,
     ) -> None:
@@ -87,7 +87,7 @@ class OFD(Criterion):
             raise ValueError(f"margins {margins!r} is unknown; choose one of {', '.join(MARGINS)}")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {kernel_size} must be odd, so that the map keeps its size")
-        self.stages = _chosen(stages, min(len(student.stages), len(teacher.stages)))
+        self.stages = chosen_stages(stages, student, teacher)
         mine, theirs = (Maps(facts, "stages", self.stages).shapes for facts in (student, teacher))
         self.connectors = nn.ModuleList(
             _connector(own.channels, other.channels, kernel_size) for own, other in zip(mine, theirs, strict=True)
@@ -111,15 +111,6 @@ class OFD(Criterion):
             found[f"stage{stage}/loss"] = loss.detach()
             total = total + 2.0 ** (number + 1 - len(self.stages)) * loss
         return total, found
-
-
-def _chosen(stages: Literal["all"] | tuple[int, ...], pairs: int) -> tuple[int, ...]:
-    """The stages, first to last."""
-    if stages == "all":
-        return tuple(range(-pairs, 0))
-    if isinstance(stages, str) or not stages or len(set(stages)) < len(stages) or max(stages) > -1:
-        raise ValueError(f"stages {stages!r} must be 'all' or indices from the end, each once, such as [-1, -2]")
-    return tuple(sorted(stages))
 
 
 def _norms(teacher: ModelFacts, stages: tuple[int, ...]) -> list[Affine | None]:

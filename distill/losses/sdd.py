@@ -42,16 +42,18 @@ def sdd_loss(
     reliability: Reliability = "none",
     reliability_floor: float = 0.2,
     reliability_power: float = 1.0,
+    consistent_weight: float = 1.0,
 ) -> Tensor:
-    """The base loss of every region, complementary regions weighted, over regions and batch: a scalar.
+    """The base loss of every region, weighted by its kind, over regions and batch: a scalar.
 
     student_regions, teacher_regions: logits [B, R, K], the global region first; labels int [B] or soft, float [B, K].
     `base_options` are keyword arguments of the base loss (`temperature`, ...); what is left out takes its default.
     `rule` is that of `complementary`; soft labels have no right or wrong, so the `class` rule then serves, with a note in
     the log. `reduction`: `mean` over regions and batch (the released code), or `sum` over regions, mean over the batch
     (eq. 9-10 of the paper): R times as much. Weights are not normalised: the mean is 1 to `complementary_weight` times the
-    plain mean. `reliability` weighs regions by `region_reliability` at the base's temperature (`confidence`), or, to see what
-    the smaller loss alone does, all of them by its mean over the batch (`mean`). Computed in float32 (float64 stays), no
+    plain mean, or with a `consistent_weight` of 0 the complementary regions' part alone. `reliability` weighs regions by
+    `region_reliability` at the base's temperature (`confidence`), or, to see what the smaller loss alone does, all of them by
+    its mean over the batch (`mean`). Computed in float32 (float64 stays), no
     gradient to the teacher. Raises ValueError for shapes, labels, names and options that cannot be right.
     """
     check_choices(base, rule, reduction, base_options)
@@ -59,7 +61,7 @@ def sdd_loss(
     losses, outside = region_losses(student_regions, teacher_regions, labels, base, rule, base_options)
     temperature = base_temperature(base, base_options)
     trust = _trust(teacher_regions, temperature, reliability, reliability_floor, reliability_power)
-    return _weighted(losses if trust is None else losses * trust, outside, complementary_weight, reduction)
+    return _weighted(losses if trust is None else losses * trust, outside, (consistent_weight, complementary_weight), reduction)
 
 
 def region_reliability(teacher_regions: Tensor, temperature: float = 4.0, floor: float = 0.2, power: float = 1.0) -> Tensor:
@@ -156,9 +158,11 @@ def _noted_class_rule() -> bool:
     return True
 
 
-def _weighted(losses: Tensor, outside: Tensor, complementary_weight: float, reduction: str) -> Tensor:
-    weights = torch.ones_like(losses).masked_fill(outside, complementary_weight)
-    return _reduce(losses * weights, reduction)
+def _weighted(losses: Tensor, outside: Tensor, weights: tuple[float, float], reduction: str) -> Tensor:
+    """weights: of consistent and of complementary regions."""
+    consistent, complementary = weights
+    of_each = torch.full_like(losses, consistent).masked_fill(outside, complementary)
+    return _reduce(losses * of_each, reduction)
 
 
 def _reduce(losses: Tensor, reduction: str) -> Tensor:
@@ -172,7 +176,8 @@ class SDD(Criterion):
         base: the loss of each region, kd, dkd or nkd.
         scales: grids of regions, 1 (the whole image) first; (1, 2) for similar, (1, 2, 4) for different architectures.
         pooling: area (regions partition the image), adaptive (each scale from the full map) or cascade (the released code).
-        complementary_weight: weight of regions that disagree with the whole image; consistent regions weigh 1.
+        complementary_weight: weight of regions that disagree with the whole image.
+        consistent_weight: weight of the others, the whole image among them; 0 leaves them out (the paper's Table 6).
         rule: what disagreeing means; label (the released code) or class (the paper's text, and always with soft labels).
         reduction: mean over regions (the released code) or their sum (the paper).
         temperature: of the base; None is the base's own default.
@@ -195,6 +200,7 @@ class SDD(Criterion):
         scales: tuple[int, ...] = (1, 2),
         pooling: Mode = "area",
         complementary_weight: float = 2.0,
+        consistent_weight: float = 1.0,
         rule: Rule = "label",
         reduction: Reduction = "mean",
         temperature: float | None = None,
@@ -214,7 +220,9 @@ class SDD(Criterion):
         check_choices(base, rule, reduction, self.base_options)
         if temperature is not None:
             check_temperature(temperature)
-        check_weights(complementary_weight=complementary_weight, alpha=alpha, beta=beta, gamma=gamma)
+        check_weights(
+            complementary_weight=complementary_weight, consistent_weight=consistent_weight, alpha=alpha, beta=beta, gamma=gamma
+        )
         check_reliability(reliability, reliability_floor, reliability_power)
         self.trust = partial(
             _trust,
@@ -227,7 +235,7 @@ class SDD(Criterion):
         if scales[0] != 1:
             raise ValueError(f"scales {list(scales)} must begin with 1, the whole image that regions are compared with")
         self.base, self.rule, self.reduction = base, rule, reduction
-        self.scales, self.complementary_weight = tuple(scales), complementary_weight
+        self.scales, self.weights = tuple(scales), (consistent_weight, complementary_weight)
         self.regions = Regions(scales=self.scales, mode=pooling)
         self.student_needs = Needs(region_logits=(self.regions,))
         self.teacher_needs = Needs(region_logits=(self.regions,))
@@ -237,15 +245,15 @@ class SDD(Criterion):
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss; and the share of complementary regions, both kinds' parts of the loss, and the mean loss per scale.
 
-        loss = consistent_loss + complementary_weight * complementary_loss; the means per scale lack the complementary weight.
-        With a reliability all of them are weighted by it, and its mean is reported.
+        loss = consistent_weight * consistent_loss + complementary_weight * complementary_loss; the means per scale lack both
+        weights. With a reliability all of them are weighted by it, and its mean is reported.
         """
         teacher = teacher_of(teacher, "sdd")
         mine, theirs = student.region_logits[self.regions], teacher.region_logits[self.regions]
         losses, outside = region_losses(mine, theirs, target.labels, self.base, self.rule, self.base_options)
         trust = self.trust(theirs)
         trusted = losses if trust is None else losses * trust
-        loss = _weighted(trusted, outside, self.complementary_weight, self.reduction)
+        loss = _weighted(trusted, outside, self.weights, self.reduction)
         statistics = self._statistics(trusted.detach(), outside)
         return loss, statistics if trust is None else {**statistics, "reliability": trust.mean()}
 

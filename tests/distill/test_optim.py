@@ -61,6 +61,12 @@ def test_weight_can_start_late_and_end_elsewhere():
         assert later(at(1000)) == pytest.approx(0.0)
 
 
+def test_a_term_that_stops_counts_in_the_epochs_before():
+    weight = weight_schedule(2.0, start_epoch=10, stop_epoch=30)
+    assert [weight(at(step)) for step in (99, 100, 299, 300, 999)] == [0.0, 2.0, 2.0, 0.0, 0.0]
+    assert weight_schedule(2.0, stop_epoch=0)(at(0)) == 0.0
+
+
 def test_a_term_that_starts_after_its_decay_should_begins_its_decay_with_itself():
     weight = weight_schedule(1.0, start_epoch=50, final_weight=0.0, decay_start_epoch=20)
     assert [weight(at(step)) for step in (499, 500, 750)] == [0.0, 1.0, pytest.approx(0.5)]

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from distill.command_line import Parser, command, requests
 from distill.errors import RequestError
-from tests.golden import adapters_a, adapters_b
+from tests.golden import adapters_a, adapters_b, adapters_c
 from tests.golden.case import ROUNDING, Adapter, Case, Options, Stored, cases, load
 
-ADAPTERS: dict[str, Adapter] = {**adapters_a.ADAPTERS, **adapters_b.ADAPTERS}
+ADAPTERS: dict[str, Adapter] = {**adapters_a.ADAPTERS, **adapters_b.ADAPTERS, **adapters_c.ADAPTERS}
 """Method, as the indices call it -> what computes its cases with our code. `names.NAMES` has the parameters' names."""
 
 RELATIVE = {torch.float64: 1e-9, torch.float32: 1e-5}

@@ -28,6 +28,15 @@ NAMES: dict[str, dict[str, str]] = {
         r"regressor(\d)(\d)\.regressor\.(.*)": r"regressors.\1-\2.\3",
     },
     "simkd": {r"transfer\.(.*)": r"projector.\1"},
+    "ab": {r"ab\.(.*)": r"\1"},
+    "cc": {r"embed_s\.linear\.(.*)": r"student.\1", r"embed_t\.linear\.(.*)": r"teacher.\1"},
+    "ft": {
+        # the reference has an empty place for BatchNorm behind each of the paraphraser's convolutions
+        **{rf"paraphraser\.(en|de)coder\.{3 * number}\.(.*)": rf"paraphraser.\1code.{2 * number}.\2" for number in range(3)},
+        r"translator\.encoder\.(.*)": r"translate.\1",
+    },
+    "srrl": {r"srrl\.transfer\.(.*)": r"project.\1"},
+    "vid": {r"vid\.regressor\.(.*)": r"predict.0.\1", r"vid\.log_scale": r"spreads.0"},
     "mgd": {r"generation\.(.*)": r"generator.\1"},
 }
 """Method -> regular expression of the reference's name -> ours, a substitution; the first that fits counts."""

@@ -16,7 +16,7 @@ from tests.golden.adapters_a import ADAPTERS
 FOLDER = Path(__file__).parent
 
 
-@pytest.mark.parametrize("part", ["methods/a", "methods/b", "ceiling"])
+@pytest.mark.parametrize("part", ["methods/a", "methods/b", "methods/c", "ceiling"])
 def test_every_public_case_passes(part):
     results = check.check_folder(FOLDER / part)
     assert all(found.worst.keys() == {torch.float64, torch.float32} for found in results.values())

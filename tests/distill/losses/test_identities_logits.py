@@ -196,6 +196,8 @@ def test_the_loss_is_affine_in_the_complementary_weight(base, seed, weight):
     torch.testing.assert_close(loss(weight), loss(0.0) + weight * (loss(1.0) - loss(0.0)), **CLOSE)
     assert plain <= loss(2.0) + 1e-12
     assert loss(2.0) <= 2 * plain + 1e-12
+    apart = sdd_loss(student, teacher, labels, base, complementary_weight=weight, consistent_weight=0.0)
+    torch.testing.assert_close(apart + loss(0.0), loss(weight), **CLOSE)
 
 
 @FEW

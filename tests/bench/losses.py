@@ -39,9 +39,11 @@ from distill.config import RecipeError
 from distill.losses.at import at_loss
 from distill.losses.crd import crd_row_loss
 from distill.losses.dist_kd import dist_loss
+from distill.losses.fsp import fsp_matrix
 from distill.losses.logits import dkd_loss, kd_loss, nkd_loss
 from distill.losses.memory_bank import crd_scores
 from distill.losses.msdcrd import contrastive_loss
+from distill.losses.nst import nst_loss
 from distill.losses.pkt import pkt_loss
 from distill.losses.reviewkd import hierarchical_loss
 from distill.losses.rkd import rkd_angle_loss, rkd_distance_loss
@@ -285,10 +287,18 @@ LOGIT_LOSSES = {
     "sdd over nkd": _sdd("nkd"),
 }
 MAP_LOSSES = {"pooling": _pool, "contrast": _contrast, "msdcrd": _msdcrd}
+
+
+def _fsp(student: Tensor, teacher: Tensor) -> Tensor:
+    return (fsp_matrix(student, student) - fsp_matrix(teacher, teacher)).square().mean()
+
+
 METHODS = {
     "ctkd": _ctkd,
     "at": _two("maps", lambda student, teacher: at_loss(student, teacher).mean(), references.at),
     "sp": _two("maps", lambda student, teacher: sp_loss(student, teacher).mean(), references.sp),
+    "nst": _two("maps", lambda student, teacher: nst_loss(student, teacher).mean(), references.nst),
+    "fsp, one matrix": _two("maps", _fsp, references.fsp),
     "pkt": _two("rows", lambda student, teacher: pkt_loss(student, teacher).mean(), references.pkt),
     "rkd": _two("rows", _rkd, references.rkd),
     "dist": _two("logits", lambda student, teacher: dist_loss(student, teacher)[0], references.dist),
@@ -305,8 +315,10 @@ BUILDERS = {**LOGIT_LOSSES, **MAP_LOSSES, **METHODS}
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "ctkd": ((64, 256), (0,)),
     "dist": ((64, 256), (0,)),
-    # the plain version holds several tensors of B x B x D numbers, or of B x K x K, or of B x 16,385 x D
+    # the plain version holds several tensors of B x B x D numbers, or of B x K x K, of B x C x C x 49, or of B x 16,385 x D
     "rkd": ((64,), (512, 2048)),
+    "nst": ((16,), (128,)),
+    "fsp, one matrix": ((16,), (128,)),
     "wkd_logit": ((4,), (0,)),
     "crd": ((16, 64), (128,)),
     "wcord, over the memory": ((16,), (128,)),
@@ -320,6 +332,11 @@ IS_PLAIN = {
     "ofd": "convolution and BatchNorm of each stage, then a sum of squares under a mask",
     "simkd": "a mean of squares; the projector is the student's",
     "semckd": "a regressor for each pair of stages, then means of squares",
+    "vid": "three convolutions of each stage, then a mean of squares over variances",
+    "cc": "two linear layers, then products of neighbours",
+    "srrl": "a linear layer and BatchNorm, then two means of squares",
+    "ab": "convolution and BatchNorm of each stage, then a sum of squares",
+    "ft": "convolutions, then a mean of distances of norms",
 }
 """Losses whose code is the plain version, with what it is."""
 

@@ -31,6 +31,12 @@ METHODS = {
     "dist": {},
     "wkd_logit": {},
     "wkd_feature": {"grid": 1},
+    "vid": {},
+    "cc": {},
+    "nst": {},
+    "srrl": {},
+    "ab": {"match": "pool"},
+    "ft": {},
 }
 PAIRS = {
     "equal grids": (("cifar_resnet8", 32), ("cifar_resnet8x4", 32)),

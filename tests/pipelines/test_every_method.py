@@ -19,6 +19,9 @@ WEIGHTS = {
     **dict.fromkeys(("sp", "pkt"), 3.0),
     **dict.fromkeys(("msdcrd", "crd", "wcord", "rkd", "fitnet"), 0.1),
     "wkd_feature": 0.01,
+    **dict.fromkeys(("nst", "srrl", "ft", "fsp"), 1.0),
+    **dict.fromkeys(("vid", "ab"), 0.1),
+    "cc": 0.02,
     **dict.fromkeys(("mgd", "ofd"), 1e-3),
 }
 """Small enough that all of them together train, for each counts where the others are."""
@@ -34,6 +37,9 @@ OPTIONS = {
     "wkd_logit.decay_start_epoch": "1",
     "ctkd.epochs": "2",
     "reviewkd.warmup_epochs": "2",
+    "cc.embedding": "8",
+    "ab.stop_epoch": "1",
+    "ft.paraphraser_epochs": "1",
 }
 TOGETHER = [
     *(word for name, weight in WEIGHTS.items() for word in (f"--loss.{name}.weight", str(weight))),
@@ -74,6 +80,7 @@ def test_all_that_train_the_recipes_student_are_the_same_run_after_a_kill(digits
             # all but the few images that the last, short batch of each epoch leaves out have been visited
             lengths = state[f"criteria/{name}.memory.bank_{side}"].norm(dim=1)
             assert (torch.isclose(lengths, torch.ones(())).sum()) >= 144
+    assert [sum(f"ft/{stage}" in line for line in lines) for stage in ("reconstruction", "factor")] == [6, 6]
     assert {line["ctkd/curriculum"] for line in lines} == {0.5, 1.0}
     assert len({line["ctkd/temperature"] for line in lines}) == len(lines), "the temperature learns"
     assert len({line["mgd/masked_share"] for line in lines}) > 1, "each step draws its own masks"

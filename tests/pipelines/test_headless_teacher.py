@@ -31,6 +31,11 @@ READ_NO_LOGITS = {
     "reviewkd": {},
     "ofd": {},
     "semckd": {},
+    "vid": {},
+    "cc": {},
+    "nst": {},
+    "ab": {"match": "pool"},
+    "ft": {},
 }
 """Every loss that reads feature maps, regions of them, pre-activations or embeddings, with options that fit small maps."""
 

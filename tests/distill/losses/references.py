@@ -85,6 +85,22 @@ def sp(student: Tensor, teacher: Tensor) -> Tensor:
     return (mine - theirs).square().mean()
 
 
+def nst(student_map: Tensor, teacher_map: Tensor) -> Tensor:
+    """Neuron selectivity of maps of one grid, by the products of every two channels at every cell, as released: a scalar."""
+
+    def kernel(first: Tensor, second: Tensor) -> Tensor:
+        return (first[:, None] * second[:, :, None]).sum(-1).square().mean()
+
+    mine, theirs = (F.normalize(each.flatten(2), dim=2) for each in (student_map, teacher_map))
+    return kernel(theirs, theirs) + kernel(mine, mine) - 2 * kernel(mine, theirs)
+
+
+def fsp(student_map: Tensor, teacher_map: Tensor) -> Tensor:
+    """The difference of two maps' channel products with themselves, at every cell, as released: a scalar."""
+    mine, theirs = ((each.flatten(2)[:, None] * each.flatten(2)[:, :, None]).mean(-1) for each in (student_map, teacher_map))
+    return (mine - theirs).square().mean()
+
+
 def pkt(student: Tensor, teacher: Tensor, eps: float = 1e-7) -> Tensor:
     """The authors' formula: a scalar."""
 

@@ -8,12 +8,12 @@ import torch
 from distill.loss_options import run_parameters
 from distill.losses import LOSSES
 from distill.models.build import ProbedModel, create_student, create_teacher
-from distill.protocols import Criterion, DataFacts, Target
+from distill.protocols import Criterion, DataFacts, Progress, Target
 
 BATCH = 8
 LABELS = torch.arange(BATCH) % 5
 DATA = DataFacts(BATCH, LABELS, BATCH)
-TARGET = Target(LABELS, torch.arange(BATCH))
+TARGET = Target(LABELS, torch.arange(BATCH), Progress(1, 1, 2))
 METHODS = {
     "cat_kd": {"normalise": True},
     "ctkd": {},
@@ -36,7 +36,7 @@ METHODS = {
     "nst": {},
     "srrl": {},
     "ab": {"match": "pool"},
-    "ft": {},
+    "ft": {"paraphraser_epochs": 1},
 }
 PAIRS = {
     "equal grids": (("cifar_resnet8", 32), ("cifar_resnet8x4", 32)),

@@ -25,7 +25,7 @@ from pipelines.setup.models import build_models
 from tests.runs import recipe_of
 
 ROOT = Path(__file__).parents[2]
-READ_LOGITS = {"kd", "dkd", "nkd", "sdd", "msdcrd", "dist", "wkd_logit", "cat_kd", "ctkd", "simkd"}
+READ_LOGITS = {"kd", "dkd", "nkd", "sdd", "msdcrd", "dist", "wkd_logit", "cat_kd", "ctkd", "simkd", "srrl"}
 """Losses that read the logits of a teacher or of its regions, or take its classifier."""
 
 
@@ -81,7 +81,7 @@ def test_explain_refuses_what_a_run_refuses_in_the_same_words(
         assert "its logits are no affine function of the map's mean" in said["cat_kd"]
         assert "simkd needs a teacher of global average pooling and one linear layer" in said["simkd"]
     else:
-        assert said.keys() == {*READ_LOGITS, "fitnet"}, "fitnet has no convolution between maps of such sizes"
+        assert said.keys() == {*READ_LOGITS, "fitnet", "fsp"}, "these two: sizes and channels of maps that do not fit"
         assert all("has no classifier" in said[loss] for loss in ("kd", "dkd", "nkd", "sdd", "ctkd"))
         assert "set categories to labels, or mask_same_category to false" in said["msdcrd"]
         assert "convnext_atto is taken without a classifier: losses that read its logits are refused" in report["warnings"]

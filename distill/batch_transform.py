@@ -36,7 +36,7 @@ class BatchTransform:
     A `Batch` becomes images float32 [B, 3, H, W] in [0, 1] and labels: int64 [B], or float [B, K] where mixing is on.
     Mixing pairs image i with image B-1-i of the same process's micro-batch (timm's `batch` mode), so B must be even:
     ValueError otherwise. Erasing fills boxes with noise of `mean` and `std`, the student's: as timm, which erases after
-    normalisation.
+    normalisation. A view that is to be plain keeps its pixels.
     """
 
     def __init__(
@@ -80,5 +80,6 @@ class BatchTransform:
             check_pairs(len(images))
             images, labels = self.mixup(images, labels)
         if self.erasing is not None:
-            images = self.erasing((images - self.mean) / self.std) * self.std + self.mean
+            erased = self.erasing((images - self.mean) / self.std) * self.std + self.mean
+            images = erased if batch.plain is None else torch.where(batch.plain.view(-1, 1, 1, 1), images, erased)
         return images, labels

@@ -140,7 +140,7 @@ def _forward_backward(run: Run, batch: Batch, progress: Progress, last: bool, lo
     images, labels = run.transform(batch, progress.epoch)
     with torch.no_grad(), accelerator.autocast():  # the teacher is outside of DDP, so nothing else puts it under autocast
         teacher = None if run.teacher is None else run.teacher(images, batch)
-    target = Target(labels, batch.sample_ids.to(labels.device), progress, run.generator)
+    target = Target(labels, batch.sample_ids.to(labels.device), progress, run.generator, batch.plain)
     shares: dict[str, Tensor] = {}
     with nullcontext() if last else accelerator.no_sync(run.distiller):
         losses: Losses = run.distiller(images, teacher, target)

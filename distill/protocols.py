@@ -25,6 +25,9 @@ class Batch(NamedTuple):
     """int64 [B]: the row in the shard index of each image that is really shown, 0 to the number of samples less one."""
     teacher: Tensor | None = None
     """uint8 [B, bytes]: what a teacher cache holds of each image, as its codec packs it; None where the teacher is live."""
+    plain: Tensor | None = None
+    """bool [B]: the views that are cut and flipped only, where others of the same images are altered too; None where all are
+    made alike."""
 
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -198,6 +201,8 @@ class Target(NamedTuple):
     progress: Progress = Progress(0, 1, 1)
     generator: torch.Generator | None = None
     """A generator on the labels' device, seeded from (seed, step, rank): a resumed run draws the same numbers again."""
+    plain: Tensor | None = None
+    """bool [B] on the labels' device, as in `Batch`."""
 
 
 class Gathered(NamedTuple):
@@ -235,6 +240,8 @@ class Criterion(nn.Module):
     the recipe's student and the teacher. The images are noise of each model's input size, [N, C, H, W]; the options are all
     recipe keys of the loss. It is called before the losses are made, and only where the teacher has a classifier of the data's
     classes. It raises ValueError for models that it cannot be made of."""
+    reads_plain: bool = False
+    """Whether it reads `Target.plain`, which a run has where its recipe says `augment.plain_repeats`."""
     teacher_temperature: float | None = None
     """The one temperature at which it reads the teacher's logits, through nothing but their softmax over the classes of an
     image; None: it reads them otherwise."""

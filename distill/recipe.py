@@ -93,6 +93,7 @@ class Augment:
     repeats: Positive = _doc(
         "views of each image in a global batch (repeated augmentation); an epoch has as many views, of 1/N of the images", 1
     )
+    plain_repeats: Count = _doc("with repeats: so many views of each image are cut and flipped, and not altered otherwise", 0)
     mixup: NonNegative = _doc("alpha of Mixup, 0 is off", 0.0)
     cutmix: NonNegative = _doc("alpha of CutMix, 0 is off", 0.0)
     mix_probability: Fraction = _doc("share of batches that are mixed at all", 1.0)

@@ -75,6 +75,28 @@ def combinations(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
         yield from shuffles(recipe.data, recipe.train)
     if recipe.augment.repeats > 1 and recipe.data.shuffle == "lanes":
         yield f"augment.repeats: {recipe.augment.repeats}, but lanes show every image once; say 1, or --data.shuffle global"
+    yield from plain_views(recipe, losses)
+
+
+def plain_views(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
+    """A line for each thing that does not go with plain views of an image beside altered ones, or cannot go without them."""
+    augment = recipe.augment
+    if augment.plain_repeats and augment.plain_repeats >= augment.repeats:
+        yield (
+            f"augment.plain_repeats: {augment.plain_repeats} of augment.repeats {augment.repeats} views; it must be less, for"
+            f" others are to be altered; say --augment.repeats {augment.plain_repeats + 1}, or 0"
+        )
+    if augment.plain_repeats and (augment.mixup or augment.cutmix):
+        yield (
+            f"augment.plain_repeats: {augment.plain_repeats}, but mixup and cutmix would mix plain views with altered ones; say"
+            " 0 for either"
+        )
+    for name in recipe.loss:
+        if getattr(losses[name], "reads_plain", False) and not augment.plain_repeats:
+            yield (
+                f"loss.{name}: tells plain views of an image from altered ones, and augment.plain_repeats is 0; say"
+                " --augment.repeats 2 --augment.plain_repeats 1"
+            )
 
 
 def shuffles(data: Data, train: Train) -> Iterator[str]:

@@ -23,6 +23,7 @@ from distill.data.augment.parameters import (
     uniforms,
     view_uniforms,
 )
+from distill.data.augment.policy import NONE
 from distill.data.faults import Quarantine
 from distill.data.order import Lanes, TrainOrder, eval_batches, eval_samples, micro_batch_rows, micro_batch_size
 from distill.data.reader import BadSample
@@ -102,6 +103,10 @@ class Plan(Protocol):
         """The number of the view that the batch shows; 0 where views are not counted."""
         ...
 
+    def plain(self, position: Position) -> NDArray[np.bool_] | None:
+        """bool [B]: the rows that are cut and flipped only; None where all rows are made alike."""
+        ...
+
     def work(self, position: Position, sizes: NDArray[np.int64], samples: NDArray[np.int64]) -> Work:
         """What to do with each image, from the images' `sizes` [B, 2] as (height, width) and of which `samples` [B]."""
         ...
@@ -125,6 +130,10 @@ class TrainingViews:
         self.slices = transform.crop in SLICED
         self.mirrored = transform.mirrored
         self.exact = self.slices or self.num_layers > 0
+
+    def plain(self, position: Position) -> NDArray[np.bool_] | None:
+        """None: all rows are made alike."""
+        return None
 
     def drawn(self, sizes: NDArray[np.int64], numbers: NDArray[np.float64]) -> Work:
         """What is done with images of these `sizes` [B, 2] by the random `numbers` of each."""
@@ -155,10 +164,12 @@ class TrainPlan(TrainingViews):
         seed: int,
         shuffle_block: int = 0,
         repeats: int = 1,
+        plain_repeats: int = 0,
         lanes: Lanes | None = None,
         views: Views | None = None,
     ) -> None:
-        """views: None draws anew in every epoch, by the place in the epoch."""
+        """plain_repeats: so many of each image's `repeats` are cut and flipped only. views: None draws anew in every epoch, by
+        the place in the epoch."""
         super().__init__(transform, size)
         rows = [micro_batch_rows(global_batch_size, accumulate, rank, world_size, micro) for micro in range(accumulate)]
         self.order = TrainOrder(num_samples, global_batch_size, seed, shuffle_block, repeats, lanes)
@@ -167,6 +178,9 @@ class TrainPlan(TrainingViews):
             if repeats > 1:
                 raise ValueError(f"repeats {repeats} with {views.count} views: a batch would repeat one view; give one of them")
             self.identity = {**self.identity, "views": views.count, "view_seed": views.seed}
+        if plain_repeats:  # without it a state of before there were plain ones is the state of the same stream
+            self.identity = {**self.identity, "plain_repeats": plain_repeats}
+        self.plain_repeats = plain_repeats
         self.views = views
         self.batch_size = micro_batch_size(global_batch_size, accumulate, world_size)
         self.batches_per_epoch = self.order.steps_per_epoch * accumulate
@@ -194,13 +208,23 @@ class TrainPlan(TrainingViews):
         """The epochs' numbers modulo the number of views."""
         return position.epoch % self.views.count if self.views is not None else 0
 
+    def plain(self, position: Position) -> NDArray[np.bool_] | None:
+        """bool [B]: the rows that are among the first views of their images; None where no views are to be plain."""
+        if not self.plain_repeats:
+            return None
+        step, micro = divmod(position.micro, len(self._rows))
+        return self.order.view_numbers(step)[self._rows[micro]] < self.plain_repeats
+
     def work(self, position: Position, sizes: NDArray[np.int64], samples: NDArray[np.int64]) -> Work:
         """What to do with each image, from the images' `sizes` [B, 2] as (height, width) and of which `samples` [B]."""
         if self.views is None:
             numbers = uniforms(self.order.seed, position.epoch, self.first_row(position), len(sizes))
         else:  # by sample, so that a substitute too is shown in one of its own views
             numbers = view_uniforms(self.views.seed, self.view(position), samples)
-        return self.drawn(sizes, numbers)
+        work, plain = self.drawn(sizes, numbers), self.plain(position)
+        if plain is not None:
+            work.operations[plain] = NONE
+        return work
 
 
 class EntryPlan(TrainingViews):
@@ -284,6 +308,10 @@ class EvalPlan:
     def view(self, position: Position) -> int:
         """0: evaluation has no views."""
         return 0
+
+    def plain(self, position: Position) -> None:
+        """None: all images are treated alike."""
+        return None
 
     def work(self, position: Position, sizes: NDArray[np.int64], samples: NDArray[np.int64]) -> Work:
         """What to do with each image, from the images' `sizes` [B, 2] as (height, width); whichever sample it is."""

@@ -107,7 +107,11 @@ class PlannedLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The micro-batches of this epoch from number `start` on."""
         positions = (Position(epoch, micro) for micro in range(start, self.batches_per_epoch))
-        yield from prefetched(map(self._take, positions), self.copying)
+        yield from prefetched(map(self._at, positions), self.copying)
+
+    def _at(self, position: Position) -> Batch:
+        batch, plain = self._take(position), self.task.plan.plain(position)
+        return batch if plain is None else batch._replace(plain=torch.from_numpy(plain))
 
     def _identity(self) -> dict[str, Any]:
         teacher = {} if self.task.teacher is None else self.task.teacher.identity
@@ -128,6 +132,7 @@ def train_task(
     num_threads: int,
     shuffle_block: int = 0,
     repeats: int = 1,
+    plain_repeats: int = 0,
     lanes: Lanes | None = None,
     max_bad_rate: float = 1e-4,
     fault_report: Path | None = None,
@@ -138,8 +143,8 @@ def train_task(
     """The training batches of process `rank`: `global_batch_size // (accumulate * world_size)` images of `size` each.
 
     `max_bad_rate` is the share of the split that may turn out bad; `fault_report` gets a JSON line for each bad sample;
-    `decode` and `teacher` as in `Task`, `views` as in `TrainPlan`. Raises ValueError where a shard is not the indexed one, and
-    where the global batch does not divide or is not filled.
+    `decode` and `teacher` as in `Task`, `plain_repeats` and `views` as in `TrainPlan`. Raises ValueError where a shard is not
+    the indexed one, and where the global batch does not divide or is not filled.
     """
     index.spot_check()
     plan = TrainPlan(
@@ -153,6 +158,7 @@ def train_task(
         seed=seed,
         shuffle_block=shuffle_block,
         repeats=repeats,
+        plain_repeats=plain_repeats,
         lanes=lanes,
         views=views,
     )

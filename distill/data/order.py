@@ -204,6 +204,11 @@ class TrainOrder:
         positions = positions[np.argsort(positions % self.repeats, kind="stable")]
         return self.epoch(epoch)[positions // self.repeats].astype(np.int64)
 
+    def view_numbers(self, step: int) -> NDArray[np.int64]:
+        """int64 [global_batch_size]: the number of the view of its sample that each row of a global batch shows, from 0."""
+        first = step * self.global_batch_size
+        return np.sort(np.arange(first, first + self.global_batch_size) % self.repeats)
+
     def substitute(self, epoch: int, place: int, attempt: int) -> int:
         """A sample drawn at random for a bad one at this place of the epoch: a function of the place, so the same whoever finds
         the bad one, when. Under lanes it is one of the bad one's shard, which the node has at hand."""

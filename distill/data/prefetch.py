@@ -50,8 +50,7 @@ def _sent(batches: Iterator[Batch], stream: torch.cuda.Stream) -> Iterator[_Sent
             batch = next(batches, None)
             if batch is None:
                 return
-            images, labels, sample_ids, teacher = (None if t is None else _to(t, stream.device) for t in batch)
-            batch = Batch(images, labels, sample_ids, teacher)  # type: ignore[arg-type]
+            batch = Batch(*(None if t is None else _to(t, stream.device) for t in batch))  # type: ignore[arg-type]
             arrived = torch.cuda.Event()
             arrived.record()
         yield _Sent(batch, arrived)

@@ -245,6 +245,7 @@ def build_train_loader(
         seed=recipe.seed,
         shuffle_block=recipe.data.shuffle_block,
         repeats=recipe.augment.repeats,
+        plain_repeats=recipe.augment.plain_repeats,
         lanes=lanes_of(recipe, splits.train),
         device=accelerator.device,
         num_threads=num_threads(recipe.data.num_threads),

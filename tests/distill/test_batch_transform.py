@@ -1,4 +1,4 @@
-"""What the device does to a batch: mixing that ends with an epoch."""
+"""What the device does to a batch: mixing that ends with an epoch, erasing that leaves plain views alone."""
 
 import torch
 
@@ -28,3 +28,17 @@ def test_from_its_epoch_on_nothing_is_mixed_and_labels_stay_soft():
         assert torch.equal(seen, plain) is (epoch >= 3)
     seed_all(0)
     assert not torch.equal(made()(batch, 100)[1], torch.eye(4)), "0 is never off"
+
+
+def test_erasing_leaves_plain_rows_alone_and_draws_the_same_for_the_others():
+    transform, plain = made(cutmix=0.0, erasing=1.0), torch.tensor([True, False] * 3)
+    images = torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8)
+    batch = Batch(images, torch.zeros(6, dtype=torch.int64), torch.arange(6))
+    seen = []
+    for each in (batch, batch._replace(plain=plain)):
+        seed_all(0)
+        seen.append(transform(each)[0])
+    everything, some = seen
+    assert torch.equal(some[plain], images[plain].permute(0, 3, 1, 2).float() / 255)
+    assert torch.equal(some[~plain], everything[~plain])
+    assert some.is_contiguous(memory_format=torch.channels_last)

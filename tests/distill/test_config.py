@@ -52,6 +52,12 @@ def test_all_problems_are_reported_together_with_the_nearest_name():
         ({"augment.scale": [0.9, 0.1]}, "augment.scale (0.9, 0.1): must be two shares of the area, 0 < least <= most <= 1"),
         ({"augment.color_jitter": 0.4, "augment.rand_augment": "rand-m9"}, "augment.color_jitter 0.4 with rand_augment"),
         ({"augment.rand_augment": "rand-m9-x3"}, "augment.rand_augment 'rand-m9-x3': must be like"),
+        ({"augment.plain_repeats": 1}, "augment.plain_repeats: 1 of augment.repeats 1 views; it must be less, for others are"),
+        ({"augment.repeats": 2, "augment.plain_repeats": 2}, "say --augment.repeats 3, or 0"),
+        (
+            {"augment.repeats": 2, "augment.plain_repeats": 1, "augment.cutmix": 1.0},
+            "augment.plain_repeats: 1, but mixup and cutmix would mix plain views with altered ones; say 0 for either",
+        ),
         ({"teacher.name": "none"}, "loss.sdd: needs a teacher"),
         ({"schedule.name": "step"}, "schedule.decay_epochs: empty"),
         ({"schedule.decay_epochs": [3]}, "belongs to 'step'"),

@@ -43,6 +43,7 @@ def train(
     batch: int = 12,
     side: int = 40,
     repeats: int = 1,
+    plain_repeats: int = 0,
     faults: dict | None = None,
     **transform,
 ):
@@ -56,6 +57,7 @@ def train(
         world_size=world,
         seed=11,
         repeats=repeats,
+        plain_repeats=plain_repeats,
         device=CPU,
         num_threads=2,
         **(faults or {}),

@@ -13,6 +13,7 @@ from distill.losses.fsp import FSP
 from distill.losses.ft import FT
 from distill.losses.logits import DKD, KD, NKD
 from distill.losses.mgd import MGD
+from distill.losses.mlkd import MLKD
 from distill.losses.msdcrd import MSDCRD
 from distill.losses.nst import NST
 from distill.losses.ofd import OFD
@@ -50,6 +51,7 @@ LOSSES: dict[str, type[Criterion]] = {
     "cat_kd": CATKD,
     "ctkd": CTKD,
     "mgd": MGD,
+    "mlkd": MLKD,
     "reviewkd": ReviewKD,
     "ofd": OFD,
     "simkd": SimKD,

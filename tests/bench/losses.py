@@ -328,6 +328,7 @@ IS_PLAIN = {
     "cross_entropy": "PyTorch's own operator",
     "fitnet": "convolution, BatchNorm and ReLU, then a mean of squares",
     "cat_kd": "a mean of squares of logits that the model's head makes",
+    "mlkd": "kd's divergences, and the images' and the classes' products of softmaxes",
     "mgd": "a mask and two convolutions, then a sum of squares",
     "ofd": "convolution and BatchNorm of each stage, then a sum of squares under a mask",
     "simkd": "a mean of squares; the projector is the student's",

@@ -116,7 +116,8 @@ def build(pair: Pair, names: Sequence[str]) -> tuple[Callable[[], None], dict[st
     student = create_student(pair.student, num_classes=pair.classes, image_size=pair.size)
     teacher = create_teacher(pair.teacher, weights="random", num_classes=pair.classes)
     data = DataFacts(pair.samples, torch.arange(pair.samples) % pair.classes, pair.batch)
-    target = Target(torch.arange(pair.batch) % pair.classes, torch.arange(pair.batch), Progress(0, 10, 100), torch.Generator())
+    rows = torch.arange(pair.batch)
+    target = Target(rows % pair.classes, rows, Progress(0, 10, 100), torch.Generator(), plain=rows < pair.batch // 2)
     criteria = {name: made(name, student.facts, teacher.facts, data) for name in names}
     mine_needs, theirs_needs = needs_of(criteria)
     images = torch.rand(pair.batch, pair.size, pair.size, 3).permute(0, 3, 1, 2)

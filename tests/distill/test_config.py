@@ -58,6 +58,11 @@ def test_all_problems_are_reported_together_with_the_nearest_name():
             {"augment.repeats": 2, "augment.plain_repeats": 1, "augment.cutmix": 1.0},
             "augment.plain_repeats: 1, but mixup and cutmix would mix plain views with altered ones; say 0 for either",
         ),
+        (
+            {"loss.mlkd": {}},
+            "loss.mlkd: tells plain views of an image from altered ones, and augment.plain_repeats is 0; say"
+            " --augment.repeats 2 --augment.plain_repeats 1",
+        ),
         ({"teacher.name": "none"}, "loss.sdd: needs a teacher"),
         ({"schedule.name": "step"}, "schedule.decay_epochs: empty"),
         ({"schedule.decay_epochs": [3]}, "belongs to 'step'"),

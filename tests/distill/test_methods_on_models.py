@@ -13,10 +13,11 @@ from distill.protocols import Criterion, DataFacts, Progress, Target
 BATCH = 8
 LABELS = torch.arange(BATCH) % 5
 DATA = DataFacts(BATCH, LABELS, BATCH)
-TARGET = Target(LABELS, torch.arange(BATCH), Progress(1, 1, 2))
+TARGET = Target(LABELS, torch.arange(BATCH), Progress(1, 1, 2), plain=LABELS < 2)
 METHODS = {
     "cat_kd": {"normalise": True},
     "ctkd": {},
+    "mlkd": {},
     "mgd": {},
     "reviewkd": {},
     "ofd": {},

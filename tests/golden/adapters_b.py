@@ -18,6 +18,7 @@ from distill.losses.ctkd import CTKD
 from distill.losses.logits import dkd_loss, kd_loss, standardise
 from distill.losses.maps import to_grid
 from distill.losses.mgd import MGD, cell_mask, channel_mask
+from distill.losses.mlkd import MLKD
 from distill.losses.ofd import OFD, batchnorm_margin, partial_distance
 from distill.losses.reviewkd import POOLED, ReviewKD
 from distill.losses.semckd import CrossLayer, semckd_loss
@@ -199,6 +200,16 @@ def lskd(case: Case) -> dict[str, Tensor]:
     return given.results(rows.mean(), **shown)
 
 
+def mlkd(case: Case) -> dict[str, Tensor]:
+    """The criterion; which rows are the weak views is one of its inputs."""
+    given, hyper = Inputs(case), case.options
+    student, teacher = given["student_logits"], given["teacher_logits"]
+    facts = ModelFacts(student.shape[1], ())
+    criterion = MLKD(facts, facts, temperature=hyper["temperature"], standardise=hyper["standardise"])
+    loss, parts = criterion(logits_output(student), logits_output(teacher), Target(UNREAD, plain=given["plain"]))
+    return given.results(loss, **parts)
+
+
 def mgd(case: Case) -> dict[str, Tensor]:
     """The criterion with the case's uniform numbers in the place of its own."""
     given, hyper = Inputs(case), case.options
@@ -314,6 +325,7 @@ ADAPTERS: dict[str, Adapter] = {
     "ctkd": ctkd,
     "lskd": lskd,
     "mgd": mgd,
+    "mlkd": mlkd,
     "ofd": ofd,
     "reviewkd": reviewkd,
     "semckd": semckd,

@@ -73,7 +73,8 @@ def test_every_loss_of_the_table_is_in_a_row_and_every_row_is_a_recipe(tmp_path:
     rows = chosen_rows(ROWS, "")
     base = parse(["--out", str(tmp_path)], LOSSES).recipe
     found = recipes(base, rows, 3)
-    assert {loss for recipe in found.values() for loss in recipe.loss} == set(LOSSES)
+    alike = {name for name, loss in LOSSES.items() if not loss.reads_plain}
+    assert {loss for recipe in found.values() for loss in recipe.loss} == alike, "rows differ in nothing but their losses"
     assert {recipe.seed for recipe in found.values()} == {3}
     assert list(found) == ["alone", *rows]
 

@@ -46,6 +46,11 @@ TOGETHER = [
     *(word for name, value in OPTIONS.items() for word in (f"--loss.{name}", value)),
     *("--train.checkpoint_every", "2"),
 ]
+MLKD = [
+    *("--loss.mlkd.weight", "0.9", "--loss.mlkd.temperature", "2", "--loss.mlkd.standardise", "true"),
+    *("--augment.repeats", "2", "--augment.plain_repeats", "1", "--augment.rand_augment", "rand-m9"),
+    *("--augment.erasing", "0.5", "--loss.sdd", "null", "--loss.msdcrd", "null", "--train.checkpoint_every", "2"),
+]
 SIMKD = ["--loss.simkd.weight", "1", "--loss.simkd.factor", "4", "--ema.enabled", "true", "--train.checkpoint_every", "2"]
 
 
@@ -64,7 +69,7 @@ def killed_and_resumed(digits: Path, folder: Path, world_size: int, *words: str)
 
 
 def test_every_loss_is_in_one_of_these_runs():
-    assert {*WEIGHTS, "simkd"} == set(LOSSES)
+    assert {*WEIGHTS, "simkd", "mlkd"} == set(LOSSES)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -84,6 +89,15 @@ def test_all_that_train_the_recipes_student_are_the_same_run_after_a_kill(digits
     assert {line["ctkd/curriculum"] for line in lines} == {0.5, 1.0}
     assert len({line["ctkd/temperature"] for line in lines}) == len(lines), "the temperature learns"
     assert len({line["mgd/masked_share"] for line in lines}) > 1, "each step draws its own masks"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_plain_views_beside_altered_ones_are_the_same_run_after_a_kill(digits: Path, tmp_path: Path, world_size: int):
+    """On two processes one has the plain views and the other the altered ones; the log has the means of both."""
+    killed = killed_and_resumed(digits, tmp_path, world_size, *MLKD)
+    lines = [line for line in metrics(killed) if "loss/mlkd" in line]
+    assert len(lines) == 12
+    assert all(line[f"mlkd/{part}"] > 0 for line in lines for part in ("instances", "batch", "classes"))
 
 
 @pytest.mark.parametrize(

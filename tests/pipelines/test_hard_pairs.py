@@ -50,7 +50,7 @@ NO_CLASSIFIER = {
         ("kd", "dkd", "nkd", "ctkd"), r"eva02_small_patch14_224 has no classifier \(num_classes 0\) and cannot give logits"
     ),
     "sdd": r"eva02_small_patch14_224 has no classifier \(num_classes 0\) and cannot give region logits; take a loss",
-    **dict.fromkeys(("dist", "wkd_logit", "cat_kd"), "compares classes and got a student of 1000 and a teacher of 0"),
+    **dict.fromkeys(("dist", "wkd_logit", "cat_kd", "mlkd"), "compares classes and got a student of 1000 and a teacher of 0"),
     "msdcrd": "set categories to labels, or mask_same_category to false",
     "simkd": "its student takes the teacher's classifier; name a teacher with one",
 }
@@ -233,7 +233,8 @@ def train(student: ProbedModel, teacher: ProbedModel, criteria: Mapping[str, Cri
         with torch.no_grad():
             output = theirs(images)
         generator = torch.Generator().manual_seed(step)
-        losses = distiller(images, output, Target(batch.labels, batch.sample_ids, Progress(step, 2, 2), generator))
+        plain = torch.arange(len(images)) % 2 == 0
+        losses = distiller(images, output, Target(batch.labels, batch.sample_ids, Progress(step, 2, 2), generator, plain))
         assert losses.terms.keys() == criteria.keys()
         assert [name for name, term in losses.terms.items() if not (term.isfinite() and term.requires_grad)] == []
         optimizer.zero_grad()

@@ -25,7 +25,7 @@ from pipelines.setup.models import build_models
 from tests.runs import recipe_of
 
 ROOT = Path(__file__).parents[2]
-READ_LOGITS = {"kd", "dkd", "nkd", "sdd", "msdcrd", "dist", "wkd_logit", "cat_kd", "ctkd", "simkd", "srrl"}
+READ_LOGITS = {"kd", "dkd", "nkd", "sdd", "msdcrd", "dist", "wkd_logit", "cat_kd", "ctkd", "mlkd", "simkd", "srrl"}
 """Losses that read the logits of a teacher or of its regions, or take its classifier."""
 
 

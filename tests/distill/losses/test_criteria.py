@@ -45,6 +45,8 @@ VARIANTS = [
     ("cat_kd", {"resolution": 4, "normalise": True}),
     ("ctkd", {}),
     ("ctkd", {"base": "dkd", "standardise": True}),
+    ("mlkd", {}),
+    ("mlkd", {"temperature": 2.0, "standardise": True, "mended": True}),
     ("mgd", {"mask_ratio": 0.0}),
     ("reviewkd", {}),
     ("reviewkd", {"student_preactivations": True}),
@@ -83,7 +85,8 @@ def build(name: str, options: dict) -> torch.nn.Module:
 
 def target() -> Target:
     """All that a run says of the four images, the same draws each time."""
-    return Target(LABELS, torch.tensor([6, 9, 5, 1]), generator=torch.Generator().manual_seed(0))
+    ids, plain = torch.tensor([6, 9, 5, 1]), torch.tensor([True, False, True, False])
+    return Target(LABELS, ids, generator=torch.Generator().manual_seed(0), plain=plain)
 
 
 def outputs(criterion, **changes):

@@ -27,6 +27,8 @@ EACH_VARIANT = pytest.mark.parametrize(("name", "options"), VARIANTS)
 UNCOMPILED = [
     ("cat_kd", {"normalise": True}),
     ("ctkd", {"base": "dkd"}),
+    ("mlkd", {}),
+    ("mlkd", {"mended": True}),
     ("mgd", {"mask": "cell"}),
     ("reviewkd", {}),
     ("ofd", {}),
@@ -78,7 +80,7 @@ def test_nothing_waits_for_a_gpu(name, options):
                 criterion = build(name, options)
             student, teacher = (moved(output, "cuda") for output in outputs(criterion))
             labels = torch.zeros(4, dtype=torch.int64, device="cuda")
-            loss, statistics = criterion(student, teacher, Target(labels))
+            loss, statistics = criterion(student, teacher, Target(labels, plain=labels == 0))
             assert loss.requires_grad  # gradients are made on the way forward
             assert loss.device.type == "cuda"
             assert all(value.device.type == "cuda" for value in statistics.values())

@@ -11,7 +11,7 @@ import yaml
 
 from distill.config import as_dict, load_recipe
 from distill.losses import LOSSES
-from distill.recipe import Recipe
+from distill.recipe import Augment, Recipe
 from pipelines.tables.cells import PUBLISHED, Cell, doubts
 from pipelines.tables.settings import recipe_of, setting_of, teacher_cell
 
@@ -20,9 +20,12 @@ INDENT = "#" + 12 * " "
 
 def shortened(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data without the keys that have their default value; it loads as the whole one does."""
-    # what the losses ask of a teacher is checked in the defaults too, so they have the recipe's
-    defaults = as_dict(load_recipe(None, {"loss": {n: {} for n in recipe.loss}, "teacher.name": recipe.teacher.name}, LOSSES))
+    # what the losses ask of a teacher and of views is checked in the defaults too, so they have the recipe's
+    views = {name: getattr(recipe.augment, name) for name in ("repeats", "plain_repeats")}
+    asked = {"loss": {name: {} for name in recipe.loss}, "teacher.name": recipe.teacher.name, "augment": views}
+    defaults = as_dict(load_recipe(None, asked, LOSSES))
     del defaults["teacher"]["name"]
+    defaults["augment"] |= {name: getattr(Augment, name) for name in views}
     return _without(as_dict(recipe), defaults)
 
 

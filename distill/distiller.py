@@ -33,7 +33,7 @@ class Distiller(nn.Module):
         if criteria.keys() != weights.keys():
             raise ValueError(f"criteria {sorted(criteria)} and weights {sorted(weights)} differ; each term needs both")
         for name, criterion in criteria.items():
-            unknown = criterion.no_weight_decay - {key for key, _ in criterion.named_parameters()}
+            unknown = criterion.no_weight_decay - {key for key, _ in criterion.named_parameters(remove_duplicate=False)}
             if unknown:
                 raise ValueError(f"loss {name}: no_weight_decay names {sorted(unknown)}, which are none of its parameters")
         self.student = student

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -67,11 +68,8 @@ class Distiller(nn.Module):
         if self.training and torch.is_grad_enabled() and not self._gradients_checked:
             self._check_gradients(terms)
             self._gradients_checked = True
-        weighted = [self.weights[name](target.progress) * term for name, term in terms.items()]
-        total = weighted[0]
-        for term in weighted[1:]:
-            total = total + term
-        return Losses(total, terms, statistics)
+        weighted = {name: self.weights[name](target.progress) * term for name, term in terms.items()}
+        return Losses(_sum(weighted.values()), terms, weighted, statistics)
 
     def _check_gradients(self, terms: Mapping[str, Tensor]) -> None:
         """Raises LossError for terms that train nothing, or not all parameters of their criterion: DDP would wait for their
@@ -160,6 +158,11 @@ def _checked(name: str, given: Any) -> tuple[Tensor, dict[str, Tensor]]:
         if not isinstance(value, Tensor) or value.dim() > 0:
             raise LossError(f"loss.{name}: forward gave {_named(value)} as {what}; it must be a tensor of no dimension")
     return loss, statistics
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of one or more terms."""
+    return reduce(torch.add, terms)
 
 
 def _reached(value: Tensor) -> set[Tensor]:

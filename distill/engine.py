@@ -207,12 +207,10 @@ def _hold_back(run: Run, suspect: Suspect) -> None:
 
 def _gradient_shares(run: Run, losses: Losses) -> dict[str, Tensor]:
     """Norm of each weighted term's gradient over the student's parameters, as a share of the sum of those norms."""
-    distiller = run.unwrapped
-    parameters = [p for p in distiller.student.parameters() if p.requires_grad]
+    parameters = [p for p in run.unwrapped.student.parameters() if p.requires_grad]
     norms = {}
-    for name, term in losses.terms.items():
-        weighted = distiller.weights[name](run.progress) * term
-        found = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
+    for name, term in losses.weighted.items():
+        found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
         norms[name] = torch.stack([g.float().norm() for g in found if g is not None]).norm()
     total = torch.stack(list(norms.values())).sum()
     return {f"gradient_share/{name}": norm / total for name, norm in norms.items()}

@@ -186,7 +186,9 @@ class Losses(NamedTuple):
     total: Tensor
     """Weighted sum of the terms, with gradient."""
     terms: dict[str, Tensor]
-    """Each criterion's own value, unweighted, with gradient (so that a term's share of the gradient can be measured)."""
+    """Each criterion's own value, unweighted, with gradient."""
+    weighted: dict[str, Tensor]
+    """Each of them times its weight, with gradient (so that a term's share of the gradient can be measured)."""
     statistics: dict[str, Tensor]
     """What criteria report beside their value (`sdd/complementary_share`, ...), detached."""
 

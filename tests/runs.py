@@ -50,7 +50,8 @@ def last_state(out: Path) -> dict[str, torch.Tensor]:
     for path in folder.glob("*.safetensors"):
         tensors |= {f"{path.stem}/{name}": value for name, value in load_file(path).items()}
     state = torch.load(folder / "state.pt", weights_only=True)
-    tensors |= {f"momentum/{k}": v["momentum_buffer"] for k, v in state["optimizer"]["state"].items()}
+    of_optimizer = state["optimizer"]["state"].items()
+    tensors |= {f"optimizer/{number}/{name}": value for number, each in of_optimizer for name, value in each.items()}
     return tensors | {f"scaler/{k}": torch.tensor(v) for k, v in (state["scaler"] or {}).items()}
 
 

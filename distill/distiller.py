@@ -41,6 +41,7 @@ class Distiller(nn.Module):
         self.criteria = nn.ModuleDict(criteria)
         self.weights = dict(weights)
         self.before_losses = before_losses
+        self._distilling = {name for name, criterion in criteria.items() if criterion.teacher_needs is not None}
         # DDP sends rank 0's buffers to all ranks before every forward pass. The student's BatchNorm statistics need that: a
         # resumed run has rank 0's on every rank, so a run that goes on must have them too. A criterion's state does not: it is
         # kept alike on every rank by the criterion, and a memory bank is gigabytes. DDP reads this list.
@@ -70,6 +71,14 @@ class Distiller(nn.Module):
             self._gradients_checked = True
         weighted = {name: self.weights[name](target.progress) * term for name, term in terms.items()}
         return Losses(_sum(weighted.values()), terms, weighted, statistics)
+
+    def sides(self, losses: Losses) -> tuple[Tensor, Tensor]:
+        """The two parts of the total: the task's, of the terms that read no teacher, and the distillation's, of the others."""
+        task, distillation = (
+            _sum(term for name, term in losses.weighted.items() if (name in self._distilling) is wanted)
+            for wanted in (False, True)
+        )
+        return task, distillation
 
     def _check_gradients(self, terms: Mapping[str, Tensor]) -> None:
         """Raises LossError for terms that train nothing, or not all parameters of their criterion: DDP would wait for their

@@ -147,6 +147,8 @@ def _forward_backward(run: Run, batch: Batch, progress: Progress, last: bool, lo
         with run.around_backward():
             if run.settings.gradient_shares and logged and last:
                 shares = _gradient_shares(run, losses)
+            if run.dot is not None:
+                run.dot.separate(*(_share(side, run) for side in run.unwrapped.sides(losses)))
             accelerator.backward(_share(losses.total, run))
     return {name: _share(value, run) for name, value in _named(losses).items()} | shares
 

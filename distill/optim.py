@@ -1,15 +1,17 @@
-"""Parameter groups, the optimiser (timm's factory), and schedules as pure functions of progress."""
+"""Parameter groups, the optimiser (timm's factory, or DOT), and schedules as pure functions of progress."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from distill.dot import DOT
 from distill.protocols import Progress
 
 FUSED = ("sgd", "adam", "adamw")
@@ -97,23 +99,23 @@ def create_optimizer(
     layer_decay_min_scale: float = 0.0,
     options: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
-    """An optimiser of timm's factory over the trained parameters of `module`.
+    """An optimiser of timm's factory, or `dot`, over the trained parameters of `module`.
 
     timm's `sgd` is Nesterov unless told otherwise; here `sgd` is plain momentum, as the papers have it, and
     `options={"nesterov": True}` asks for the other. Raises ValueError for an unknown name or option.
     """
     from timm.optim import create_optimizer_v2, list_optimizers
 
-    if name not in list_optimizers():
-        raise ValueError(f"optim.name: {name!r} is unknown to timm; allowed: {', '.join(list_optimizers())}")
+    known = ["dot", *list_optimizers()]
+    if name not in known:
+        raise ValueError(f"optim.name: {name!r} is unknown to timm; allowed: {', '.join(known)}")
     arguments = {"nesterov": False, **(options or {})} if name == "sgd" else dict(options or {})
     if name in FUSED and all(p.device.type == "cuda" for p in module.parameters()):
         arguments.setdefault("fused", True)
     groups = parameter_groups(module, weight_decay, decay_bias_and_norm, layer_decay, layer_decay_min_scale)
     try:
-        optimizer = create_optimizer_v2(
-            groups, opt=name, lr=learning_rate, weight_decay=weight_decay, momentum=momentum, **arguments
-        )
+        make = DOT if name == "dot" else partial(create_optimizer_v2, opt=name)
+        optimizer = make(groups, lr=learning_rate, weight_decay=weight_decay, momentum=momentum, **arguments)
     except TypeError as error:
         raise ValueError(f"optim.options: {arguments} do not fit {name!r}: {error}") from None
     if isinstance(optimizer, torch.optim.SGD):

@@ -205,7 +205,7 @@ class Train:
 @with_config(_STRICT)
 @dataclass(frozen=True)
 class Optim:
-    name: str = _doc("sgd, adamw, lamb, ... (timm's optimiser factory)", "sgd")
+    name: str = _doc("sgd, adamw, lamb, ... (timm's optimiser factory), or dot, which takes {delta: 0.09} in options", "sgd")
     learning_rate: Annotated[float, Field(gt=0)] = _doc("at the global batch size of this recipe", 0.1)
     weight_decay: NonNegative = _doc("L2 factor", 1e-4)
     decay_bias_and_norm: bool = _doc(

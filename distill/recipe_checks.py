@@ -59,6 +59,8 @@ def combinations(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
             " or say --teacher none"
         )
     yield from owned_arguments(recipe)
+    if recipe.optim.name == "dot":
+        yield from separation(recipe, losses)
     if recipe.schedule.name == "step" and not recipe.schedule.decay_epochs:
         yield "schedule.decay_epochs: empty, but schedule.name is 'step'; give the epochs, such as [30, 60, 90]"
     if recipe.schedule.name != "step" and recipe.schedule.decay_epochs:
@@ -97,6 +99,27 @@ def plain_views(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
                 f"loss.{name}: tells plain views of an image from altered ones, and augment.plain_repeats is 0; say"
                 " --augment.repeats 2 --augment.plain_repeats 1"
             )
+
+
+def separation(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
+    """A line for each setting that does not go with DOT, which takes the distillation's gradient apart from the task's."""
+    reads_teacher = {getattr(losses[name], "teacher_needs", True) is not None for name in recipe.loss}
+    if reads_teacher != {True, False}:
+        yield (
+            "optim.name: dot has a momentum for the losses that read the teacher and one for the others, and here is only one"
+            f" kind ({', '.join(recipe.loss) or 'none'}); give both, or say optim.name sgd"
+        )
+    if recipe.train.clip_gradient_norm:
+        yield (
+            f"train.clip_gradient_norm: {recipe.train.clip_gradient_norm:g}, but optim.name is 'dot', which holds a second"
+            " gradient that is not clipped; say 0, or optim.name sgd"
+        )
+    if recipe.train.compile in ("student", "both"):
+        # a compiled student gives every weight a gradient, zeros too: no telling which of them a loss does not reach
+        yield (
+            f"train.compile: {recipe.train.compile}, but optim.name 'dot' asks which weights each loss reaches, and a compiled"
+            " student does not tell; say teacher or none"
+        )
 
 
 def shuffles(data: Data, train: Train) -> Iterator[str]:

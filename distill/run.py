@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distill.agreement import Control
 from distill.checkpoint import Checkpoints, Snapshot
 from distill.distiller import Distiller
+from distill.dot import DOT
 from distill.evaluation import known_bad_samples
 from distill.metrics import Throughput
 from distill.nonfinite import Guard
@@ -112,6 +113,12 @@ class Run:
     def unwrapped(self) -> Distiller:
         """The `Distiller` itself."""
         return self.accelerator.unwrap_model(self.distiller)
+
+    @property
+    def dot(self) -> DOT | None:
+        """The optimiser itself where it takes the distillation's gradient apart, else None."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
+        return inner if isinstance(inner, DOT) else None
 
     @property
     def progress(self) -> Progress:

@@ -38,7 +38,7 @@ from distill.text_table import markdown
 from distill.yaml12 import parse_yaml
 from pipelines.setup.arguments import add_import_option, parse
 from pipelines.setup.child_run import REFUSED, add_launch_option, ended_badly, made, summary_of, train_command
-from pipelines.setup.teacher import losses_without_teacher, teacher_recipe
+from pipelines.setup.teacher import losses_without_teacher, optim_without_teacher, teacher_recipe
 
 ROWS = Path(__file__).parent / "methods.yaml"
 ALONE = "alone"
@@ -107,7 +107,8 @@ def recipes(base: Recipe, rows: Mapping[str, dict[str, Any]], seed: int) -> dict
             raise RecipeError(f"row {name}: {error}") from None
 
     nobody = {**as_dict(base)["teacher"], "name": "none"}
-    found = {ALONE: of(ALONE, teacher=nobody, loss=losses_without_teacher(base))}
+    optim = dataclasses.asdict(optim_without_teacher(base))
+    found = {ALONE: of(ALONE, teacher=nobody, loss=losses_without_teacher(base), optim=optim)}
     return found | {name: of(name, loss=loss) for name, loss in rows.items()}
 
 

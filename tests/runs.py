@@ -99,6 +99,9 @@ def fp16_on_cpus(setattr: Callable[[type, str, Any], None] = setattr) -> None:
     setattr(Accelerator, "__init__", make)
 
 
+DOT = ["--optim.name", "dot", "--optim.options", "{delta: 0.09}"]
+"""The optimiser that takes the distillation's gradient apart from the task's."""
+
 ALL_LOSSES = [
     *("--loss.kd.weight", "0.5", "--loss.dkd.weight", "0.5", "--loss.nkd.weight", "0.5", "--loss.msdcrd.gather", "true"),
     *("--augment.color_jitter", "0.4", "--train.checkpoint_every", "2"),

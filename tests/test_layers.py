@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
         f"distill.{name}" for name in ("recipe", "recipe_checks", "loss_options", "yaml12", "command_line", "errors")
     },
     "distill.metrics": LEAVES,
-    "distill.optim": LEAVES,
+    "distill.dot": set(),
+    "distill.optim": LEAVES | {"distill.dot"},
     "distill.batch_transform": LEAVES,
     "distill.agreement": set(),
     "distill.average": set(),
@@ -40,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "distill.run": LEAVES
     | {
         f"distill.{name}"
-        for name in ("agreement", "checkpoint", "distiller", "evaluation", "metrics", "nonfinite", "optim", "report")
+        for name in ("agreement", "checkpoint", "distiller", "dot", "evaluation", "metrics", "nonfinite", "optim", "report")
     },
     "distill.engine": LEAVES | {f"distill.{name}" for name in ("evaluation", "nonfinite", "run")},
     "distill.losses": LEAVES | {"distill.regions"},

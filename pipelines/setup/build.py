@@ -76,7 +76,7 @@ def rehearse(recipe: Recipe, accelerator: Accelerator, splits: Splits) -> None:
 
 
 def build_optimizer(recipe: Recipe, distiller: Distiller) -> torch.optim.Optimizer:
-    """timm's optimiser over the student and the criteria's projectors."""
+    """The recipe's optimiser over the student and the criteria's projectors."""
     optim = recipe.optim
     return create_optimizer(
         distiller,

@@ -106,6 +106,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             InitProcessGroupKwargs(timeout=collective_timeout(recipe)),
         ],
     )
+    if accelerator.scaler is not None and recipe.optim.name == "dot":
+        raise RecipeError("optim.name: dot keeps a gradient that fp16's scaler does not know; take mixed_precision bf16 or no")
     train = recipe.train
     set_switches(accelerator.device, train.tf32, train.cudnn_benchmark, train.deterministic)
     if accelerator.gradient_accumulation_steps != 1:

@@ -12,7 +12,7 @@ from distill.engine import pulse
 from distill.evaluation import evaluate
 from distill.losses import LOSSES
 from distill.protocols import Needs
-from distill.recipe import Recipe, Teacher
+from distill.recipe import Optim, Recipe, Teacher
 from distill.run import Run
 from pipelines.setup.data import build_eval_loader, eval_spec
 from pipelines.setup.models import Models
@@ -22,6 +22,12 @@ def losses_without_teacher(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """The losses of a recipe that need no teacher, at full weight; cross-entropy where it has none."""
     alone = {name: {**entry, "weight": 1.0} for name, entry in recipe.loss.items() if LOSSES[name].teacher_needs is None}
     return alone or Recipe().loss
+
+
+def optim_without_teacher(recipe: Recipe) -> Optim:
+    """The recipe's optimiser, but SGD in the place of DOT: that is what DOT is where nothing distils."""
+    optim = recipe.optim
+    return dataclasses.replace(optim, name="sgd", options={}) if optim.name == "dot" else optim
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:
@@ -38,6 +44,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
         augment=dataclasses.replace(recipe.augment, views=0),  # they are the student's: its teacher's outputs are kept by them
         student=student,
         loss=losses_without_teacher(recipe),
+        optim=optim_without_teacher(recipe),
         train=dataclasses.replace(recipe.train, epochs=wanted.epochs or recipe.train.epochs),
     )
 

@@ -79,6 +79,13 @@ def test_all_problems_are_reported_together_with_the_nearest_name():
         ({"teacher.model_kwargs": {"global_pool": ""}}, "teacher.model_kwargs: global_pool: the head is read as"),
         ({"teacher.model_kwargs": {"checkpoint_path": "x"}}, "use student.initial_weights or teacher.weights"),
         ({"teacher.model_kwargs": {"num_classes": 5}}, "or say 0 for a teacher without its classifier"),
+        (
+            {"optim.name": "dot", "loss.cross_entropy": None},
+            "and here is only one kind (sdd, msdcrd); give both, or say optim.",
+        ),
+        ({"optim.name": "dot", "teacher.name": "none"}, "loss.sdd: needs a teacher"),
+        ({"optim.name": "dot", "train.clip_gradient_norm": 5}, "train.clip_gradient_norm: 5, but optim.name is 'dot'"),
+        ({"optim.name": "dot", "train.compile": "both"}, "train.compile: both, but optim.name 'dot' asks which weights"),
         ({"loss": [1]}, "loss: [1]"),
         ({"student": "resnet18"}, "student"),
         (

@@ -21,7 +21,7 @@ from distill.run import Counters, Run
 from pipelines.setup.build import build
 from pipelines.setup.data import build_splits
 from pipelines.setup.machine import build_accelerator
-from tests.runs import metrics, recipe_of
+from tests.runs import DOT, metrics, recipe_of
 
 
 @pytest.fixture
@@ -87,6 +87,35 @@ def test_a_recipe_may_skip_some_such_steps_and_counts_them(run: Run):
     poison(run, 7)
     with pytest.raises(NonFiniteError, match="step 7"):
         train_epoch(run)
+
+
+@pytest.mark.parametrize("run", [[*DOT, "--train.skip_nonfinite", "1", "--train.accumulate", "2"]], indirect=True)
+def test_a_step_that_is_not_made_leaves_both_momenta_and_the_next_step_alone(run: Run):
+    poison(run, 2)
+    batches = [list(islice(run.train_loader.epoch(0, start=2 * step), 2)) for step in range(4)]
+    parts = run.distiller, run.optimizer
+
+    def make_step(step: int) -> list[dict]:
+        run.counters.step = step
+        train_step(run, batches[step], logged=False)
+        return copy.deepcopy([part.state_dict() for part in parts])
+
+    def numbers(states: list[dict]) -> torch.Tensor:
+        momenta = [momentum for each in states[1]["state"].values() for momentum in each.values()]
+        return torch.cat([tensor.flatten() for tensor in (*states[0].values(), *momenta)])
+
+    make_step(0)
+    before = make_step(1)
+    assert {len(momenta) for momenta in before[1]["state"].values()} == {1, 2}  # of projectors, and of what both sides reach
+    held_back = make_step(2)
+    assert run.counters.skipped_steps == 1
+    assert torch.equal(numbers(before), numbers(held_back))
+    after = make_step(3)
+    for part, state in zip(parts, before, strict=True):
+        part.load_state_dict(state)
+    again = make_step(3)  # as if the step that was not made had never been tried
+    assert torch.equal(numbers(after), numbers(again))
+    assert not torch.equal(numbers(before), numbers(after))
 
 
 FUSED = ["--optim.options", "{fused: true}", "--report.log_every", "50"]

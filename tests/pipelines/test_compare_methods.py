@@ -15,7 +15,7 @@ import pytest
 from distill.losses import LOSSES
 from pipelines.compare_methods import ROWS, Row, chosen_rows, main, recipes, report
 from pipelines.setup.arguments import parse
-from tests.runs import arguments
+from tests.runs import DOT, arguments
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -77,6 +77,14 @@ def test_every_loss_of_the_table_is_in_a_row_and_every_row_is_a_recipe(tmp_path:
     assert {loss for recipe in found.values() for loss in recipe.loss} == alike, "rows differ in nothing but their losses"
     assert {recipe.seed for recipe in found.values()} == {3}
     assert list(found) == ["alone", *rows]
+
+
+def test_methods_are_compared_under_dot_and_the_student_alone_under_sgd(tmp_path: Path):
+    """DOT without a distillation is SGD, and is refused: whoever asks for it would expect more."""
+    found = recipes(parse(["--out", str(tmp_path), *DOT], LOSSES).recipe, chosen_rows(ROWS, "kd,crd"), 0)
+    assert [each.optim.name for each in found.values()] == ["sgd", "dot", "dot"]
+    assert found["alone"].optim.options == {}
+    assert found["kd"].optim.options == {"delta": 0.09}
 
 
 def summary(top1: float, student: int = 10, loss: int = 0) -> dict:

@@ -49,13 +49,10 @@ class Job(NamedTuple):
 
 
 def jobs(cells: Sequence[Cell], seeds: int, out: Path) -> list[Job]:
-    """The runs of these cells and of their teachers, each once, but for cells without a recipe or that no run measures."""
+    """The runs of these cells and of their teachers, each once, but for cells that no run measures."""
     found: dict[str, Job] = {}
     for cell, number in _wanted(cells, seeds):
-        try:
-            recipe = recipe_of(cell, out, number)
-        except RecipeError:
-            continue
+        recipe = recipe_of(cell, out, number)
         found.setdefault(recipe.out, Job(cell, recipe, (Path(recipe.out) / RUN_SUMMARY).is_file()))
     return list(found.values())
 
@@ -64,11 +61,7 @@ def _wanted(cells: Sequence[Cell], seeds: int) -> Iterator[tuple[Cell, int]]:
     for cell in cells:
         if figure(cell) is None:
             continue
-        try:
-            theirs = teacher_cell(cell)
-        except RecipeError:
-            continue
-        if theirs is not None:
+        if (theirs := teacher_cell(cell)) is not None:
             yield theirs, 0
         yield from ((cell, seed) for seed in range(runs_of(cell, seeds)))
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.config import RecipeError
 from distill.text_table import markdown
 from pipelines.tables.cells import Cell, doubts
 from pipelines.tables.runs import UNMEASURED, figure, finished_runs, measured
@@ -56,11 +55,8 @@ def hardware(manifest: Mapping[str, Any]) -> str:
 
 
 def remarks(cell: Cell) -> list[str]:
-    """Doubts about the number, what no source gives, and why there is no recipe where there is none."""
-    try:
-        unknown = setting_of(cell).unknown
-    except RecipeError as error:
-        return [*doubts(cell), str(error).removeprefix(f"{cell.name}: ")]
+    """Doubts about the number, what no source gives, and that no run measures it where none does."""
+    unknown = setting_of(cell).unknown
     notes = [f"in no source: {', '.join(unknown)}"] if unknown else []
     return [*doubts(cell), *notes, *([UNMEASURED] if figure(cell) is None else [])]
 

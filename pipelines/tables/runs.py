@@ -12,7 +12,7 @@ from distill.config import RecipeError
 from distill.files import RUN_MANIFEST, RUN_SUMMARY
 from pipelines.setup.child_run import REFUSED, ended_badly, made, summary_of
 from pipelines.tables.cells import Cell
-from pipelines.tables.settings import TEACHER, folder, is_measured_only, recipe_of, setting_of, teacher_cell
+from pipelines.tables.settings import TEACHER, folder, is_measured_only, recipe_of, teacher_cell
 
 MEASURED = {"top1": "top1", "top5": "top5", "extra_parameters": "loss_parameters"}
 """Metric of a cell -> its name in a run's summary. Milliseconds are no number of a run."""
@@ -27,12 +27,10 @@ class Finished(NamedTuple):
 
 
 def finished_runs(cell: Cell, out: Path) -> list[Finished]:
-    """The cell's finished runs, by seed; none for a cell that this project cannot train."""
-    try:
-        place = folder(cell, out)
-    except RecipeError:
-        return []
-    summaries = sorted(place.glob(f"seed*/{RUN_SUMMARY}"), key=lambda path: int(path.parent.name.removeprefix("seed")))
+    """The cell's finished runs, by seed."""
+    summaries = sorted(
+        folder(cell, out).glob(f"seed*/{RUN_SUMMARY}"), key=lambda path: int(path.parent.name.removeprefix("seed"))
+    )
     return [Finished(json.loads(p.read_text()), json.loads((p.parent / RUN_MANIFEST).read_text())) for p in summaries]
 
 
@@ -54,17 +52,8 @@ def trainable(cells: Sequence[Cell]) -> list[Cell]:
 
     RecipeError with the reason where none is left.
     """
-    found, others = [], []
-    for cell in cells:
-        try:
-            setting_of(cell)
-        except RecipeError as error:
-            others.append(str(error))
-        else:
-            if figure(cell) is None:
-                others.append(f"{cell.name}: {UNMEASURED}")
-            else:
-                found.append(cell)
+    found = [cell for cell in cells if figure(cell) is not None]
+    others = [f"{cell.name}: {UNMEASURED}" for cell in cells if figure(cell) is None]
     if not found:
         raise RecipeError(others[0] if len(others) == 1 else f"none of the {len(others)} cells can be run; {others[0]}")
     for line in others:

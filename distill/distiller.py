@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, cast
 
@@ -34,19 +34,25 @@ class Distiller(nn.Module):
         if criteria.keys() != weights.keys():
             raise ValueError(f"criteria {sorted(criteria)} and weights {sorted(weights)} differ; each term needs both")
         for name, criterion in criteria.items():
-            unknown = criterion.no_weight_decay - {key for key, _ in criterion.named_parameters(remove_duplicate=False)}
+            unknown = criterion.no_weight_decay - {key for key, _ in criterion.named_parameters()}
             if unknown:
                 raise ValueError(f"loss {name}: no_weight_decay names {sorted(unknown)}, which are none of its parameters")
         self.student = student
         self.criteria = nn.ModuleDict(criteria)
         self.weights = dict(weights)
         self.before_losses = before_losses
+        self._can_rest = any(criterion.rests for criterion in criteria.values())
         self._distilling = {name for name, criterion in criteria.items() if criterion.teacher_needs is not None}
         # DDP sends rank 0's buffers to all ranks before every forward pass. The student's BatchNorm statistics need that: a
         # resumed run has rank 0's on every rank, so a run that goes on must have them too. A criterion's state does not: it is
         # kept alike on every rank by the criterion, and a memory bank is gigabytes. DDP reads this list.
         self._ddp_params_and_buffers_to_ignore = [f"criteria.{name}" for name, _ in self.criteria.named_buffers()]
         self._gradients_checked = False
+        self.resting: tuple[nn.Parameter, ...] = ()
+        """The trained parameters that no term with a weight reaches in the present epoch: the optimiser must leave them alone.
+        A gradient of 0 would not do: weight decay and momentum would move them."""
+        self._rested: tuple[int, frozenset[str]] | None = None
+        """The epoch, and the terms with a weight, that `resting` is of."""
 
     def forward(self, images: Tensor, teacher: ModelOutput | None, target: Target) -> Losses:
         """images float [B, 3, H, W] in [0, 1], what the teacher gave for them, and what else the step knows -> `Losses`.
@@ -66,11 +72,24 @@ class Distiller(nn.Module):
                 raise LossError(f"loss.{name}: {error}") from None
             terms[name], found = _checked(name, given)
             statistics |= {f"{name}/{key}": value for key, value in found.items()}
-        if self.training and torch.is_grad_enabled() and not self._gradients_checked:
-            self._check_gradients(terms)
-            self._gradients_checked = True
-        weighted = {name: self.weights[name](target.progress) * term for name, term in terms.items()}
-        return Losses(_sum(weighted.values()), terms, weighted, statistics)
+        weights = {name: self.weights[name](target.progress) for name in terms}
+        weighted = {name: weights[name] * term for name, term in terms.items()}
+        total = _sum(weighted.values())
+        if self.training and torch.is_grad_enabled():
+            if not self._gradients_checked:
+                self._check_gradients(terms)
+                self._gradients_checked = True
+            if self._can_rest or not all(weights.values()) or self.resting:
+                self._rest(terms, frozenset(name for name, weight in weights.items() if weight), target.progress.epoch)
+                total = total + _nothing_of(self.resting)
+        return Losses(total, terms, weighted, statistics)
+
+    def _rest(self, terms: Mapping[str, Tensor], counting: frozenset[str], epoch: int) -> None:
+        """Finds out which parameters rest, at the first call of an epoch and whenever other terms count."""
+        if self._rested != (epoch, counting):
+            reached: set[Tensor] = set().union(*(_reached(terms[name]) for name in counting))
+            self.resting = tuple(p for p in self.parameters() if p.requires_grad and p not in reached)
+            self._rested = epoch, counting
 
     def sides(self, losses: Losses) -> tuple[Tensor, Tensor]:
         """The two parts of the total: the task's, of the terms that read no teacher, and the distillation's, of the others."""
@@ -94,7 +113,8 @@ class Distiller(nn.Module):
             reached = _reached(term)
             trained |= reached
             own = self.criteria[name].named_parameters()
-            if idle := [key for key, parameter in own if parameter.requires_grad and parameter not in reached]:
+            idle = [key for key, parameter in own if parameter.requires_grad and parameter not in reached]
+            if idle and not cast(Criterion, self.criteria[name]).rests:
                 raise LossError(
                     f"loss.{name}: its value gives {', '.join(idle)} no gradient; compute it with every parameter in"
                     " every step, or drop those parameters"
@@ -172,6 +192,11 @@ def _checked(name: str, given: Any) -> tuple[Tensor, dict[str, Tensor]]:
 def _sum(terms: Iterable[Tensor]) -> Tensor:
     """The sum of one or more terms."""
     return reduce(torch.add, terms)
+
+
+def _nothing_of(parameters: Sequence[nn.Parameter]) -> Tensor | float:
+    """0, with a gradient of 0 to each of the parameters: DDP waits for all of them in every step."""
+    return 0.0 * torch.stack([parameter.flatten()[0].float() for parameter in parameters]).sum() if parameters else 0.0
 
 
 def _reached(value: Tensor) -> set[Tensor]:

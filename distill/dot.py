@@ -30,8 +30,10 @@ class DOT(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float, *, delta: float, momentum: float = 0.9, weight_decay: float = 0.0
+        self, params: Iterable[Any], lr: float, *, delta: float | None = None, momentum: float = 0.9, weight_decay: float = 0.0
     ) -> None:
+        if not isinstance(delta, int | float):
+            raise ValueError(f"optim.options: delta {delta} is no number; dot needs one, such as {{delta: 0.09}}, the paper's")
         if not 0 <= delta <= momentum:
             raise ValueError(f"optim.options: delta {delta} is not between 0 and optim.momentum {momentum}; the paper has 0.09")
         if momentum + delta >= 1:

@@ -120,6 +120,9 @@ def train_step(run: Run, batches: list[Batch], logged: bool) -> tuple[dict[str, 
         last = number == settings.accumulate - 1
         found = _forward_backward(run, batch, progress, last, logged)
         values = {name: values[name] + value if name in values else value for name, value in found.items()}
+    #    What rests has no gradient at all: with one of 0, weight decay and momentum would still move it.
+    for parameter in run.unwrapped.resting:
+        parameter.grad = None
     # 4. The norm is that of the summed gradient, so the same on all ranks; clipping comes before the guard judges it.
     values["gradient_norm"] = _clip(run)
     # 5. All ranks make the step, or none does.
@@ -213,7 +216,8 @@ def _gradient_shares(run: Run, losses: Losses) -> dict[str, Tensor]:
     norms = {}
     for name, term in losses.weighted.items():
         found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-        norms[name] = torch.stack([g.float().norm() for g in found if g is not None]).norm()
+        each = [g.float().norm() for g in found if g is not None]
+        norms[name] = torch.stack(each).norm() if each else term.new_zeros(())  # one that trains its own parameters alone
     total = torch.stack(list(norms.values())).sum()
     return {f"gradient_share/{name}": norm / total for name, norm in norms.items()}
 

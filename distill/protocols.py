@@ -242,6 +242,9 @@ class Criterion(nn.Module):
     the recipe's student and the teacher. The images are noise of each model's input size, [N, C, H, W]; the options are all
     recipe keys of the loss. It is called before the losses are made, and only where the teacher has a classifier of the data's
     classes. It raises ValueError for models that it cannot be made of."""
+    rests: bool = False
+    """Whether some of its parameters rest in some epochs: its value does not reach them then, and the optimiser leaves them as
+    they are. What it reaches may change with `Target.progress.epoch` alone."""
     reads_plain: bool = False
     """Whether it reads `Target.plain`, which a run has where its recipe says `augment.plain_repeats`."""
     teacher_temperature: float | None = None

@@ -109,6 +109,9 @@ def separation(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
             "optim.name: dot has a momentum for the losses that read the teacher and one for the others, and here is only one"
             f" kind ({', '.join(recipe.loss) or 'none'}); give both, or say optim.name sgd"
         )
+    for name in recipe.loss:
+        if getattr(losses[name], "rests", False):
+            yield f"loss.{name}: what it trains changes with the epochs, which optim.name 'dot' does not follow; say sgd"
     if recipe.train.clip_gradient_norm:
         yield (
             f"train.clip_gradient_norm: {recipe.train.clip_gradient_norm:g}, but optim.name is 'dot', which holds a second"
@@ -156,6 +159,8 @@ def doubts(recipe: Recipe, steps_per_epoch: int) -> Iterator[str]:
             yield f"loss.{name}.start_epoch: {term.start_epoch:g}, and {ends}: the term never counts"
         elif term.start_epoch + term.warmup_epochs > epochs:
             yield f"loss.{name}.warmup_epochs: {term.warmup_epochs:g}, and {ends}: the term never has its whole weight"
+        elif term.stop_epoch is not None and term.start_epoch + term.warmup_epochs > term.stop_epoch > term.start_epoch:
+            yield f"loss.{name}.warmup_epochs: {term.warmup_epochs:g}, and the term stops before it has its whole weight"
         if term.stop_epoch is not None and term.stop_epoch <= term.start_epoch:
             yield f"loss.{name}.stop_epoch: {term.stop_epoch:g}, and it starts at {term.start_epoch:g}: the term never counts"
         if term.final_weight is not None and term.decay_start_epoch >= epochs:

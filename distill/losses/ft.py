@@ -69,6 +69,8 @@ class FT(Criterion):
         paraphraser_weight: of its error in the value; with SGD it is a factor of its learning rate.
     """
 
+    rests = True
+
     def __init__(
         self,
         student: ModelFacts,
@@ -96,8 +98,6 @@ class FT(Criterion):
             *_layer(nn.Conv2d(own, factors, 3, padding=1), nn.BatchNorm2d(factors)),
             *_layer(nn.Conv2d(factors, factors, 3, padding=1), nn.BatchNorm2d(factors)),
         )
-        # weight decay would shrink the factors that the student is to match, and nothing would hold against it
-        self.no_weight_decay = frozenset(name for name, _ in self.named_parameters() if name.startswith("paraphraser."))
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
         """The value of the present epoch; and the error or the loss that it is of."""
@@ -105,16 +105,11 @@ class FT(Criterion):
         theirs = theirs.detach()
         if target.progress.epoch < self.paraphraser_epochs:
             error = self.paraphraser.reconstruction(theirs)
-            return self.paraphraser_weight * error + _untouched(self.translate), {"reconstruction": error.detach()}
+            return self.paraphraser_weight * error, {"reconstruction": error.detach()}
         with torch.no_grad():
             factor = self.paraphraser.encode(theirs)
         loss = ft_loss(self.translate(mine), factor).mean()
-        return loss + _untouched(self.paraphraser), {"factor": loss.detach()}
-
-
-def _untouched(module: nn.Module) -> Tensor:
-    """0, with a gradient of 0 to every parameter of the module: DDP waits for each of them in every step."""
-    return 0.0 * torch.stack([parameter.flatten()[0] for parameter in module.parameters()]).sum()
+        return loss, {"factor": loss.detach()}
 
 
 def _layer(convolution: nn.Module, *norm: nn.Module) -> tuple[nn.Module, ...]:

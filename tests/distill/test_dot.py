@@ -147,8 +147,8 @@ def test_it_is_made_with_the_groups_of_every_other_optimiser():
         (0.9, {"delta": 0.1}, r"optim.options: delta 0.1 and optim.momentum 0.9 make 1 or more; lower either"),
         (0.05, {"delta": 0.09}, r"optim.options: delta 0.09 is not between 0 and optim.momentum 0.05"),
         (0.9, {"delta": -0.01}, r"optim.options: delta -0.01 is not between 0 and"),
-        (0.9, {"delta": "much"}, r"optim.options: \{'delta': 'much'\} do not fit 'dot'"),
-        (0.9, {}, r"optim.options: \{\} do not fit 'dot': .* missing .* 'delta'"),
+        (0.9, {"delta": "much"}, r"optim.options: delta much is no number; dot needs one, such as \{delta: 0.09\}"),
+        (0.9, {}, r"optim.options: delta None is no number; dot needs one"),
         (0.9, {"delta": 0.09, "nesterov": True}, r"do not fit 'dot': .* unexpected keyword argument 'nesterov'"),
     ],
 )

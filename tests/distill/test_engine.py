@@ -122,6 +122,43 @@ FUSED = ["--optim.options", "{fused: true}", "--report.log_every", "50"]
 """The guard learns of a step one step later."""
 
 
+IN_TURN = ["--loss.sdd", "null", "--loss.msdcrd", "null", "--loss.cross_entropy.start_epoch", "1"]
+IN_TURN += ["--optim.weight_decay", "0.1"]
+
+
+def moved(run: Run, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, p in run.unwrapped.named_parameters() if not torch.equal(p, before[name])}
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        [*IN_TURN, *("--loss.ft.weight", "9"), *("--loss.ft.paraphraser_epochs", "1"), *more]
+        for more in ([], ["--optim.name", "adamw", "--optim.learning_rate", "0.001"], ["--report.gradient_shares", "true"])
+    ],
+    indirect=True,
+)
+def test_what_no_term_with_a_weight_reaches_rests_whatever_decay_and_momentum_say(run: Run):
+    """FT: the paraphraser first, then the student and its translator; the weights that rest keep every bit."""
+    first = {name: p.detach().clone() for name, p in run.unwrapped.named_parameters()}
+    paraphraser = {name for name in first if ".paraphraser." in name}
+    train_epoch(run)
+    assert moved(run, first) == paraphraser
+    second = {name: p.detach().clone() for name, p in run.unwrapped.named_parameters()}
+    train_epoch(run)
+    assert moved(run, second) == set(first) - paraphraser
+
+
+@pytest.mark.parametrize("run", [[*IN_TURN, "--loss.fsp.weight", "1", "--loss.fsp.stop_epoch", "1"]], indirect=True)
+def test_the_classifier_rests_while_maps_alone_are_compared_and_all_train_afterwards(run: Run):
+    first = {name: p.detach().clone() for name, p in run.unwrapped.named_parameters()}
+    train_epoch(run)
+    assert set(first) - moved(run, first) == {"student.model.head.fc.weight", "student.model.head.fc.bias"}
+    second = {name: p.detach().clone() for name, p in run.unwrapped.named_parameters()}
+    train_epoch(run)
+    assert moved(run, second) == set(first)
+
+
 @pytest.mark.parametrize("run", [[*FUSED, "--train.skip_nonfinite", "1", "--ema.enabled", "true"]], indirect=True)
 def test_an_average_takes_nothing_from_a_step_that_the_device_skips(run: Run):
     poison(run, 2)

@@ -43,8 +43,8 @@ def test_a_criterion_with_state_ids_and_draws_of_its_own_is_the_same_run_after_a
 
 
 def test_a_parameter_without_decay_moves_by_its_gradient_alone(digits: Path, tmp_path: Path):
-    """Of weight 0 the criterion gives no gradient: what is decayed shrinks, what is not stays."""
-    still = ["--loss.everything.weight", "0", "--optim.weight_decay", "0.1", "--train.max_steps", "3"]
+    """Of so small a weight the criterion gives no gradient to speak of: what is decayed shrinks, what is not stays."""
+    still = ["--loss.everything.weight", "1e-20", "--optim.weight_decay", "0.1", "--train.max_steps", "3"]
     finished(arguments(digits, tmp_path / "run", *EVERYTHING, *still), tmp_path / "log")
     state = last_state(tmp_path / "run")
     begin = ["--train.max_steps", "1", "--optim.weight_decay", "0"]

@@ -13,7 +13,6 @@ from distill.losses.ft import FT, ft_loss
 from distill.losses.nst import nst_loss
 from distill.losses.srrl import SRRL, srrl_loss
 from distill.losses.vid import VID, vid_loss
-from distill.optim import parameter_groups
 from distill.protocols import DataFacts, MapShape, ModelFacts, Needs, Progress, Target
 from tests.distill.losses.outputs import DATA, FACTS, facts, made, model_output
 from tests.distill.losses.refusals import refused_in_one_line
@@ -117,41 +116,15 @@ def ft_at(criterion: FT, epoch: int):
 
 def test_ft_trains_the_paraphraser_first_and_the_student_afterwards():
     criterion = FT(**FACTS, paraphraser_epochs=3, paraphraser_weight=0.5)
-    for epoch, trained, still in ((2, "paraphraser", "translate"), (3, "translate", "paraphraser")):
+    for epoch, trained in ((2, "paraphraser"), (3, "translate")):
         criterion.zero_grad()
         loss, found, feature_map = ft_at(criterion, epoch)
         loss.backward()
-        gradients = {name: parameter.grad for name, parameter in criterion.named_parameters()}
-        assert all(gradient is not None for gradient in gradients.values()), "DDP would wait for it"
-        assert any(each.abs().max() > 0 for name, each in gradients.items() if name.startswith(trained))
-        assert all(each.abs().max() == 0 for name, each in gradients.items() if name.startswith(still))
+        reached = {name for name, parameter in criterion.named_parameters() if parameter.grad is not None}
+        assert reached == {name for name, _ in criterion.named_parameters() if name.startswith(trained)}
         assert (feature_map.grad is None) == (epoch == 2)
         assert list(found) == [{2: "reconstruction", 3: "factor"}[epoch]]
     assert ft_at(criterion, 0)[0].item() == pytest.approx(0.5 * ft_at(criterion, 0)[1]["reconstruction"].item())
-
-
-def test_fts_paraphraser_stays_as_it_is_when_the_student_trains():
-    criterion = FT(**FACTS, paraphraser_epochs=1)
-    spared = {name for name, _ in criterion.named_parameters() if name.startswith("paraphraser.")}
-    assert criterion.no_weight_decay == spared
-
-    class Trained(nn.Module):
-        """Hands the names on as `Distiller` does."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.criterion = criterion
-
-        def no_weight_decay(self) -> set[str]:
-            return {f"criterion.{name}" for name in criterion.no_weight_decay}
-
-    optimizer = torch.optim.SGD(parameter_groups(Trained(), 0.1, decay_bias_and_norm=True), lr=0.1)
-    before = {name: value.clone() for name, value in criterion.named_parameters()}
-    ft_at(criterion, 1)[0].backward()
-    optimizer.step()
-    changed = {name for name, value in criterion.named_parameters() if not torch.equal(value, before[name])}
-    assert not changed & spared
-    assert changed & {name for name in before if name.startswith("translate.")}
 
 
 def test_fts_loss_does_not_see_the_size_of_factors():

@@ -62,7 +62,7 @@ typecheck: $(READY)  ## mypy alone
 	$(BIN)/mypy
 
 test: lint  ## lint, types, the whole suite
-	$(BIN)/python -m pytest -n 4 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # `make test` compiles every mechanism too, under a backend that takes seconds
 test-compile: lint  ## minutes: the main command under inductor

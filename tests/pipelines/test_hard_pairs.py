@@ -38,9 +38,9 @@ CLASSES = 1000  # of which these images are some; a random teacher would put all
 OPTIONS = {"sdd": {"base": "dkd"}, "wkd_feature": {"grid": 1}, "ab": {"match": "pool"}, "ft": {"paraphraser_epochs": 1}}
 """Beside the defaults: the papers' base, what the small maps of these small images need, and FT's second part."""
 
-TOO_LARGE = 5e7
+TOO_LARGE = 2e7
 """Parameters of a loss above which it is made and not trained: those to a teacher of wide last stages."""
-HEAVY = ("semckd", "ft")
+HEAVY = ("semckd", "ft", "vid")
 """Losses that can have as many. A step of them takes up to half a minute; the other pairs show that they train."""
 
 NOT_AFFINE = "cannot give the bias of its head: its logits are no affine function of the map's mean"

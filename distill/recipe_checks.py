@@ -153,8 +153,15 @@ def doubts(recipe: Recipe, steps_per_epoch: int) -> Iterator[str]:
         yield f"schedule.decay_epochs: {', '.join(f'{epoch:g}' for epoch in late)} never come, {ends}"
     if recipe.augment.mix_off_epoch >= epochs:
         yield f"augment.mix_off_epoch: {recipe.augment.mix_off_epoch} never comes, {ends}"
+    augment = recipe.augment
+    altered = augment.rand_augment or augment.three_augment or augment.color_jitter or augment.erasing
+    if augment.plain_repeats and not altered:
+        yield f"augment.plain_repeats: {augment.plain_repeats}, but nothing alters the other views; say augment.rand_augment"
     for name, entry in recipe.loss.items():
-        term, _ = term_schedule(entry)
+        term, own = term_schedule(entry)
+        for key, value in own.items():
+            if key.endswith("_epochs") and value >= epochs:
+                yield f"loss.{name}.{key}: {value:g}, and {ends}: what follows these epochs never comes"
         if term.start_epoch >= epochs:
             yield f"loss.{name}.start_epoch: {term.start_epoch:g}, and {ends}: the term never counts"
         elif term.start_epoch + term.warmup_epochs > epochs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distill.losses.contrast import directed
 from distill.losses.inputs import check_rows, teacher_of
 from distill.losses.maps import Pairs, Source, paired, to_grid
 from distill.precision import no_autocast
@@ -39,9 +40,7 @@ def check_power(power: int) -> None:
 
 def attention_vector(feature_map: Tensor, power: int) -> Tensor:
     """The mean over channels of the map's powers, each row of norm 1: [B, C, H, W] -> [B, H W]."""
-    attention = feature_map.pow(power).mean(1).flatten(1)
-    norms = torch.linalg.vector_norm(attention.detach(), dim=1, keepdim=True)
-    attention = torch.where(norms > EPS, attention, attention.detach())
+    attention = directed(feature_map.pow(power).mean(1).flatten(1), least=EPS)
     return attention / torch.linalg.vector_norm(attention, dim=1, keepdim=True).clamp_min(EPS)
 
 

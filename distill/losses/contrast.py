@@ -59,6 +59,12 @@ def tf32_products(device: torch.device, wanted: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def directed(rows: Tensor, least: float = SMALLEST_NORM) -> Tensor:
+    """The rows [..., D], those shorter than `least` detached: divided by their norm they would get a gradient of one over it."""
+    norms = torch.linalg.vector_norm(rows.detach(), dim=-1, keepdim=True)
+    return torch.where(norms > least, rows, rows.detach())
+
+
 def unit_rows(vectors: Tensor) -> Tensor:
     """The rows divided by their L2 norm, or by 1e-6 where that is larger."""
     return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_min(SMALLEST_NORM)

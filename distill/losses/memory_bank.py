@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from distill.losses.contrast import SMALLEST_NORM
+from distill.losses.contrast import SMALLEST_NORM, directed, unit_rows
 from distill.losses.gathering import all_rows
 from distill.protocols import DataFacts, Gathered, Target
 
@@ -163,9 +163,7 @@ def crd_scores(embeddings: Tensor, bank: Tensor, ids: Tensor, temperature: float
 
 def unit(embeddings: Tensor) -> Tensor:
     """Rows of norm 1; one shorter than 1e-6 stays short and gets no gradient, where the reference divides 0 by 0."""
-    norms = torch.linalg.vector_norm(embeddings.detach(), dim=1, keepdim=True)
-    embeddings = torch.where(norms > SMALLEST_NORM, embeddings, embeddings.detach())
-    return embeddings / torch.linalg.vector_norm(embeddings, dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
+    return unit_rows(directed(embeddings))
 
 
 def updated_rows(rows: Tensor, embeddings: Tensor, momentum: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.losses.contrast import SMALLEST_NORM
+from distill.losses.contrast import directed
 from distill.losses.inputs import check_rows, teacher_of
 from distill.losses.maps import Pairs, Source, paired, smaller_grid, to_grid
 from distill.precision import no_autocast
@@ -31,9 +31,7 @@ def nst_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
 
 def _directions(feature_map: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, C, H W], rows of norm 1, or 0 where a channel is."""
-    rows = feature_map.flatten(2)
-    norms = torch.linalg.vector_norm(rows.detach(), dim=2, keepdim=True)
-    rows = torch.where(norms > SMALLEST_NORM, rows, rows.detach())
+    rows = directed(feature_map.flatten(2))
     return rows / torch.linalg.vector_norm(rows, dim=2, keepdim=True).clamp_min(1e-12)
 
 

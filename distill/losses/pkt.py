@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.losses.contrast import SMALLEST_NORM
+from distill.losses.contrast import directed
 from distill.losses.gathering import joined_batch
 from distill.losses.inputs import check_embeddings, check_rows, embedding_of, teacher_of
 from distill.precision import double_precision, full_precision_type, no_autocast
@@ -33,9 +33,7 @@ def pkt_loss(student: Tensor, teacher: Tensor, eps: float = EPS) -> Tensor:
 
 def _likeness(rows: Tensor, eps: float) -> Tensor:
     """[B, D] -> [B, B], rows that sum to 1."""
-    rows = double_precision(rows)
-    norms = torch.linalg.vector_norm(rows.detach(), dim=1, keepdim=True)
-    rows = torch.where(norms > SMALLEST_NORM, rows, rows.detach())
+    rows = directed(double_precision(rows))
     unit = rows / (torch.linalg.vector_norm(rows, dim=1, keepdim=True) + eps)
     likeness = (1 + unit @ unit.T) / 2
     return likeness / likeness.sum(1, keepdim=True)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.losses.contrast import SMALLEST_NORM
+from distill.losses.contrast import directed
 from distill.losses.gathering import joined_batch
 from distill.losses.inputs import check_rows, teacher_of
 from distill.losses.maps import Maps, Source
@@ -59,9 +59,7 @@ def _similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _similarities(rows: Tensor) -> Tensor:
     """The rows' products with each other, each row of them of norm 1: [..., B, D] -> [..., B, B]."""
-    rows = full_precision(rows)
-    norms = torch.linalg.vector_norm(rows.detach(), dim=-1, keepdim=True)
-    rows = torch.where(norms > SMALLEST_NORM, rows, rows.detach())
+    rows = directed(full_precision(rows))
     products = rows @ rows.transpose(-1, -2)
     return products / torch.linalg.vector_norm(products, dim=-1, keepdim=True).clamp_min(EPS)
 

@@ -60,7 +60,7 @@ def tf32_products(device: torch.device, wanted: bool) -> Iterator[None]:
 
 
 def directed(rows: Tensor, least: float = SMALLEST_NORM) -> Tensor:
-    """The rows [..., D], those shorter than `least` detached: divided by their norm they would get one over it."""
+    """The rows [..., D], with those shorter than `least` detached: their gradient would be one over their norm."""
     norms = torch.linalg.vector_norm(rows.detach(), dim=-1, keepdim=True)
     return torch.where(norms > least, rows, rows.detach())
 

@@ -157,6 +157,18 @@ def doubts(recipe: Recipe, steps_per_epoch: int) -> Iterator[str]:
     altered = augment.rand_augment or augment.three_augment or augment.color_jitter or augment.erasing
     if augment.plain_repeats and not altered:
         yield f"augment.plain_repeats: {augment.plain_repeats}, but nothing alters the other views; say augment.rand_augment"
+    if augment.repeats > recipe.train.global_batch_size:
+        yield (
+            f"augment.repeats: {augment.repeats}, and a batch has {recipe.train.global_batch_size} views: it is of one image"
+            " alone; say a smaller number"
+        )
+    task = recipe.loss.get("cross_entropy")
+    if task and (late_task := term_schedule(task)[0].start_epoch) and recipe.train.compile in ("student", "both"):
+        # a compiled student gives every weight a gradient, zeros too
+        yield (
+            f"train.compile: {recipe.train.compile}, and cross_entropy starts at epoch {late_task:g}: what no term reaches"
+            " until then (often the classifier) decays all the same, for a compiled student does not tell; say teacher or none"
+        )
     for name, entry in recipe.loss.items():
         term, own = term_schedule(entry)
         for key, value in own.items():

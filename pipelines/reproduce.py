@@ -96,7 +96,7 @@ def the_cell(name: str) -> Cell:
 
 
 def listing(asked: argparse.Namespace) -> str:
-    """The cells that `list` asks for, a line each."""
+    """The cells that `list` asks for, a line each. RecipeError where there are none."""
     rows = [["cell", "published", "ours", "seeds", "remarks"]]
     for cell in cells():
         pair = f"{cell.teacher}/{cell.student}"
@@ -104,6 +104,12 @@ def listing(asked: argparse.Namespace) -> str:
         if all(fnmatchcase(text, pattern) for text, pattern in texts.items()):
             found = line(cell, asked.out)
             rows.append([cell.name, *(found[key] for key in ("published", "ours", "seeds", "remarks"))])
+    if len(rows) == 1:
+        known = ", ".join(sorted({cell.method.partition("@")[0] for cell in cells()}))
+        raise RecipeError(
+            f"list: no cell has --table {asked.table}, --method {asked.method} and --pair {asked.pair}; `list` alone shows all"
+            f" tables and pairs; the methods are {known}, and variants such as sdd_kd@beta=2"
+        )
     return f"{table(rows, 'lrrrl')}\n\n{len(rows) - 1} cells"
 
 

@@ -78,6 +78,11 @@ def test_a_teacher_that_no_loss_reads_is_refused(digits: Path, tmp_path: Path):
         (["--loss.kd.start_epoch", "1", "--loss.kd.stop_epoch", "1"], "loss.kd.stop_epoch: 1, and it starts at 1: the term"),
         (["--loss.ft.weight", "1"], "loss.ft.paraphraser_epochs: 30, and the run ends after 2 epochs: what follows"),
         (["--augment.repeats", "2", "--augment.plain_repeats", "1"], "plain_repeats: 1, but nothing alters the other views"),
+        (["--augment.repeats", "256"], "augment.repeats: 256, and a batch has 64 views: it is of one image alone"),
+        (
+            ["--train.compile", "both", "--loss.cross_entropy.start_epoch", "1"],
+            "cross_entropy starts at epoch 1: what no term reaches",
+        ),
         (["--loss.kd.warmup_epochs", "5"], "loss.kd.warmup_epochs: 5, and the run ends after 2 epochs"),
         (["--loss.kd.final_weight", "0", "--loss.kd.decay_start_epoch", "3"], "final_weight has no effect"),
         (["--ema.enabled", "true", "--ema.warmup", "false"], "0.9999 over 12 steps leaves 100% of the initial weights"),

@@ -114,6 +114,7 @@ def test_hardware_counts_the_devices():
         (["show", "sdd/T1/cifar_resnet32x4/cifar_resnet8x4"], "no such cell or table; did you mean sdd/"),
         (["show", "sdd/T1"], "52 cells begin so; take one, such as sdd/T1/"),
         (["show", "msdcrd_v1/T9"], "no such cell or table"),
+        (["list", "--method", "nope"], "list: no cell has --table *, --method nope and --pair *; `list` alone shows all"),
         (["run", CELL, "--seeds", "0"], "--seeds 0: one at least"),
         (["run", CELL, "--launch", "no-such-launcher --all"], "--launch no-such-launcher --all: no such program"),
         (["run", CELL, "--launch", ""], "--launch '': no such program"),

@@ -140,7 +140,7 @@ def shuffles(data: Data, train: Train) -> Iterator[str]:
             yield f"data.lanes: {error}"
 
 
-def doubts(recipe: Recipe, steps_per_epoch: int) -> Iterator[str]:
+def doubts(recipe: Recipe, losses: Mapping[str, type], steps_per_epoch: int) -> Iterator[str]:
     """A line for each setting that has no effect, or not the usual one, in a run of this length; it may be meant."""
     epochs = float(recipe.train.epochs)
     if recipe.train.max_steps:
@@ -162,13 +162,16 @@ def doubts(recipe: Recipe, steps_per_epoch: int) -> Iterator[str]:
             f"augment.repeats: {augment.repeats}, and a batch has {recipe.train.global_batch_size} views: it is of one image"
             " alone; say a smaller number"
         )
-    task = recipe.loss.get("cross_entropy")
-    if task and (late_task := term_schedule(task)[0].start_epoch) and recipe.train.compile in ("student", "both"):
+    if recipe.train.compile in ("student", "both"):
         # a compiled student gives every weight a gradient, zeros too
-        yield (
-            f"train.compile: {recipe.train.compile}, and cross_entropy starts at epoch {late_task:g}: what no term reaches"
-            " until then (often the classifier) decays all the same, for a compiled student does not tell; say teacher or none"
-        )
+        for name in recipe.loss:
+            start = term_schedule(recipe.loss[name])[0].start_epoch
+            if start and getattr(losses[name], "teacher_needs", True) is None:
+                yield (
+                    f"train.compile: {recipe.train.compile}, and loss.{name} starts at epoch {start:g}: what no term reaches"
+                    " until then (often the classifier) decays all the same, for a compiled student does not tell which that"
+                    " is; say teacher or none"
+                )
     for name, entry in recipe.loss.items():
         term, own = term_schedule(entry)
         for key, value in own.items():

@@ -172,7 +172,7 @@ def open_splits(recipe: Recipe, accelerator: Accelerator) -> Splits:
 
 def warn(recipe: Recipe, splits: Splits, session: Session) -> None:
     """Says what of a request is doubtful: it is done as it was asked for."""
-    for doubt in doubts(recipe, train_order(recipe, splits.train).steps_per_epoch):
+    for doubt in doubts(recipe, LOSSES, train_order(recipe, splits.train).steps_per_epoch):
         session.say(f"warning: {recipe.out}: {doubt}")
     if splits.train.digest == splits.val.digest:
         session.say(

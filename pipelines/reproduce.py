@@ -108,7 +108,7 @@ def listing(asked: argparse.Namespace) -> str:
         known = ", ".join(sorted({cell.method.partition("@")[0] for cell in cells()}))
         raise RecipeError(
             f"list: no cell has --table {asked.table}, --method {asked.method} and --pair {asked.pair}; `list` alone shows all"
-            f" tables and pairs; the methods are {known}, and variants such as sdd_kd@beta=2"
+            f" tables and pairs; the methods are {known}; some have variants behind an @, such as NAME@*"
         )
     return f"{table(rows, 'lrrrl')}\n\n{len(rows) - 1} cells"
 

@@ -81,7 +81,7 @@ def test_a_teacher_that_no_loss_reads_is_refused(digits: Path, tmp_path: Path):
         (["--augment.repeats", "256"], "augment.repeats: 256, and a batch has 64 views: it is of one image alone"),
         (
             ["--train.compile", "both", "--loss.cross_entropy.start_epoch", "1"],
-            "cross_entropy starts at epoch 1: what no term reaches",
+            "loss.cross_entropy starts at epoch 1: what no term",
         ),
         (["--loss.kd.warmup_epochs", "5"], "loss.kd.warmup_epochs: 5, and the run ends after 2 epochs"),
         (["--loss.kd.final_weight", "0", "--loss.kd.decay_start_epoch", "3"], "final_weight has no effect"),
@@ -90,9 +90,11 @@ def test_a_teacher_that_no_loss_reads_is_refused(digits: Path, tmp_path: Path):
 )
 def test_what_comes_after_the_end_of_a_run_is_doubtful(options: list[str], words: str):
     asked = ["--train.epochs", "2", "--loss.kd.weight", "1"]
-    assert list(doubts(parse(asked, LOSSES).recipe, 6)) == []
-    assert list(doubts(parse([*asked, "--ema.enabled", "true"], LOSSES).recipe, 6)) == [], "timm's average warms up by itself"
-    [doubt] = doubts(parse([*asked, *options], LOSSES).recipe, 6)
+    assert list(doubts(parse(asked, LOSSES).recipe, LOSSES, 6)) == []
+    assert list(doubts(parse([*asked, "--ema.enabled", "true"], LOSSES).recipe, LOSSES, 6)) == [], (
+        "timm's average warms up by itself"
+    )
+    [doubt] = doubts(parse([*asked, *options], LOSSES).recipe, LOSSES, 6)
     assert words in doubt
 
 

@@ -36,23 +36,23 @@ def owned_arguments(recipe: Recipe) -> Iterator[str]:
             yield f"{section}.model_kwargs: {key}: {OWNED[key]}{more}"
 
 
+def reads_teacher(loss: type) -> bool:
+    """Whether a loss needs a teacher; one that only an instance can tell does."""
+    return getattr(loss, "teacher_needs", True) is not None
+
+
 def combinations(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
     """Each impossible combination of valid values, as one line."""
     alone = recipe.teacher.name == "none"
     for name in recipe.loss:
-        if alone and getattr(losses[name], "teacher_needs", True) is not None:
+        if alone and reads_teacher(losses[name]):
             yield f"loss.{name}: needs a teacher, but teacher.name is 'none'; name one with --teacher, or drop this loss"
     builders = [name for name in recipe.loss if getattr(losses[name], "build_student", None) is not None]
     for name in builders[1:]:
         yield f"loss.{name}: trains a student of its own, and so does loss.{builders[0]}; drop either"
     if not recipe.loss:
         yield "loss: no loss is left; give at least one"
-    if (
-        recipe.loss
-        and not alone
-        and not builders
-        and all(getattr(losses[name], "teacher_needs", True) is None for name in recipe.loss)
-    ):
+    if recipe.loss and not alone and not builders and not any(reads_teacher(losses[name]) for name in recipe.loss):
         names = ", ".join(recipe.loss)
         yield (
             f"teacher.name: {recipe.teacher.name}, but no loss reads a teacher ({names}); add one with --loss.NAME.weight 1,"
@@ -103,8 +103,7 @@ def plain_views(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
 
 def separation(recipe: Recipe, losses: Mapping[str, type]) -> Iterator[str]:
     """A line for each setting that does not go with DOT, which takes the distillation's gradient apart from the task's."""
-    reads_teacher = {getattr(losses[name], "teacher_needs", True) is not None for name in recipe.loss}
-    if reads_teacher != {True, False}:
+    if {reads_teacher(losses[name]) for name in recipe.loss} != {True, False}:
         yield (
             "optim.name: dot has a momentum for the losses that read the teacher and one for the others, and here is only one"
             f" kind ({', '.join(recipe.loss) or 'none'}); give both, or say optim.name sgd"
@@ -145,15 +144,14 @@ def doubts(recipe: Recipe, losses: Mapping[str, type], steps_per_epoch: int) -> 
     epochs = float(recipe.train.epochs)
     if recipe.train.max_steps:
         epochs = min(epochs, recipe.train.max_steps / steps_per_epoch)
-    schedule = recipe.schedule
+    schedule, augment = recipe.schedule, recipe.augment
     ends = f"the run ends after {epochs:g} epochs"
     if schedule.warmup_epochs >= epochs:
         yield f"schedule.warmup_epochs: {schedule.warmup_epochs:g}, and {ends}: the learning rate never reaches its peak"
     if late := [epoch for epoch in schedule.decay_epochs if epoch >= epochs]:
         yield f"schedule.decay_epochs: {', '.join(f'{epoch:g}' for epoch in late)} never come, {ends}"
-    if recipe.augment.mix_off_epoch >= epochs:
-        yield f"augment.mix_off_epoch: {recipe.augment.mix_off_epoch} never comes, {ends}"
-    augment = recipe.augment
+    if augment.mix_off_epoch >= epochs:
+        yield f"augment.mix_off_epoch: {augment.mix_off_epoch} never comes, {ends}"
     altered = augment.rand_augment or augment.three_augment or augment.color_jitter or augment.erasing
     if augment.plain_repeats and not altered:
         yield f"augment.plain_repeats: {augment.plain_repeats}, but nothing alters the other views; say augment.rand_augment"
@@ -162,18 +160,15 @@ def doubts(recipe: Recipe, losses: Mapping[str, type], steps_per_epoch: int) -> 
             f"augment.repeats: {augment.repeats}, and a batch has {recipe.train.global_batch_size} views: it is of one image"
             " alone; say a smaller number"
         )
-    if recipe.train.compile in ("student", "both"):
-        # a compiled student gives every weight a gradient, zeros too
-        for name in recipe.loss:
-            start = term_schedule(recipe.loss[name])[0].start_epoch
-            if start and getattr(losses[name], "teacher_needs", True) is None:
-                yield (
-                    f"train.compile: {recipe.train.compile}, and loss.{name} starts at epoch {start:g}: what no term reaches"
-                    " until then (often the classifier) decays all the same, for a compiled student does not tell which that"
-                    " is; say teacher or none"
-                )
     for name, entry in recipe.loss.items():
         term, own = term_schedule(entry)
+        if term.start_epoch and not reads_teacher(losses[name]) and recipe.train.compile in ("student", "both"):
+            # a compiled student gives every weight a gradient, zeros too
+            yield (
+                f"train.compile: {recipe.train.compile}, and loss.{name} starts at epoch {term.start_epoch:g}: what no term"
+                " reaches until then (often the classifier) decays all the same, for a compiled student does not tell which"
+                " that is; say teacher or none"
+            )
         for key, value in own.items():
             if key.endswith("_epochs") and value >= epochs:
                 yield f"loss.{name}.{key}: {value:g}, and {ends}: what follows these epochs never comes"

@@ -135,6 +135,7 @@ def claimed(work: PrePass) -> Iterator[int]:
     lock: IO[str] | None = None
 
     def begin() -> int:
+        """The cache's number of views, once its folder is this launch's."""
         nonlocal lock
         try:
             lock = _locked(work.asked.out)
